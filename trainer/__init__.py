@@ -1,0 +1,1 @@
+"""One cycle of collaborative training (PyTorch); knows nothing of Bitcoin."""
