@@ -1,0 +1,106 @@
+"""Several nodes, each connected to every other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from traincert.regtest.errors import NodeError
+from traincert.regtest.node import Node, Options, wait_for
+
+CONNECT_TIMEOUT = 30.0  # seconds
+
+
+class Network:
+    """`count` nodes with the same options, in `directory`/node0, node1, ...
+
+    Every node is connected to every other, so that whichever of them are stopped the rest still hear each other. As
+    a context manager the network is started on entry and stopped on exit; for `keep` see `Node`.
+    """
+
+    def __init__(
+        self, bitcoind: Path, directory: Path, count: int, options: Options | None = None, *, keep: bool = False
+    ) -> None:
+        self.nodes = [Node(bitcoind, directory / f"node{i}", options, keep=keep) for i in range(count)]
+        self.keep = keep
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if not self.keep:
+            self.stop()
+
+    def start(self) -> None:
+        """Start all nodes and connect them; if one does not start, stop the others.
+
+        Raises NodeError or WaitTimeoutError for the first node that did not start or connect.
+        """
+        try:
+            self._for_each(Node.start)
+            self.connect()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop all nodes, all at once."""
+        self._for_each(Node.stop)
+
+    def connect(self) -> None:
+        """Connect every pair of running nodes that is not connected: also after one was restarted.
+
+        Raises WaitTimeoutError if two nodes did not shake hands within CONNECT_TIMEOUT seconds.
+        """
+        pairs = list(combinations([node for node in self.nodes if node.pid is not None], 2))
+        for node, other in pairs:
+            if not _connected(node, other):
+                node.rpc("addnode", other.p2p_address, "onetry")
+        for node, other in pairs:
+            wait_for(
+                lambda node=node, other=other: _connected(node, other),  # type: ignore[misc]
+                CONNECT_TIMEOUT,
+                f"{node.name} to connect to {other.name}",
+                node.log_tail,
+            )
+
+    def wait_until_same_tip(self, timeout: float = 60.0) -> str:
+        """Wait until all running nodes have the same best block, and return its hash.
+
+        Raises WaitTimeoutError if they had not within `timeout` seconds, with each node's height and tip, and NodeError
+        if a node stopped answering.
+        """
+        nodes = [node for node in self.nodes if node.pid is not None]
+        if not nodes:
+            raise NodeError("no node of the network is running")
+        tips: list[str] = []
+
+        def same() -> bool:
+            tips[:] = [node.rpc("getbestblockhash") for node in nodes]
+            return len(set(tips)) == 1
+
+        wait_for(same, timeout, "the same tip on all nodes", lambda: "; ".join(map(_tip, nodes)))
+        return tips[0]
+
+    def _for_each(self, action: Callable[[Node], None]) -> None:
+        with ThreadPoolExecutor(max_workers=max(1, len(self.nodes))) as pool:
+            results = [pool.submit(action, node) for node in self.nodes]
+        for result in results:  # only now, when every node has been tried
+            result.result()
+
+
+def _connected(node: Node, other: Node) -> bool:
+    """Whether `node` has made a connection to `other` and both have said their version."""
+    return any(
+        peer["addr"] == other.p2p_address and "verack" in peer["bytesrecv_per_msg"] for peer in node.rpc("getpeerinfo")
+    )
+
+
+def _tip(node: Node) -> str:
+    chain = node.rpc("getblockchaininfo")
+    return f"{node.name} at height {chain['blocks']}, {chain['bestblockhash']}"

@@ -1,0 +1,314 @@
+"""One bitcoind process on regtest."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import requests
+
+from traincert.regtest.errors import NodeError, NodeUnreachableError, RpcError, WaitTimeoutError
+
+Options = Mapping[str, str | Sequence[str]]
+"""bitcoin.conf options, without the dash: a name and its value, or its values where it may be repeated."""
+
+START_TIMEOUT = 60.0  # seconds; a start takes half a second, the rest is for machines that are busy
+STOP_TIMEOUT = 60.0
+RPC_TIMEOUT = 60.0
+START_ATTEMPTS = 5
+
+# A light node that speaks only to the nodes it is told of. A caller's option of the same name replaces ours.
+DEFAULT_OPTIONS: Options = {
+    "dbcache": "16",  # MiB
+    "discover": "0",
+    "dnsseed": "0",
+    "fallbackfee": "0.0002",  # regtest has no fee history, without this its wallets cannot send
+    "fixedseeds": "0",
+    "listenonion": "0",
+    "natpmp": "0",
+    "printtoconsole": "0",
+}
+
+_RPC_IN_WARMUP = -28
+_logger = logging.getLogger(__name__)
+
+
+class Node:
+    """A bitcoind with its data directory.
+
+    All its options are in `datadir`/bitcoin.conf, so `bitcoin-cli -datadir=...` needs nothing else. As a context
+    manager it is started on entry and stopped on exit.
+
+    A node never outlives this Python process, even if that is killed, unless `keep` is set: then leaving the context
+    leaves the node running, its pid in `datadir`/regtest/bitcoind.pid, and `bitcoin-cli ... stop` ends it.
+    """
+
+    def __init__(
+        self, bitcoind: Path, datadir: Path, options: Options | None = None, *, name: str = "", keep: bool = False
+    ) -> None:
+        self.bitcoind = bitcoind
+        self.datadir = datadir.absolute()
+        self.name = name or datadir.name
+        self.options = {**DEFAULT_OPTIONS, **(options or {})}
+        self.keep = keep
+        self.rpc_port = 0  # chosen by start()
+        self.p2p_port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._keeper: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if not self.keep:
+            self.stop()
+
+    @property
+    def rpc_url(self) -> str:
+        """Where the node answers JSON-RPC; user and password are in `cookie_file`."""
+        return f"http://127.0.0.1:{self.rpc_port}"
+
+    @property
+    def p2p_address(self) -> str:
+        """The host:port that other nodes connect to."""
+        return f"127.0.0.1:{self.p2p_port}"
+
+    @property
+    def chain_dir(self) -> Path:
+        """The part of the data directory that belongs to regtest."""
+        return self.datadir / "regtest"
+
+    @property
+    def cookie_file(self) -> Path:
+        """`user:password` for the RPC port, written anew at each start."""
+        return self.chain_dir / ".cookie"
+
+    @property
+    def pid(self) -> int | None:
+        """The process id while the node runs."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    def start(self) -> None:
+        """Start the node and wait until it answers.
+
+        The ports of the last start are used again where they are free. Does nothing if the node runs.
+
+        Raises NodeError if it ended instead, with its exit code and its own last words, and WaitTimeoutError if it
+        did not answer within START_TIMEOUT seconds.
+        """
+        if self.pid is not None:
+            return
+        self.datadir.mkdir(parents=True, exist_ok=True)
+        self._refuse_datadir_in_use()
+        for attempt in range(1, START_ATTEMPTS + 1):
+            if attempt > 1 or not self.rpc_port:
+                self.rpc_port, self.p2p_port = _free_ports(2)
+            self._write_conf()
+            self._launch()
+            try:
+                wait_for(self._is_ready, START_TIMEOUT, f"{self.name} to answer RPC", self.log_tail)
+            except _PortTakenError:
+                # Between our look and bitcoind's bind anyone may take a port: take others.
+                if attempt == START_ATTEMPTS:
+                    raise
+            except BaseException:
+                self.kill()
+                raise
+            else:
+                return
+
+    def stop(self) -> None:
+        """Ask the node to stop and wait for its end; kill it if it takes more than STOP_TIMEOUT seconds."""
+        if self._process is None:
+            return
+        if self._process.poll() is not None:
+            _logger.warning("%s had ended by itself (%s)", self.name, _ending(self._process.returncode))
+        try:
+            with contextlib.suppress(NodeError):  # it may be on its way out already; the wait below decides
+                self.rpc("stop")
+            self._process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            _logger.warning("%s did not stop within %d s: killed", self.name, STOP_TIMEOUT)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the node at once, as a power failure would."""
+        if self._process is not None:
+            self._process.kill()  # harmless if it has ended
+            self._process.wait()
+            self._process = None
+        if self._keeper is not None:
+            self._keeper.shutdown()
+            self._keeper = None
+
+    def restart(self) -> None:
+        """Stop the node and start it on the same data."""
+        self.stop()
+        self.start()
+
+    def rpc(self, method: str, *params: object) -> Any:
+        """Call an RPC method and return its result, as JSON has it.
+
+        Raises RpcError with the node's own error, and NodeUnreachableError if there is no connection, no answer within
+        RPC_TIMEOUT seconds, or not the node's answer.
+        """
+        try:
+            user, _, password = self.cookie_file.read_text().partition(":")
+        except FileNotFoundError:
+            raise NodeUnreachableError(f"{self.name} is not running: no {self.cookie_file}") from None
+        try:
+            with requests.Session() as session:
+                session.trust_env = False  # a proxy from the environment has no business here
+                response = session.post(
+                    self.rpc_url,
+                    json={"id": 0, "method": method, "params": params},
+                    auth=(user, password),
+                    timeout=RPC_TIMEOUT,
+                )
+        except requests.RequestException as error:
+            raise NodeUnreachableError(f"{self.name} at {self.rpc_url}: {method}: {error}") from error
+        try:
+            answer = response.json()
+            failure, result = answer["error"], answer["result"]
+        except (requests.JSONDecodeError, KeyError, TypeError):
+            raise NodeUnreachableError(
+                f"{self.name} at {self.rpc_url}: {method}: HTTP status {response.status_code}, not a JSON-RPC answer"
+            ) from None
+        if failure is not None:
+            raise RpcError(self.name, method, failure["code"], failure["message"])
+        return result
+
+    def log_tail(self, lines: int = 10) -> str:
+        """Return the last lines of debug.log ("" if there is none)."""
+        try:
+            with (self.chain_dir / "debug.log").open("rb") as log:
+                log.seek(max(0, log.seek(0, 2) - 300 * lines))
+                return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+        except FileNotFoundError:
+            return ""
+
+    def _write_conf(self) -> None:
+        ours = {"port": str(self.p2p_port), "bind": self.p2p_address, "rpcport": str(self.rpc_port)}
+        lines = ["regtest=1", "[regtest]"]
+        for name, values in {**self.options, **ours}.items():
+            for value in [values] if isinstance(values, str) else values:
+                if "\n" in value or "#" in value:
+                    raise NodeError(f"{self.name}: option {name}: bitcoin.conf cannot hold the value {value!r}")
+                lines.append(f"{name}={value}")
+        (self.datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
+
+    def _launch(self) -> None:
+        # What a former run left must not pass for a sign of life of this one.
+        for leftover in (self.cookie_file, self._pid_file):
+            leftover.unlink(missing_ok=True)
+        command = [str(self.bitcoind), f"-datadir={self.datadir}"]
+        if not self.keep:
+            # The kernel kills the node when we end, however we end. It does so when the *thread* that started the
+            # node ends, so the node gets a thread that lives as long as this object, whoever calls start().
+            setpriv = shutil.which("setpriv")
+            if setpriv is None:
+                raise NodeError("setpriv not found (Debian package util-linux)")
+            command = [setpriv, "--pdeathsig", "KILL", "--", *command]
+        self._keeper = ThreadPoolExecutor(max_workers=1, thread_name_prefix=self.name)
+        try:
+            self._process = self._keeper.submit(self._spawn, command).result()
+        except OSError as error:
+            self.kill()
+            raise NodeError(f"{self.name}: cannot run {self.bitcoind}: {error.strerror}") from error
+
+    def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
+        with self._stderr_file.open("wb") as stderr:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,  # Ctrl-C in the terminal is for us; we then stop the node in good order
+            )
+
+    def _is_ready(self) -> bool:
+        """Whether our process, and no other, answers on our RPC port."""
+        if self._process is None or self._process.poll() is not None:
+            ending = _ending(self._process.returncode) if self._process else "not launched"
+            said = self._stderr_file.read_text(errors="replace").strip() or self.log_tail()
+            port_taken = "Unable to bind to" in said or "Unable to start HTTP server" in said
+            kind = _PortTakenError if port_taken else NodeError
+            self.kill()
+            raise kind(f"{self.name} did not start ({ending}): {said}")
+        # bitcoind writes both files only after it has its lock and its RPC port, so a stranger has no part in them.
+        if not (self.cookie_file.exists() and self._pid_file.exists()):
+            return False
+        try:
+            self.rpc("getblockcount")
+        except NodeUnreachableError:
+            return False
+        except RpcError as error:
+            if error.code != _RPC_IN_WARMUP:
+                raise
+            return False
+        return self._pid_file.read_text().strip() == str(self._process.pid)
+
+    def _refuse_datadir_in_use(self) -> None:
+        """Raise if a node, perhaps one that was kept, runs here: writing its conf anew would cut it off."""
+        try:
+            with (self.chain_dir / ".lock").open("r+") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock that bitcoind itself takes
+        except FileNotFoundError:
+            pass
+        except OSError:
+            raise NodeError(f"{self.name}: a node is running in {self.datadir} already") from None
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.chain_dir / "bitcoind.pid"
+
+    @property
+    def _stderr_file(self) -> Path:
+        return self.datadir / "stderr.log"
+
+
+class _PortTakenError(NodeError):
+    """The node found a port taken."""
+
+
+def wait_for(
+    condition: Callable[[], object], timeout: float, what: str, last_seen: Callable[[], object] | None = None
+) -> None:
+    """Ask until `condition()` is true.
+
+    `what` is what is awaited, in words, and `last_seen` gives the state to be told if it does not come.
+
+    Raises WaitTimeoutError if it was not true within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            seen = f"; last seen: {last_seen()}" if last_seen else ""
+            raise WaitTimeoutError(f"waited {timeout:g} s for {what}{seen}")
+        time.sleep(0.02)
+
+
+def _free_ports(count: int) -> list[int]:
+    """`count` different ports on 127.0.0.1 that were free when we looked."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _ending(returncode: int) -> str:
+    return f"exit code {returncode}" if returncode >= 0 else f"killed by {signal.Signals(-returncode).name}"
