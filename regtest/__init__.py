@@ -1,5 +1,6 @@
 """Networks of real Bitcoin Core nodes on this machine; knows nothing of training."""
 
+from traincert.regtest.build import build_node, node_folder
 from traincert.regtest.errors import (
     BuildError,
     NodeError,
@@ -22,5 +23,7 @@ __all__ = [
     "RpcError",
     "SourceError",
     "WaitTimeoutError",
+    "build_node",
+    "node_folder",
     "wait_for",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any, Self
 import requests
 
 from traincert.regtest.errors import NodeError, NodeUnreachableError, RpcError, WaitTimeoutError
+from traincert.regtest.processes import bound_to_us
 
 Options = Mapping[str, str | Sequence[str]]
 """bitcoin.conf options, without the dash: a name and its value, or its values where it may be repeated."""
@@ -216,12 +216,8 @@ class Node:
             leftover.unlink(missing_ok=True)
         command = [str(self.bitcoind), f"-datadir={self.datadir}"]
         if not self.keep:
-            # The kernel kills the node when we end, however we end. It does so when the *thread* that started the
-            # node ends, so the node gets a thread that lives as long as this object, whoever calls start().
-            setpriv = shutil.which("setpriv")
-            if setpriv is None:
-                raise NodeError("setpriv not found (Debian package util-linux)")
-            command = [setpriv, "--pdeathsig", "KILL", "--", *command]
+            command = bound_to_us(command, "KILL")
+        # bound_to_us() means the thread that starts the node: it gets one that lives as long, whoever calls start().
         self._keeper = ThreadPoolExecutor(max_workers=1, thread_name_prefix=self.name)
         try:
             self._process = self._keeper.submit(self._spawn, command).result()

@@ -1,0 +1,290 @@
+"""Patching and building the node, once for each patch.
+
+In the cache folder (`cache_folder()`):
+
+    nodes/<key>/   finished builds: bin/, test/ with what upstream's functional tests need, manifest.json
+    sources/       the pinned source distribution
+    build/         the build under way; whoever holds `lock` owns it and removes what an earlier one left
+    logs/          the output of the last build of each key
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from traincert.regtest.errors import BuildError
+from traincert.regtest.processes import bound_to_us
+from traincert.regtest.source import Upstream, fetch, file_sha256, hash_files, identify, unpack
+
+Progress = Callable[[str, int, int], None]
+"""Called with the step's name, how much of it is done, and out of how much (0: not known)."""
+
+PATCH_FOLDER = Path(__file__).parent.parent / "bitcoind-patch"
+
+CMAKE_FLAGS = [
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DAPPEND_LDFLAGS=-s",  # no symbols: they are most of the size
+    "-DBUILD_BENCH=OFF",
+    "-DBUILD_GUI=OFF",
+    "-DBUILD_TESTS=ON",  # defines the targets; only those that we name are built
+    "-DBUILD_TX=OFF",
+    "-DBUILD_UTIL=OFF",
+    "-DENABLE_IPC=OFF",
+    "-DENABLE_WALLET=ON",
+    "-DWITH_ZMQ=ON",
+]
+
+# What the functional tests read of the source tree, and its C++ format.
+KEPT = ["test", "contrib", "share/rpcauth", "src/.clang-format", "src/rpc/client.cpp", "src/test/data/asmap.raw"]
+
+# Program or header -> its Debian package. The headers are looked for by the compiler.
+PROGRAMS = {
+    "c++": "build-essential",
+    "cc": "build-essential",
+    "cmake": "cmake",
+    "ninja": "ninja-build",
+    "patch": "patch",
+    "pkg-config": "pkgconf",
+    "setpriv": "util-linux",
+}
+HEADERS = {
+    "boost/version.hpp": "libboost-dev",
+    "event2/event.h": "libevent-dev",
+    "sqlite3.h": "libsqlite3-dev",
+    "zmq.h": "libzmq3-dev",
+}
+
+
+def cache_folder() -> Path:
+    """Return our folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "traincert")
+
+
+def node_folder(source: Path | None = None, patch: Path = PATCH_FOLDER) -> Path:
+    """Return where the node built from this source, patch and these flags is, or will be.
+
+    Its programs are in bin/ of that folder. Without `source` the pinned one is meant.
+    """
+    upstream = Upstream.load(patch / "upstream.toml")
+    recipe = {
+        "source": identify(source, upstream) if source else upstream.sha256,
+        "patch": hash_files(patch, _patch_files(patch)),
+        "flags": CMAKE_FLAGS,
+        "environment": {name: os.environ.get(name, "") for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")},
+        "kept": KEPT,
+    }
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:20]
+    return cache_folder() / "nodes" / key
+
+
+def build_node(source: Path | None = None, patch: Path = PATCH_FOLDER, progress: Progress | None = None) -> Path:
+    """Return the folder of the built node, building it if it is not in the cache.
+
+    Raises SourceError or BuildError, leaving nothing half-built behind; after a failed compilation the message names
+    the log. Of two builds at once the second waits for the first.
+    """
+    target = node_folder(source, patch)
+    if target.is_dir():
+        return target
+    report = progress or (lambda _step, _done, _total: None)
+    _check_tools()
+    with _build_folder(report) as (work, lock):
+        if not target.is_dir():
+            _build(source, patch, target, work, partial(_run, lock=lock), report)
+    return target
+
+
+def _build(
+    source: Path | None, patch: Path, target: Path, work: Path, run: Callable[..., None], report: Progress
+) -> None:
+    upstream = Upstream.load(patch / "upstream.toml")
+    # The same paths in every build: compilers see absolute ones, and ccache knows a file again only by the same.
+    tree, out, result = work / "src", work / "out", work / "node"
+    if source is None:
+        report("fetching", 0, 0)
+        source = fetch(upstream, cache_folder() / "sources")
+    report("unpacking", 0, 0)
+    unpack(source, upstream, tree)
+    apply_patch(patch, tree)
+
+    targets = ["bitcoind", "bitcoin-cli"]
+    if (patch / "src/test/training_tests.cpp").exists():
+        targets.append("test_training")
+    log_file = cache_folder() / "logs" / f"{target.name}.log"
+    log_file.parent.mkdir(exist_ok=True)
+    with log_file.open("w+") as log:
+        report("configuring", 0, 0)
+        run(["cmake", "-S", str(tree), "-B", str(out), "-G", "Ninja", *CMAKE_FLAGS], log=log)
+        run(["ninja", "-C", str(out), *targets], log=log, report=partial(report, "compiling"))
+
+    (result / "bin").mkdir(parents=True)
+    for name in targets:
+        shutil.copy2(out / "bin" / name, result / "bin")
+    for name in KEPT:
+        _copy(tree / name, result / name)
+    config = (out / "test/config.ini").read_text()
+    for folder in (tree, out):
+        config = config.replace(str(folder), str(target))
+    (result / "test/config.ini").write_text(config)
+    (result / "manifest.json").write_text(json.dumps(_manifest(upstream, source, patch), indent=2) + "\n")
+    target.parent.mkdir(exist_ok=True)
+    result.rename(target)
+
+
+def apply_patch(patch: Path, tree: Path) -> None:
+    """Add the patch folder's new files to a source tree, then apply its patches in order.
+
+    Raises BuildError if a new file is upstream's already, or a patch does not apply exactly.
+    """
+    for folder in ("src", "test/functional"):
+        for file in _files(patch / folder):
+            new = tree / file.relative_to(patch)
+            if new.exists():
+                raise BuildError(f"{file}: upstream has this file; change it with a patch")
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, new)
+    for diff in sorted((patch / "patches").glob("*.patch")):
+        command = ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "--no-backup-if-mismatch", f"--input={diff}"]
+        result = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise BuildError(f"{diff}: does not apply: {_first_rejected(result.stdout + result.stderr)}")
+
+
+def _first_rejected(output: str) -> str:
+    """Return the first file that `patch` could not change and why, out of all that it said."""
+    why = re.search(r".*(FAILED|can't find file|previously applied|malformed|garbage).*", output)
+    if why is None:
+        return output.strip()
+    if "can't find file" in why[0]:  # then it quotes the patch's lines
+        quoted = re.search(r"^\|--- (?:a/)?(\S+)", output[why.end() :], re.MULTILINE)
+        return f"{quoted[1] if quoted else '?'}: no such file in the tree"
+    files = re.findall(r"^patching file (.+)", output[: why.start()], re.MULTILINE)
+    return f"{files[-1]}: {why[0].strip()}" if files else why[0].strip()
+
+
+def _copy(old: Path, new: Path) -> None:
+    """Copy a file or folder, if it is there."""
+    if old.is_dir():
+        shutil.copytree(old, new)
+    elif old.exists():
+        new.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(old, new)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+
+
+def _patch_files(patch: Path) -> list[Path]:
+    """Return the files of the patch folder that a build depends on."""
+    return [*_files(patch / "src"), *_files(patch / "test/functional"), *(patch / "patches").glob("*.patch")]
+
+
+@contextlib.contextmanager
+def _build_folder(report: Progress) -> Iterator[tuple[Path, IO[str]]]:
+    """Give the build folder, empty, to one build at a time, and the lock's file."""
+    work = cache_folder() / "build"
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with (cache_folder() / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another build", 0, 0)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work, lock
+        finally:
+            shutil.rmtree(work)
+
+
+def _run(
+    command: list[str], *, log: IO[str], lock: IO[str], report: Callable[[int, int], None] = lambda _done, _total: None
+) -> None:
+    """Run a step of the build, writing its output to `log`; BuildError if it fails.
+
+    If we are killed it ends soon after us, and until then its copy of `lock` keeps the next build waiting.
+    """
+    start = log.tell()
+    process = subprocess.Popen(
+        bound_to_us(command, "TERM"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        pass_fds=[lock.fileno()],
+        start_new_session=True,  # Ctrl-C is for us; ninja then gets our SIGTERM, and ends its compilers
+        env={**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"},
+    )
+    try:
+        for line in process.stdout or []:
+            log.write(line)
+            if match := re.match(r"\[(\d+)/(\d+)\] ", line):
+                report(int(match[1]), int(match[2]))
+        process.wait()
+    finally:
+        _end(process)
+    if process.returncode != 0:
+        log.seek(start)
+        lines = log.read().splitlines()
+        # ninja lets other compilers finish after an error, so the error need not be at the end.
+        errors = (i for i, line in enumerate(lines) if re.search("error: |CMake Error|undefined reference", line))
+        first = next(errors, max(0, len(lines) - 10))
+        said = "\n".join(line for line in lines[first : first + 10] if line.strip())
+        raise BuildError(f"{command[0]} failed: {said}\nThe full log is {log.name}")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a step that we stop waiting for."""
+    with process:  # closes its pipe
+        process.terminate()  # harmless if it has ended
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _check_tools() -> None:
+    """Raise BuildError if a program or library is missing, with the Debian packages to install."""
+    programs = {**PROGRAMS}
+    for variable, default in (("CXX", "c++"), ("CC", "cc")):  # as CMake chooses its compilers
+        if chosen := os.environ.get(variable):
+            programs[chosen.split()[0]] = programs.pop(default)
+    missing = {program: package for program, package in programs.items() if shutil.which(program) is None}
+    compiler = (os.environ.get("CXX") or "c++").split()
+    if compiler[0] not in missing:
+        missing |= {header: package for header, package in HEADERS.items() if not _has_header(compiler, header)}
+    if missing:
+        packages = " ".join(sorted(set(missing.values())))
+        raise BuildError(f"not found: {', '.join(missing)}; on Debian: apt-get install {packages}")
+
+
+def _has_header(compiler: list[str], header: str) -> bool:
+    command = [*compiler, "-E", "-x", "c++", "-o", os.devnull, "-"]
+    return not subprocess.run(
+        command, input=f"#include <{header}>\n", text=True, stderr=subprocess.DEVNULL, check=False
+    ).returncode
+
+
+def _manifest(upstream: Upstream, source: Path, patch: Path) -> dict[str, object]:
+    compiler = [*(os.environ.get("CXX") or "c++").split(), "--version"]
+    return {
+        "source": {"file": source.name, "sha256": identify(source, upstream)},
+        "bitcoin_core": upstream.tree_version,
+        "patch": {str(path.relative_to(patch)): file_sha256(path) for path in _patch_files(patch)},
+        "flags": CMAKE_FLAGS,
+        "compiler": subprocess.run(compiler, capture_output=True, text=True, check=True).stdout.splitlines()[0],
+    }
