@@ -201,7 +201,14 @@ class Node:
             return ""
 
     def _write_conf(self) -> None:
-        ours = {"port": str(self.p2p_port), "bind": self.p2p_address, "rpcport": str(self.rpc_port)}
+        ours = {
+            "port": str(self.p2p_port),
+            "bind": self.p2p_address,
+            "rpcport": str(self.rpc_port),
+            # Left to itself a node whose RPC port is taken on 127.0.0.1 makes do with ::1, and does not say so.
+            "rpcbind": "127.0.0.1",
+            "rpcallowip": "127.0.0.1",
+        }
         lines = ["regtest=1", "[regtest]"]
         for name, values in {**self.options, **ours}.items():
             for value in [values] if isinstance(values, str) else values:

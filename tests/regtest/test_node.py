@@ -1,0 +1,248 @@
+"""One real node: started, stopped, killed, and told from strangers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from traincert.regtest import node as node_module
+from traincert.regtest.errors import NodeError, NodeUnreachableError, RpcError, WaitTimeoutError
+from traincert.regtest.node import Node, wait_for
+
+# Starts a node in another process, prints the node's pid, and waits for its own end.
+HOLD_NODE = """\
+import sys
+from pathlib import Path
+from traincert.regtest.node import Node
+node = Node(Path(sys.argv[1]), Path(sys.argv[2]), keep=sys.argv[3] == "keep")
+node.start()
+print(node.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def node(node_programs: Path, tmp_path: Path) -> Node:
+    """A node that was not started."""
+    return Node(node_programs / "bitcoind", tmp_path / "node0")
+
+
+@pytest.fixture
+def cli(node_programs: Path) -> Path:
+    return node_programs / "bitcoin-cli"
+
+
+def running(pid: int) -> bool:
+    """Whether the process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_bitcoin_cli_needs_the_data_directory_alone(bitcoind: Node, cli: Path) -> None:
+    answer = subprocess.check_output([cli, f"-datadir={bitcoind.datadir}", "getblockcount"])
+    assert answer == b"0\n"
+
+
+def test_options_reach_the_node(node_programs: Path, tmp_path: Path) -> None:
+    options = {"uacomment": ["first", "second"], "dbcache": "8", "disablewallet": "1"}
+    with Node(node_programs / "bitcoind", tmp_path / "node0", options) as node:
+        assert "(first; second)" in node.rpc("getnetworkinfo")["subversion"]
+        conf = (node.datadir / "bitcoin.conf").read_text().splitlines()
+    assert [line for line in conf if line.startswith("dbcache")] == ["dbcache=8"]
+
+
+@pytest.mark.parametrize("value", ["a#b", "a\nb"])
+def test_value_that_the_conf_cannot_hold_is_refused(value: str, node_programs: Path, tmp_path: Path) -> None:
+    node = Node(node_programs / "bitcoind", tmp_path / "node0", {"uacomment": value})
+    with pytest.raises(NodeError, match=r"node0: option uacomment: bitcoin.conf cannot hold"):
+        node.start()
+
+
+def test_stop_and_start_keep_chain_and_ports(bitcoind: Node) -> None:
+    bitcoind.rpc("generatetodescriptor", 3, "raw(51)")
+    ports, pid = (bitcoind.rpc_port, bitcoind.p2p_port), bitcoind.pid
+    assert pid is not None
+    bitcoind.restart()
+    assert bitcoind.rpc("getblockcount") == 3
+    assert (bitcoind.rpc_port, bitcoind.p2p_port) == ports
+    assert bitcoind.pid != pid
+    assert not running(pid)
+
+
+def test_killed_node_starts_again(bitcoind: Node) -> None:
+    bitcoind.kill()
+    assert bitcoind.pid is None
+    assert bitcoind.cookie_file.exists()  # as a power failure leaves it
+    bitcoind.start()
+    assert bitcoind.rpc("getblockcount") == 0
+
+
+def test_stop_twice_is_harmless_and_a_node_that_ended_is_told(bitcoind: Node, caplog: pytest.LogCaptureFixture) -> None:
+    pid = bitcoind.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: bitcoind.pid is None, 10, "the node to end")
+    bitcoind.stop()
+    bitcoind.stop()
+    assert caplog.messages == ["node0 had ended by itself (killed by SIGKILL)"]
+
+
+def test_node_that_does_not_stop_is_killed(
+    bitcoind: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pid = bitcoind.pid
+    assert pid is not None
+    monkeypatch.setattr(node_module, "STOP_TIMEOUT", 1)
+    monkeypatch.setattr(node_module, "RPC_TIMEOUT", 1)
+    os.kill(pid, signal.SIGSTOP)
+    bitcoind.stop()
+    assert caplog.messages == ["node0 did not stop within 1 s: killed"]
+    assert not running(pid)
+
+
+def test_errors_of_the_node_carry_code_and_method(bitcoind: Node) -> None:
+    with pytest.raises(RpcError) as raised:
+        bitcoind.rpc("getblockhash", 7)
+    assert str(raised.value) == "node0: getblockhash: Block height out of range (RPC error -8)"
+    assert (raised.value.node, raised.value.method, raised.value.code) == ("node0", "getblockhash", -8)
+
+
+def test_stopped_node_is_unreachable(bitcoind: Node) -> None:
+    bitcoind.stop()
+    with pytest.raises(NodeUnreachableError, match="node0 is not running"):
+        bitcoind.rpc("getblockcount")
+
+
+def test_bad_option_gives_the_nodes_own_words(node_programs: Path, tmp_path: Path) -> None:
+    node = Node(node_programs / "bitcoind", tmp_path / "node0", {"assumevalid": "zz"})
+    with pytest.raises(NodeError, match=r"node0 did not start \(exit code 1\): Error: Invalid assumevalid .*\(zz\)"):
+        node.start()
+    assert node.pid is None
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_missing_program_is_named(keep: bool, tmp_path: Path) -> None:
+    node = Node(tmp_path / "nowhere", tmp_path / "node0", keep=keep)
+    with pytest.raises(NodeError, match=r"node0.*nowhere: No such file or directory"):
+        node.start()
+
+
+def test_program_that_never_answers_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mute = tmp_path / "mute"
+    mute.write_text("#!/bin/sh\nexec sleep 1000\n")
+    mute.chmod(0o755)
+    monkeypatch.setattr(node_module, "START_TIMEOUT", 0.5)
+    with pytest.raises(WaitTimeoutError, match=r"waited 0\.5 s for node0 to answer RPC"):
+        Node(mute, tmp_path / "node0").start()
+    assert not [each for each in Path("/proc").glob("[0-9]*/cmdline") if b"sleep\x001000" in _read(each)]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""  # the process has ended
+
+
+@pytest.mark.parametrize("taken", [0, 1], ids=["RPC", "peer-to-peer"])
+def test_taken_port_is_left_to_its_owner(taken: int, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody takes a port between our look and the node's start."""
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        choices = [node_module._free_ports(2), node_module._free_ports(2)]
+        choices[0][taken] = port
+        monkeypatch.setattr(node_module, "_free_ports", lambda _count: choices.pop(0))
+        with node:
+            assert port not in (node.rpc_port, node.p2p_port)
+            assert node.rpc("getblockcount") == 0
+    assert choices == []
+
+
+def test_no_free_port_is_an_error(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        ports = [stranger.getsockname()[1], node_module._free_ports(1)[0]]
+        monkeypatch.setattr(node_module, "_free_ports", lambda _count: ports)
+        with pytest.raises(NodeError, match=r"node0 did not start \(exit code 1\): .*Unable to start HTTP server"):
+            node.start()
+    assert node.pid is None
+
+
+def test_strangers_answer_is_not_taken_for_the_nodes(bitcoind: Node) -> None:
+    """A port may change hands while the node is down; the cookie that the stranger gets then is of no use to it."""
+    cookie = bitcoind.cookie_file.read_text()
+    bitcoind.kill()
+    with socket.create_server(("127.0.0.1", bitcoind.rpc_port)) as stranger:
+        thread = threading.Thread(target=answer_once, args=(stranger,))
+        thread.start()
+        with pytest.raises(NodeUnreachableError, match="HTTP status 401, not a JSON-RPC answer"):
+            bitcoind.rpc("getblockcount")
+        thread.join()
+        bitcoind.start()
+        assert bitcoind.rpc_port != stranger.getsockname()[1]
+    assert bitcoind.cookie_file.read_text() != cookie
+    assert bitcoind.rpc("getblockcount") == 0
+
+
+def answer_once(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_two_nodes_do_not_share_a_data_directory(bitcoind: Node) -> None:
+    conf = (bitcoind.datadir / "bitcoin.conf").read_text()
+    with pytest.raises(NodeError, match=r"node0: a node is running in .* already"):
+        Node(bitcoind.bitcoind, bitcoind.datadir).start()
+    assert (bitcoind.datadir / "bitcoin.conf").read_text() == conf
+    assert bitcoind.rpc("getblockcount") == 0
+
+
+def test_node_outlives_the_thread_that_started_it(node: Node) -> None:
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(node.start).result()
+    try:
+        assert node.rpc("getblockcount") == 0
+    finally:
+        node.stop()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_node_outlives_us_only_if_kept(keep: bool, node_programs: Path, cli: Path, tmp_path: Path) -> None:
+    datadir = tmp_path / "node0"
+    arguments = [str(node_programs / "bitcoind"), str(datadir), "keep" if keep else "bound"]
+    command = [sys.executable, "-c", HOLD_NODE, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        pid = int(holder.stdout.readline())
+        holder.kill()
+    if keep:
+        assert (datadir / "regtest/bitcoind.pid").read_text().strip() == str(pid)
+        subprocess.check_output([cli, f"-datadir={datadir}", "stop"])
+    wait_for(lambda: not running(pid), 30, "the node to end")
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_the_node(bitcoind: Node) -> None:
+    pid = bitcoind.pid
+    assert pid is not None
+    assert os.getpgid(pid) != os.getpgid(0)
+    assert os.getsid(pid) != os.getsid(0)
+
+
+def test_wait_for_says_what_was_awaited_and_seen() -> None:
+    with pytest.raises(WaitTimeoutError, match=r"^waited 0\.1 s for better weather; last seen: rain$"):
+        wait_for(lambda: False, 0.1, "better weather", lambda: "rain")

@@ -1,0 +1,72 @@
+"""A patch applies exactly, or is an error that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from traincert.regtest.build import apply_patch
+from traincert.regtest.errors import BuildError
+
+GOOD = """\
+--- a/src/main.cpp
++++ b/src/main.cpp
+@@ -3,5 +3,5 @@
+ int main()
+ {
+-    std::puts("upstream");
++    std::puts("patched");
+     return 0;
+ }
+"""
+
+
+def test_new_files_are_added_and_patches_applied_in_order(patch: Path, tree: Path) -> None:
+    (patch / "src/training").mkdir(parents=True)
+    (patch / "src/training/new.cpp").write_text("// new\n")
+    (patch / "test/functional").mkdir(parents=True)
+    (patch / "test/functional/feature_new.py").write_text("# new\n")
+    (patch / "patches/01-first.patch").write_text(GOOD)
+    (patch / "patches/02-second.patch").write_text(GOOD.replace("patched", "twice").replace("upstream", "patched"))
+    apply_patch(patch, tree)
+    assert '"twice"' in (tree / "src/main.cpp").read_text()
+    assert (tree / "src/training/new.cpp").is_file()
+    assert (tree / "test/functional/feature_new.py").is_file()
+    assert not list(tree.rglob("*.orig"))
+
+
+@pytest.mark.parametrize(
+    ("diff", "why"),
+    [
+        (GOOD.replace("upstream", "other"), "src/main.cpp: Hunk #1 FAILED at 3"),
+        (GOOD.replace("int main()", "int main(void)"), "src/main.cpp: Hunk #1 FAILED at 3"),  # would need fuzz
+        (GOOD.replace("main.cpp", "gone.cpp"), "src/gone.cpp: no such file in the tree"),
+        ("this is no patch\n", "garbage"),
+    ],
+    ids=["other line", "other context", "no such file", "no patch"],
+)
+def test_patch_that_does_not_apply_is_named_with_the_file(diff: str, why: str, patch: Path, tree: Path) -> None:
+    (patch / "patches/01-good.patch").write_text(GOOD.replace("patched", "upstream"))
+    (patch / "patches/02-bad.patch").write_text(diff)
+    with pytest.raises(BuildError) as raised:
+        apply_patch(patch, tree)
+    assert "02-bad.patch: does not apply: " in str(raised.value)
+    assert why in str(raised.value)
+
+
+def test_patch_that_is_applied_already_is_named(patch: Path, tree: Path) -> None:
+    (patch / "patches/01-first.patch").write_text(GOOD)
+    (patch / "patches/02-again.patch").write_text(GOOD)
+    with pytest.raises(BuildError, match=r"02-again.patch: does not apply: src/main.cpp: .*previously applied"):
+        apply_patch(patch, tree)
+
+
+@pytest.mark.parametrize("name", ["src/main.cpp", "test/functional/feature_upstream.py"])
+def test_upstreams_files_are_not_overwritten(name: str, patch: Path, tree: Path) -> None:
+    before = (tree / name).read_text()
+    (patch / name).parent.mkdir(parents=True)
+    (patch / name).write_text("ours")
+    with pytest.raises(BuildError, match=f"{name}: upstream has this file"):
+        apply_patch(patch, tree)
+    assert (tree / name).read_text() == before
