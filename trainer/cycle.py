@@ -52,7 +52,7 @@ def run_cycle(
     On one kind of machine the result is a function of dataset, state, the set of miners (32-byte ids; there may be
     none) and seed (any bytes, new ones for each cycle), which decides who trains what, and on which examples first.
     Neither the order of `miners` nor the engine's number of workers matters. `state` is not changed. `on_update` is
-    called with the number of tasks done and their total: at the start, and whenever a worker has answered.
+    called with the number of tasks done and their total: at the start, and as tasks end.
 
     Raises ValueError if a miner is there twice or the engine is of another job than the dataset, IntegrityError if
     a stored split is missing or damaged, and EngineError if a task fails for a reason that is not its miner's.

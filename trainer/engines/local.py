@@ -103,8 +103,8 @@ class LocalEngine:
         """Run all tasks from `state`, and return their updates in the order of `tasks`.
 
         An update is as `training.train_task` returns it, or None if the task's worker died twice. `state` is
-        written to a file once, and read by each worker once. `on_update` is called at the start, and
-        whenever a worker has answered, with the number of tasks done and their total.
+        written to a file once, and read by each worker once. `on_update` is called with the number
+        of tasks done and their total: at the start, and after each answer or death of a worker.
 
         Raises EngineError if a task failed otherwise; the message has the worker's traceback. This, and any other
         exception on the way, closes the engine, because some workers are still busy.

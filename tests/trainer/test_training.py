@@ -1,0 +1,73 @@
+"""Training: what a task changes, and that it is plain SGD with the same bits each time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from traincert.trainer.datasets import Dataset, Examples, read_examples
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.models import build_model
+from traincert.trainer.scoring import add
+from traincert.trainer.segments import cut_segments
+from traincert.trainer.state import initial_state, state_from_bytes, state_hash
+from traincert.trainer.tasks import Task
+from traincert.trainer.training import deterministic, train_task
+
+TASK = Task(miner=bytes(32), segment=0, shard=0, seed=bytes(range(32)))
+
+
+@pytest.fixture
+def shard(dataset: Dataset) -> Examples:
+    return read_examples(dataset.directory, dataset.shards[0])
+
+
+def test_one_segment_and_all_data_is_plain_training(job: TrainingJob, shard: Examples) -> None:
+    """Followed step by step: after each number of epochs, the same model as a plain loop over torch.optim.SGD."""
+    plain = replace(job, segments=1)
+    state = initial_state(plain)
+    model = build_model(plain)
+    optimizer = torch.optim.SGD(model.parameters(), lr=plain.learning_rate, momentum=plain.momentum)
+    generator = torch.Generator().manual_seed(int.from_bytes(TASK.seed[:8], "little"))
+    for epochs in range(1, 5):
+        order = torch.randperm(len(shard.labels), generator=generator)
+        for start in range(0, len(order), plain.batch_size):
+            batch = order[start : start + plain.batch_size]
+            optimizer.zero_grad()
+            nn.CrossEntropyLoss()(model(shard.inputs[batch]), shard.labels[batch]).backward()
+            optimizer.step()
+        trained = add(state, state_from_bytes(train_task(replace(plain, local_epochs=epochs), state, shard, TASK)))
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(trained[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("segment", [0, 1])
+def test_only_the_segment_is_in_the_update(job: TrainingJob, shard: Examples, segment: int) -> None:
+    state = initial_state(job)
+    before = state_hash(state)
+    update = state_from_bytes(train_task(job, state, shard, replace(TASK, segment=segment)))
+    assert set(update) == set(cut_segments(build_model(job), job.segments)[segment])
+    assert all(tensor.count_nonzero() for tensor in update.values())
+    assert state_hash(state) == before
+
+
+def test_the_task_seed_decides_the_bits(job: TrainingJob, shard: Examples) -> None:
+    state = initial_state(job)
+    update = train_task(job, state, shard, TASK)
+    torch.manual_seed(5)
+    assert train_task(job, state, shard, TASK) == update
+    assert train_task(job, state, shard, replace(TASK, seed=bytes(32))) != update
+
+
+def test_switches_are_set_inside_and_restored_after() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with deterministic():
+            assert torch.get_num_threads() == 1
+            assert torch.are_deterministic_algorithms_enabled()
+        assert torch.get_num_threads() == 2
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.set_num_threads(threads)
