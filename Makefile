@@ -1,0 +1,73 @@
+# Each target sets up what it needs: Debian's packages, if this is Debian, and the Python ones in .venv.
+#
+#   make TORCH_INDEX=<URL of PyTorch's package index of CPU wheels> ...
+#
+# takes PyTorch from there, where pip would otherwise fetch the one for NVIDIA's GPUs.
+
+PYTHON ?= python3
+PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+DEBIAN := build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf python3-venv
+STAMP := .venv/complete
+CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder; print(node_folder())')/src/.clang-format
+
+.PHONY: demo test bench setup node lock
+
+demo: setup
+	.venv/bin/traincert demo
+
+test: node
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy -p traincert
+	.venv/bin/mypy tests
+	find bitcoind-patch/src -name '*.h' -o -name '*.cpp' | \
+	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
+	.venv/bin/pytest
+
+bench: node
+	.venv/bin/python tests/bench/run.py
+
+setup: $(STAMP)
+
+# Fetches, patches and builds bitcoind; quick if that was done before.
+node: setup
+	.venv/bin/traincert node build
+
+# The stamp goes first and comes back last: a setup that was interrupted begins again from nothing.
+$(STAMP): requirements.lock pyproject.toml
+	@$(system_packages)
+	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear .venv; fi
+	.venv/bin/pip install --disable-pip-version-check --quiet $(PIP_TORCH) -r requirements.lock
+	.venv/bin/pip install --disable-pip-version-check --quiet --no-deps --editable .
+	touch $@
+
+# Pins what pyproject.toml asks for, as of today, in requirements.lock. PyTorch is named: pip would take the newest,
+# whether or not there is one for CPUs, and each has its own floating-point results.
+lock:
+	@$(system_packages)
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/pip install --disable-pip-version-check --quiet $(PIP_TORCH) '.[dev]' torch==2.13.0
+	build/lock/bin/pip freeze --exclude traincert | sed 's/+.*//' > build/requirements.lock
+	@if grep -iE '^(nvidia|cuda|triton)' build/requirements.lock; then echo 'PyTorch for GPUs: set TORCH_INDEX' >&2; exit 1; fi
+	mv build/requirements.lock requirements.lock
+
+define system_packages
+if command -v apt-get > /dev/null; then \
+  missing=; \
+  for package in $(DEBIAN); do \
+    [ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2> /dev/null)" = installed ] || missing="$$missing $$package"; \
+  done; \
+  if [ -n "$$missing" ]; then \
+    echo "Installing Debian's packages:$$missing"; \
+    sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+    $$sudo apt-get -qq update && \
+    $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $$missing; \
+  fi; \
+else \
+  missing=; \
+  for program in c++ cmake ninja patch pkg-config; do \
+    command -v $$program > /dev/null || missing="$$missing $$program"; \
+  done; \
+  [ -z "$$missing" ] || { echo "Not found, and no apt-get to install it with:$$missing" >&2; exit 1; }; \
+fi
+endef
