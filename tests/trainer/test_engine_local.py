@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
@@ -143,46 +143,51 @@ def test_workers_leave_ctrl_c_to_their_parent(
         assert engine.pids == pids
 
 
-ENDLESS = """
+PARENT = """
+import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from traincert.trainer.datasets import prepare_dataset
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.state import initial_state
-from traincert.trainer.tasks import assign
+from traincert.trainer.tasks import Task
 
 if __name__ == "__main__":
-    job = replace(TrainingJob.named("digits"), local_epochs=20)
+    job = TrainingJob.named("digits")
     dataset = prepare_dataset(job, Path(sys.argv[1]))
-    miners = [bytes([number]) * 32 for number in range(250)]
-    with LocalEngine(job, dataset.directory, workers=2) as engine:
-        engine.train(
-            dataset,
-            initial_state(job),
-            assign(b"", miners, job.segments, job.shards),
-            lambda done, total: print(done, *engine.pids, flush=True),
-        )
+    shard = dataset.directory / dataset.shards[0].hex()
+    shard.unlink()
+    os.mkfifo(shard)
+    with LocalEngine(job, dataset.directory, workers=1) as engine:
+        print(shard, *engine.pids, flush=True)
+        engine.train(dataset, initial_state(job), [Task(miner=bytes(32), segment=0, shard=0, seed=bytes(32))])
 """
 
 
 def test_workers_die_with_a_killed_parent_in_the_middle_of_a_task(tmp_path: Path) -> None:
-    script = tmp_path / "endless.py"
-    script.write_text(ENDLESS, encoding="utf-8")
+    """The task's shard is a named pipe, so that the worker, once it has opened it, waits in its task for ever."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT, encoding="utf-8")
     with subprocess.Popen([sys.executable, script, tmp_path / "data"], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
+        shard, pid = parent.stdout.readline().split()
+        handles: list[int] = []
+
+        def worker_reads_its_shard() -> bool:
+            with suppress(OSError):  # ENXIO: nobody has opened it for reading
+                handles.append(os.open(shard, os.O_WRONLY | os.O_NONBLOCK))
+            return bool(handles)
+
         try:
-            for line in parent.stdout:
-                done, *pids = map(int, line.split())
-                if done >= 2:
-                    break
-            assert all(is_running(pid) for pid in pids)
+            wait_until(worker_reads_its_shard, "the worker at its task")
+            assert is_running(int(pid))
         finally:
             parent.kill()
-    wait_until(lambda: not any(is_running(pid) for pid in pids), f"the end of the workers {pids}")
+    wait_until(lambda: not is_running(int(pid)), f"the end of worker {pid}")
+    os.close(handles[0])
 
 
 def test_an_engine_needs_a_worker(job: TrainingJob, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workers = 0: must be at least 1"):
-        LocalEngine(replace(job), tmp_path, workers=0)
+        LocalEngine(job, tmp_path, workers=0)

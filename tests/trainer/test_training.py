@@ -23,12 +23,17 @@ def shard(dataset: Dataset) -> Examples:
     return read_examples(dataset.directory, dataset.shards[0])
 
 
-def test_one_segment_and_all_data_is_plain_training(job: TrainingJob, shard: Examples) -> None:
-    """Followed step by step: after each number of epochs, the same model as a plain loop over torch.optim.SGD."""
-    plain = replace(job, segments=1)
+@pytest.mark.parametrize(("segments", "segment"), [(1, 0), (2, 0), (2, 1)])
+def test_a_task_is_plain_training_of_its_segment(
+    job: TrainingJob, shard: Examples, segments: int, segment: int
+) -> None:
+    """Epoch by epoch the same model as a plain loop over torch.optim.SGD; with one segment, that of the whole model."""
+    plain = replace(job, segments=segments)
+    task = replace(TASK, segment=segment)
     state = initial_state(plain)
     model = build_model(plain)
-    optimizer = torch.optim.SGD(model.parameters(), lr=plain.learning_rate, momentum=plain.momentum)
+    trained = [dict(model.named_parameters())[name] for name in cut_segments(model, segments)[segment]]
+    optimizer = torch.optim.SGD(trained, lr=plain.learning_rate, momentum=plain.momentum)
     generator = torch.Generator().manual_seed(int.from_bytes(TASK.seed[:8], "little"))
     for epochs in range(1, 5):
         order = torch.randperm(len(shard.labels), generator=generator)
@@ -37,9 +42,9 @@ def test_one_segment_and_all_data_is_plain_training(job: TrainingJob, shard: Exa
             optimizer.zero_grad()
             nn.CrossEntropyLoss()(model(shard.inputs[batch]), shard.labels[batch]).backward()
             optimizer.step()
-        trained = add(state, state_from_bytes(train_task(replace(plain, local_epochs=epochs), state, shard, TASK)))
+        found = add(state, state_from_bytes(train_task(replace(plain, local_epochs=epochs), state, shard, task)))
         for name, tensor in model.state_dict().items():
-            torch.testing.assert_close(trained[name], tensor, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("segment", [0, 1])
