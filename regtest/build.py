@@ -100,6 +100,7 @@ def build_node(source: Path | None = None, patch: Path = PATCH_FOLDER, progress:
     report = progress or (lambda _step, _done, _total: None)
     _check_tools()
     with _build_folder(report) as (work, lock):
+        target = node_folder(source, patch)  # again: the wait may have been long, and the patch changed
         if not target.is_dir():
             _build(source, patch, target, work, partial(_run, lock=lock), report)
     return target
@@ -123,7 +124,7 @@ def _build(
         targets.append("test_training")
     log_file = cache_folder() / "logs" / f"{target.name}.log"
     log_file.parent.mkdir(exist_ok=True)
-    with log_file.open("w+") as log:
+    with log_file.open("w+", buffering=1) as log:  # line by line, to be followed
         report("configuring", 0, 0)
         run(["cmake", "-S", str(tree), "-B", str(out), "-G", "Ninja", *CMAKE_FLAGS], log=log)
         run(["ninja", "-C", str(out), *targets], log=log, report=partial(report, "compiling"))
@@ -155,7 +156,15 @@ def apply_patch(patch: Path, tree: Path) -> None:
             new.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, new)
     for diff in sorted((patch / "patches").glob("*.patch")):
-        command = ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "--no-backup-if-mismatch", f"--input={diff}"]
+        command = [
+            "patch",
+            "-p1",
+            "--batch",
+            "--forward",
+            "--fuzz=0",
+            "--no-backup-if-mismatch",
+            f"--input={diff.absolute()}",
+        ]
         result = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise BuildError(f"{diff}: does not apply: {_first_rejected(result.stdout + result.stderr)}")
