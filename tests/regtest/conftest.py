@@ -32,10 +32,11 @@ PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-p
 BACKEND = """\
 import os
 def prepare_metadata_for_build_wheel(folder, config_settings=None):
-    os.mkdir(folder + "/x.dist-info")
-    with open(folder + "/x.dist-info/METADATA", "w") as file:
+    name = "py_bitcoinkernel-0.1.0a5.dist-info"
+    os.mkdir(f"{folder}/{name}")
+    with open(f"{folder}/{name}/METADATA", "w") as file:
         file.write("Metadata-Version: 2.1\\nName: py-bitcoinkernel\\nVersion: 0.1.0a5\\n")
-    return "x.dist-info"
+    return name
 """
 
 
