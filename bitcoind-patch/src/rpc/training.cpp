@@ -1,0 +1,253 @@
+// Copyright (c) 2026-present The traincert developers
+// Distributed under the MIT software license, see the accompanying
+// file COPYING or https://opensource.org/license/mit/.
+
+#include <rpc/training.h>
+
+#include <chain.h>
+#include <consensus/params.h>
+#include <consensus/validation.h>
+#include <primitives/block.h>
+#include <rpc/blockchain.h>
+#include <rpc/protocol.h>
+#include <rpc/register.h>
+#include <rpc/request.h>
+#include <rpc/server.h>
+#include <rpc/server_util.h>
+#include <rpc/util.h>
+#include <sync.h>
+#include <tinyformat.h>
+#include <training/certificate.h>
+#include <training/params.h>
+#include <training/validation.h>
+#include <univalue.h>
+#include <util/check.h>
+#include <util/strencodings.h>
+#include <validation.h>
+
+#include <optional>
+#include <utility>
+
+void EnsureNeedsNoCertificate(ChainstateManager& chainman, const CBlockHeader& block)
+{
+    const auto& training{chainman.GetConsensus().training};
+    const CBlockIndex* prev{WITH_LOCK(cs_main, return chainman.m_blockman.LookupBlockIndex(block.hashPrevBlock))};
+    if (!training || CHECK_NONFATAL(prev)->nHeight + 1 < training->StartHeight()) return;
+    throw JSONRPCError(RPC_MISC_ERROR, strprintf("Block %d needs a training certificate (from height %d on): have the coordinator's winner build it and use submitblock",
+                                                 prev->nHeight + 1, training->StartHeight()));
+}
+
+static const TrainingParams& EnsureTrainingNetwork(const ChainstateManager& chainman)
+{
+    if (!chainman.GetConsensus().training) throw JSONRPCError(RPC_MISC_ERROR, "This is not a training network: the node was started without -trainingkeys");
+    return *chainman.GetConsensus().training;
+}
+
+/** The payload of a block at or above the start height, read back from disk. */
+static TrainingPayload ReadPayload(ChainstateManager& chainman, const CBlockIndex& index)
+{
+    const CBlock block{GetBlockChecked(chainman.m_blockman, index)};
+    BlockValidationState state;
+    auto payload{ReadTrainingPayload(*block.vtx.at(0), state)};
+    if (!payload) throw JSONRPCError(RPC_INTERNAL_ERROR, strprintf("Stored block %s: %s", index.GetBlockHash().ToString(), state.ToString()));
+    return *std::move(payload);
+}
+
+static UniValue DrawToJSON(const TrainingDraw& draw)
+{
+    UniValue siblings{UniValue::VARR};
+    for (const auto& sibling : draw.siblings) {
+        UniValue node{UniValue::VOBJ};
+        node.pushKV("hash", HexStr(sibling.hash));
+        node.pushKV("sum", sibling.sum);
+        siblings.push_back(std::move(node));
+    }
+    UniValue result{UniValue::VOBJ};
+    result.pushKV("update_hash", HexStr(draw.update_hash));
+    result.pushKV("params", draw.params);
+    result.pushKV("loss_reduction", draw.loss_reduction);
+    result.pushKV("weight", draw.weight);
+    result.pushKV("index", draw.index);
+    result.pushKV("siblings", std::move(siblings));
+    return result;
+}
+
+static UniValue CertificateToJSON(const TrainingCertificate& certificate)
+{
+    UniValue signatures{UniValue::VARR};
+    for (const auto& [key_index, signature] : certificate.coordinator_signatures) {
+        UniValue entry{UniValue::VOBJ};
+        entry.pushKV("key_index", key_index);
+        entry.pushKV("signature", HexStr(signature));
+        signatures.push_back(std::move(entry));
+    }
+    UniValue result{UniValue::VOBJ};
+    result.pushKV("version", certificate.version);
+    result.pushKV("height", certificate.height);
+    result.pushKV("prev_block", certificate.prev_block.GetHex());
+    result.pushKV("round", certificate.round);
+    result.pushKV("beacon_reveal", HexStr(certificate.beacon_reveal));
+    result.pushKV("model_before", HexStr(certificate.model_before));
+    result.pushKV("model_after", HexStr(certificate.model_after));
+    result.pushKV("dataset_root", HexStr(certificate.dataset_root));
+    result.pushKV("loss_before", certificate.loss_before);
+    result.pushKV("loss_after", certificate.loss_after);
+    result.pushKV("params_trained", certificate.params_trained);
+    result.pushKV("contributions_root", HexStr(certificate.contributions_root));
+    result.pushKV("contributions_weight", certificate.contributions_weight);
+    result.pushKV("contributions_count", certificate.contributions_count);
+    result.pushKV("winner_key", HexStr(certificate.winner_key));
+    result.pushKV("award", certificate.draw ? "drawn" : "appointed");
+    if (certificate.draw) result.pushKV("draw", DrawToJSON(*certificate.draw));
+    result.pushKV("coordinator_signatures", std::move(signatures));
+    return result;
+}
+
+static RPCMethod gettrainingcertificate()
+{
+    return RPCMethod{
+        "gettrainingcertificate",
+        "Returns the training certificate of a block.\n"
+        "Hashes are in the order of their bytes, except for those of blocks, which are reversed as everywhere.\n"
+        "Losses are in nano-nats (loss times 10^9).\n",
+        {
+            {"hash_or_height", RPCArg::Type::NUM, RPCArg::DefaultHint{"the tip"}, "The block hash or height of the block", RPCArgOptions{.skip_type_check = true, .type_str = {"", "string or numeric"}}},
+        },
+        RPCResult{
+            RPCResult::Type::OBJ, "", "", {
+                {RPCResult::Type::STR_HEX, "blockhash", "the hash of the block that carries the certificate"},
+                {RPCResult::Type::NUM, "version", "the certificate's version"},
+                {RPCResult::Type::NUM, "height", "the block's height"},
+                {RPCResult::Type::STR_HEX, "prev_block", "the hash of the block before"},
+                {RPCResult::Type::NUM, "round", "how often the slot was redrawn because the winner was absent"},
+                {RPCResult::Type::STR_HEX, "beacon_reveal", "the preimage of the parent's beacon_reveal"},
+                {RPCResult::Type::STR_HEX, "model_before", "hash of the model that this cycle started from"},
+                {RPCResult::Type::STR_HEX, "model_after", "hash of the model that this cycle produced"},
+                {RPCResult::Type::STR_HEX, "dataset_root", "hash of the manifest of the data set"},
+                {RPCResult::Type::NUM, "loss_before", "validation loss of model_before"},
+                {RPCResult::Type::NUM, "loss_after", "validation loss of model_after"},
+                {RPCResult::Type::NUM, "params_trained", "number of parameters trained, summed over the contributions"},
+                {RPCResult::Type::STR_HEX, "contributions_root", "Merkle-sum root of the contributions, from which the next block's winner is drawn"},
+                {RPCResult::Type::NUM, "contributions_weight", "their total weight"},
+                {RPCResult::Type::NUM, "contributions_count", "their number"},
+                {RPCResult::Type::STR_HEX, "winner_key", "the x-only key that signed this block"},
+                {RPCResult::Type::STR, "award", "\"drawn\" from the parent's contributions or \"appointed\" by the coordinator"},
+                {RPCResult::Type::OBJ, "draw", /*optional=*/true, "the winner's contribution in the parent's table (if drawn)", {
+                    {RPCResult::Type::STR_HEX, "update_hash", "hash of its model update"},
+                    {RPCResult::Type::NUM, "params", "number of parameters it trained"},
+                    {RPCResult::Type::NUM, "loss_reduction", "by how much it reduced the validation loss"},
+                    {RPCResult::Type::NUM, "weight", "its weight in the lottery"},
+                    {RPCResult::Type::NUM, "index", "its position in the table"},
+                    {RPCResult::Type::ARR, "siblings", "its path, leaf to root", {
+                        {RPCResult::Type::OBJ, "", "", {
+                            {RPCResult::Type::STR_HEX, "hash", "the node's hash"},
+                            {RPCResult::Type::NUM, "sum", "the weight of all leaves below it"},
+                        }},
+                    }},
+                }},
+                {RPCResult::Type::ARR, "coordinator_signatures", "", {
+                    {RPCResult::Type::OBJ, "", "", {
+                        {RPCResult::Type::NUM, "key_index", "position of the key among those in force"},
+                        {RPCResult::Type::STR_HEX, "signature", "BIP340 signature over the certificate"},
+                    }},
+                }},
+                {RPCResult::Type::STR_HEX, "winner_signature", "the winner's BIP340 signature over the block"},
+            },
+        },
+        RPCExamples{
+            HelpExampleCli("gettrainingcertificate", "") +
+            HelpExampleCli("gettrainingcertificate", "1") +
+            HelpExampleRpc("gettrainingcertificate", "1")},
+        [](const RPCMethod& self, const JSONRPCRequest& request) -> UniValue {
+            ChainstateManager& chainman{EnsureAnyChainman(request.context)};
+            const TrainingParams& training{EnsureTrainingNetwork(chainman)};
+            const CBlockIndex& index{*CHECK_NONFATAL(request.params[0].isNull() ? WITH_LOCK(cs_main, return chainman.ActiveTip()) : ParseHashOrHeight(request.params[0], chainman))};
+            if (index.nHeight < training.StartHeight()) {
+                throw JSONRPCError(RPC_INVALID_PARAMETER, strprintf("Block %d has no training certificate: they start at height %d", index.nHeight, training.StartHeight()));
+            }
+            const TrainingPayload payload{ReadPayload(chainman, index)};
+            UniValue result{UniValue::VOBJ};
+            result.pushKV("blockhash", index.GetBlockHash().GetHex());
+            result.pushKVs(CertificateToJSON(payload.certificate));
+            result.pushKV("winner_signature", HexStr(payload.winner_signature));
+            return result;
+        },
+    };
+}
+
+static RPCMethod gettraininginfo()
+{
+    return RPCMethod{
+        "gettraininginfo",
+        "Returns what defines the training network, and the state of training at the tip.\n",
+        {},
+        RPCResult{
+            RPCResult::Type::OBJ, "", "", {
+                {RPCResult::Type::STR_HEX, "chain_id", "identifies the network: every signature covers it"},
+                {RPCResult::Type::NUM, "start_height", "from this height on blocks need a certificate"},
+                {RPCResult::Type::ARR, "keys", "the coordinator's keys", {
+                    {RPCResult::Type::OBJ, "", "", {
+                        {RPCResult::Type::NUM, "height", "the height from which they are in force"},
+                        {RPCResult::Type::NUM, "threshold", "how many of them must sign"},
+                        {RPCResult::Type::ARR, "keys", "", {{RPCResult::Type::STR_HEX, "key", "x-only public key"}}},
+                        {RPCResult::Type::BOOL, "in_force", "whether they sign the next block's certificate"},
+                    }},
+                }},
+                {RPCResult::Type::STR_HEX, "beacon", "anchor of the coordinator's beacon"},
+                {RPCResult::Type::NUM, "round_seconds", "seconds after which an absent winner may be redrawn"},
+                {RPCResult::Type::NUM, "height", "the tip's height"},
+                {RPCResult::Type::STR_HEX, "model", "hash of the model that the next cycle starts from"},
+                {RPCResult::Type::NUM, "loss", /*optional=*/true, "its validation loss in nano-nats (if the tip has a certificate)"},
+                {RPCResult::Type::NUM, "contributions_weight", "total weight of the table from which the next winner is drawn, 0 if the coordinator appoints"},
+            },
+        },
+        RPCExamples{
+            HelpExampleCli("gettraininginfo", "") +
+            HelpExampleRpc("gettraininginfo", "")},
+        [](const RPCMethod& self, const JSONRPCRequest& request) -> UniValue {
+            ChainstateManager& chainman{EnsureAnyChainman(request.context)};
+            const TrainingParams& training{EnsureTrainingNetwork(chainman)};
+            const CBlockIndex& tip{*CHECK_NONFATAL(WITH_LOCK(cs_main, return chainman.ActiveTip()))};
+
+            UniValue rotations{UniValue::VARR};
+            for (const auto& [height, keys] : training.keys) {
+                UniValue xonly{UniValue::VARR};
+                for (const auto& key : keys.keys) xonly.push_back(HexStr(key));
+                UniValue entry{UniValue::VOBJ};
+                entry.pushKV("height", height);
+                entry.pushKV("threshold", keys.threshold);
+                entry.pushKV("keys", std::move(xonly));
+                entry.pushKV("in_force", tip.nHeight + 1 >= training.StartHeight() && &training.KeysAt(tip.nHeight + 1) == &keys);
+                rotations.push_back(std::move(entry));
+            }
+            UniValue result{UniValue::VOBJ};
+            result.pushKV("chain_id", HexStr(TrainingChainId(chainman.GetConsensus())));
+            result.pushKV("start_height", training.StartHeight());
+            result.pushKV("keys", std::move(rotations));
+            result.pushKV("beacon", HexStr(training.beacon));
+            result.pushKV("round_seconds", training.round_seconds);
+            result.pushKV("height", tip.nHeight);
+            if (tip.nHeight < training.StartHeight()) {
+                result.pushKV("model", HexStr(training.model));
+                result.pushKV("contributions_weight", 0);
+            } else {
+                const TrainingCertificate certificate{ReadPayload(chainman, tip).certificate};
+                result.pushKV("model", HexStr(certificate.model_after));
+                result.pushKV("loss", certificate.loss_after);
+                result.pushKV("contributions_weight", certificate.contributions_weight);
+            }
+            return result;
+        },
+    };
+}
+
+void RegisterTrainingRPCCommands(CRPCTable& t)
+{
+    static const CRPCCommand commands[]{
+        {"training", &gettrainingcertificate},
+        {"training", &gettraininginfo},
+    };
+    for (const auto& c : commands) {
+        t.appendCommand(c.name, &c);
+    }
+}

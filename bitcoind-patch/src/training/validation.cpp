@@ -1,0 +1,191 @@
+// Copyright (c) 2026-present The traincert developers
+// Distributed under the MIT software license, see the accompanying
+// file COPYING or https://opensource.org/license/mit/.
+
+#include <training/validation.h>
+
+#include <consensus/merkle.h>
+#include <consensus/params.h>
+#include <consensus/validation.h>
+#include <hash.h>
+#include <pow.h>
+#include <primitives/block.h>
+#include <primitives/transaction.h>
+#include <pubkey.h>
+#include <script/script.h>
+#include <serialize.h>
+#include <streams.h>
+#include <tinyformat.h>
+#include <training/certificate.h>
+#include <training/params.h>
+#include <uint256.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <optional>
+#include <span>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+static constexpr std::array<uint8_t, 4> PAYLOAD_MAGIC{'T', 'C', 'R', 'T'};
+
+static const HashWriter HASHER_CHAIN{TaggedHash("traincert/chain")};
+static const HashWriter HASHER_CERTIFICATE{TaggedHash("traincert/certificate")};
+static const HashWriter HASHER_BLOCK{TaggedHash("traincert/block")};
+
+uint256 TrainingChainId(const Consensus::Params& params)
+{
+    HashWriter hasher{HASHER_CHAIN};
+    hasher << params.hashGenesisBlock;
+    WriteCompactSize(hasher, params.training->keys.size());
+    for (const auto& [height, keys] : params.training->keys) {
+        hasher << uint32_t(height) << keys.threshold << keys.keys;
+    }
+    hasher << params.training->beacon << params.training->round_seconds << params.training->model;
+    return hasher.GetSHA256();
+}
+
+uint256 CertificateSigHash(const uint256& chain_id, const TrainingCertificateBody& body)
+{
+    HashWriter hasher{HASHER_CERTIFICATE};
+    hasher << chain_id << body;
+    return hasher.GetSHA256();
+}
+
+uint256 WinnerSigHash(const uint256& chain_id, const CBlock& block, size_t output)
+{
+    CMutableTransaction coinbase{*block.vtx.at(0)};
+    CScript& script{coinbase.vout.at(output).scriptPubKey};
+    std::fill(script.end() - std::tuple_size_v<SchnorrSignature>, script.end(), 0);
+
+    std::vector<uint256> leaves{coinbase.GetHash().ToUint256()};
+    for (size_t i{1}; i < block.vtx.size(); ++i) {
+        leaves.push_back(block.vtx[i]->GetHash().ToUint256());
+    }
+    CBlockHeader header{block};
+    header.hashMerkleRoot = ComputeMerkleRoot(std::move(leaves));
+
+    HashWriter hasher{HASHER_BLOCK};
+    hasher << chain_id << header;
+    return hasher.GetSHA256();
+}
+
+static bool Reject(BlockValidationState& state, const std::string& reason, const std::string& message)
+{
+    return state.Invalid(BlockValidationResult::BLOCK_CONSENSUS, "bad-traincert-" + reason, message);
+}
+
+/** A push that starts with the magic. */
+struct PayloadPush {
+    std::vector<unsigned char> data;
+    bool canonical; //!< it is minimal, and the script ends with it
+    size_t output;
+};
+
+/** Decode a script that is OP_RETURN and a push which starts with the magic. */
+static std::optional<PayloadPush> MatchPayload(const CScript& script, size_t output)
+{
+    auto pc{script.begin()};
+    opcodetype opcode;
+    std::vector<unsigned char> data;
+    if (!script.GetOp(pc, opcode) || opcode != OP_RETURN || !script.GetOp(pc, opcode, data)) return std::nullopt;
+    if (data.size() < PAYLOAD_MAGIC.size() || !std::equal(PAYLOAD_MAGIC.begin(), PAYLOAD_MAGIC.end(), data.begin())) return std::nullopt;
+    const bool canonical{CheckMinimalPush(data, opcode) && pc == script.end()};
+    return PayloadPush{std::move(data), canonical, output};
+}
+
+std::optional<TrainingPayload> ReadTrainingPayload(const CTransaction& coinbase, BlockValidationState& state)
+{
+    std::optional<PayloadPush> push;
+    for (size_t i{0}; i < coinbase.vout.size(); ++i) {
+        auto match{MatchPayload(coinbase.vout[i].scriptPubKey, i)};
+        if (!match) continue;
+        if (push) {
+            Reject(state, "multiple", strprintf("coinbase outputs %u and %u both carry a training certificate", push->output, i));
+            return std::nullopt;
+        }
+        push = std::move(match);
+    }
+    if (!push) {
+        Reject(state, "missing", "no coinbase output carries a training certificate");
+        return std::nullopt;
+    }
+    if (!push->canonical) {
+        Reject(state, "parse", strprintf("coinbase output %u is not OP_RETURN and one minimal push", push->output));
+        return std::nullopt;
+    }
+    SpanReader reader{std::span{push->data}.subspan(PAYLOAD_MAGIC.size())};
+    // Another version has another layout: say so before anything else is read.
+    if (!reader.empty() && push->data[PAYLOAD_MAGIC.size()] != TrainingCertificate::VERSION) {
+        Reject(state, "version", strprintf("version %u, expected %u", push->data[PAYLOAD_MAGIC.size()], TrainingCertificate::VERSION));
+        return std::nullopt;
+    }
+    try {
+        TrainingPayload payload{.certificate = {}, .winner_signature = {}, .output = push->output};
+        reader >> payload.certificate >> payload.winner_signature;
+        if (reader.empty()) return payload;
+        Reject(state, "parse", strprintf("%u bytes after the winner's signature", reader.size()));
+    } catch (const std::exception& e) {
+        Reject(state, "parse", e.what());
+    }
+    return std::nullopt;
+}
+
+bool CheckTrainingHeader(const CBlockHeader& header, int height, const Consensus::Params& params, BlockValidationState& state)
+{
+    if (!params.training || height >= params.training->StartHeight()) return true;
+    if (CheckProofOfWorkImpl(header.GetHash(), header.nBits, params)) return true;
+    return state.Invalid(BlockValidationResult::BLOCK_INVALID_HEADER, "high-hash", "proof of work failed");
+}
+
+bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state)
+{
+    if (!params.training || height < params.training->StartHeight()) return true;
+
+    const auto payload{ReadTrainingPayload(*block.vtx.at(0), state)};
+    if (!payload) return false;
+    const TrainingCertificate& certificate{payload->certificate};
+
+    if (certificate.height != uint32_t(height)) {
+        return Reject(state, "height", strprintf("height %u in a block at height %d", certificate.height, height));
+    }
+    if (certificate.prev_block != block.hashPrevBlock) {
+        return Reject(state, "prevblock", strprintf("previous block %s, but the header's is %s", certificate.prev_block.ToString(), block.hashPrevBlock.ToString()));
+    }
+    const bool no_root{certificate.contributions_root.IsNull()};
+    const bool no_weight{certificate.contributions_weight == 0};
+    const bool no_count{certificate.contributions_count == 0};
+    if (no_root != no_weight || no_weight != no_count) {
+        return Reject(state, "totals", strprintf("%u contributions of total weight %u, and a root that is %szero", certificate.contributions_count, certificate.contributions_weight, no_root ? "" : "not "));
+    }
+
+    const TrainingKeys& keys{params.training->KeysAt(height)};
+    const auto& signatures{certificate.coordinator_signatures};
+    if (signatures.size() != keys.threshold) {
+        return Reject(state, "coordinator-sig", strprintf("%u coordinator signatures, expected %u", signatures.size(), keys.threshold));
+    }
+    for (size_t i{0}; i < signatures.size(); ++i) {
+        if (signatures[i].key_index >= keys.keys.size()) {
+            return Reject(state, "coordinator-sig", strprintf("key index %u of %u keys", signatures[i].key_index, keys.keys.size()));
+        }
+        if (i > 0 && signatures[i].key_index <= signatures[i - 1].key_index) {
+            return Reject(state, "coordinator-sig", strprintf("key index %u after %u", signatures[i].key_index, signatures[i - 1].key_index));
+        }
+    }
+    const uint256 chain_id{TrainingChainId(params)};
+    const uint256 certificate_hash{CertificateSigHash(chain_id, certificate)};
+    for (const auto& [key_index, signature] : signatures) {
+        if (!keys.keys[key_index].VerifySchnorr(certificate_hash, signature)) {
+            return Reject(state, "coordinator-sig", strprintf("signature of coordinator key %u does not verify", key_index));
+        }
+    }
+    if (!certificate.winner_key.VerifySchnorr(WinnerSigHash(chain_id, block, payload->output), payload->winner_signature)) {
+        return Reject(state, "winner-sig", "the winner's signature does not verify");
+    }
+    return true;
+}

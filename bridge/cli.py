@@ -1,0 +1,146 @@
+"""The command `traincert`. Torch is imported only by commands that train."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from traincert.bridge.errors import BridgeError, NodeUnreachableError
+from traincert.regtest import errors as regtest_errors
+from traincert.regtest.build import build_node, node_folder
+from traincert.trainer.job import TrainerError
+
+EXIT_CODES = """
+Exit codes: 0 done, 1 failed or a claim was not true, 2 wrong usage, 3 node unreachable, 130 interrupted.
+"""
+
+
+@click.group(epilog=EXIT_CODES)
+@click.version_option(package_name="traincert")
+def cli() -> None:
+    """A Bitcoin regtest chain whose blocks are earned by training a model."""
+
+
+def main() -> None:
+    """Run the command line: errors that we know are one line and an exit code, others keep their traceback."""
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except (NodeUnreachableError, regtest_errors.NodeUnreachableError) as error:
+        _fail(str(error), 3)
+    except (BridgeError, TrainerError, regtest_errors.RegtestError) as error:
+        _fail(str(error), 1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"traincert: {message}", err=True)
+    sys.exit(code)
+
+
+@cli.group()
+def node() -> None:
+    """The patched bitcoind."""
+
+
+SOURCE = click.option(
+    "--source",
+    type=click.Path(path_type=Path, exists=True),
+    help="A folder or tarball with the source tree, instead of the pinned one.",
+)
+
+
+@node.command("build")
+@SOURCE
+def node_build(source: Path | None) -> None:
+    """Fetch, patch and build bitcoind and bitcoin-cli, unless the cache has them."""
+    click.echo(_build(source) / "bin")
+
+
+@node.command("path")
+@SOURCE
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def node_path(source: Path | None, as_json: bool) -> None:
+    """Print the folder of the built programs."""
+    programs = node_folder(source) / "bin"
+    if not programs.is_dir():
+        raise click.ClickException(f"the node is not built yet, {programs} is missing: run traincert node build")
+    click.echo(json.dumps({"path": str(programs)}) if as_json else programs)
+
+
+def _build(source: Path | None = None) -> Path:
+    from traincert.bridge.view import BuildView
+
+    with BuildView() as view:
+        return build_node(source, progress=view.update)
+
+
+@cli.command()
+@click.option(
+    "--datadir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("demo/node0"),
+    show_default=True,
+    help="The data directory of a running node.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: certificates as gettrainingcertificate has them.")
+def chain(datadir: Path, as_json: bool) -> None:
+    """Read a training chain from a running node, check every rule on it, and show its blocks."""
+    from traincert.bridge.chain import certificate_json, read_chain, read_params
+    from traincert.bridge.node import NodeClient
+    from traincert.bridge.view import chain_table, stdout_console
+
+    with NodeClient.from_datadir(datadir) as client:
+        blocks = read_chain(client, read_params(client))
+    if as_json:
+        click.echo(json.dumps([certificate_json(block) for block in blocks], indent=2))
+    else:
+        stdout_console().print(chain_table(blocks))
+
+
+@cli.command()
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo"),
+    show_default=True,
+    help="Where keys, data directories and the picture go; a former demo's are replaced.",
+)
+@click.option("--cycles", type=click.IntRange(1, 10_000), default=12, show_default=True, help="Cycles, a block each.")
+@click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Miners.")
+@click.option("--nodes", type=click.IntRange(1, 20), default=3, show_default=True, help="Nodes.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the model.")
+@click.option("--keep", is_flag=True, help="Leave the nodes running at the end.")
+def demo(data: Path, cycles: int, miners: int, nodes: int, seed: int, keep: bool) -> None:
+    """Run a training network on this machine, and check what it is said to do."""
+    programs = _build() / "bin"
+    # torch, matplotlib and scikit-learn take seconds to import: not before they are needed
+    from traincert.bridge.demo import PICTURE, Plan, run_demo
+    from traincert.bridge.view import CyclesView, chain_table, print_claims, stdout_console
+
+    with CyclesView() as view:
+        outcome = run_demo(programs / "bitcoind", Plan(data, cycles, miners, nodes, seed, keep), view)
+    console = stdout_console()
+    console.print(chain_table(outcome.chain, outcome.names))
+    console.print()
+    print_claims(console, [(claim.text, claim.holds) for claim in outcome.claims])
+    console.print(f"picture: {data / PICTURE}")
+    if keep:
+        bitcoin_cli = shlex.join([str(programs / "bitcoin-cli"), f"-datadir={data.absolute() / 'node0'}"])
+        click.echo(f"\nThe nodes are running. Talk to them:\n  {bitcoin_cli} gettraininginfo")
+        click.echo(f"  traincert chain --datadir {shlex.quote(str(data / 'node0'))}")
+        command = f"{shlex.quote(str(programs / 'bitcoin-cli'))} -datadir=$node stop"
+        click.echo(f"Stop them:\n  for node in {shlex.quote(str(data.absolute()))}/node*; do {command}; done")
+    if not all(claim.holds for claim in outcome.claims):
+        raise click.ClickException("not every claim is true")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The contribution table as a Merkle-sum tree, its paths, and the draw.
+
+Functions and one class from bytes to bytes: no network, clock or files. The rules are those of SPEC.md; the node's
+side is bitcoind-patch/src/training/lottery.cpp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from math import isqrt
+from typing import NamedTuple
+
+from traincert.bridge.codec import tagged_hash
+from traincert.bridge.errors import CertificateError
+
+U64_MAX = 2**64 - 1
+NO_ROOT = bytes(32)
+_NODE_SIZE = 40  # a hash and a u64
+
+
+class Leaf(NamedTuple):
+    """One miner's scored update: key and hash are 32 bytes, loss_reduction is in nano-nats."""
+
+    miner_key: bytes
+    update_hash: bytes
+    params: int
+    loss_reduction: int
+    weight: int
+
+    def serialize(self) -> bytes:
+        """Return the message of the leaf's hash."""
+        numbers = self.params.to_bytes(8, "little") + self.loss_reduction.to_bytes(8, "little")
+        return self.miner_key + self.update_hash + numbers + self.weight.to_bytes(8, "little")
+
+
+class Node(NamedTuple):
+    """A node of the tree: its hash (32 bytes), and the weight of all leaves below it."""
+
+    hash: bytes
+    sum: int
+
+
+def contribution_weight(params: int, loss_reduction: int) -> int:
+    """Return the share in the lottery that training `params` parameters for `loss_reduction` nano-nats earns."""
+    return isqrt(params * loss_reduction)
+
+
+class ContributionTable:
+    """The leaves of a cycle, in order, and the tree over them.
+
+    An empty table has root 0, weight 0 and count 0. Raises CertificateError if two leaves are the same miner's same
+    update, if a weight is not what `contribution_weight` gives or is 0, or if the total does not fit 64 bits.
+    """
+
+    def __init__(self, leaves: Iterable[Leaf]) -> None:
+        self.leaves = sorted(leaves)
+        for left, right in itertools.pairwise(self.leaves):
+            if left[:2] == right[:2]:
+                raise CertificateError("draw", f"miner {left.miner_key.hex()} has the same update twice")
+        for leaf in self.leaves:
+            if leaf.weight < 1 or leaf.weight != isqrt(leaf.params * leaf.loss_reduction):
+                raise CertificateError("weight", f"miner {leaf.miner_key.hex()}: {leaf.weight} is not its weight")
+        self._ends = list(itertools.accumulate(leaf.weight for leaf in self.leaves))
+        if self.weight > U64_MAX:
+            raise CertificateError("totals", f"a total weight of {self.weight} does not fit 64 bits")
+        self._levels = _build_levels(self.leaves)
+
+    @property
+    def root(self) -> bytes:
+        """The tree's root hash, 32 bytes."""
+        return bytes(self._levels[-1][:32]) if self.leaves else NO_ROOT
+
+    @property
+    def weight(self) -> int:
+        """The total weight."""
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def count(self) -> int:
+        """The number of leaves."""
+        return len(self.leaves)
+
+    def find(self, ticket: int) -> int:
+        """Return the index of the leaf that holds a ticket, 0 <= ticket < weight."""
+        return bisect_right(self._ends, ticket)
+
+    def path(self, index: int) -> tuple[Node, ...]:
+        """Return a leaf's siblings, leaf to root."""
+        siblings = []
+        for level in self._levels[:-1]:
+            at = (index ^ 1) * _NODE_SIZE
+            if at < len(level):
+                node = level[at : at + _NODE_SIZE]
+                siblings.append(Node(bytes(node[:32]), int.from_bytes(node[32:], "little")))
+            index //= 2
+        return tuple(siblings)
+
+
+def _build_levels(leaves: Sequence[Leaf]) -> list[bytearray]:
+    """All levels of the tree, leaves first, each as its nodes' bytes: two neighbours are just what a branch hashes."""
+    hasher = _tagged_hasher("traincert/contribution")
+    level = bytearray()
+    for leaf in leaves:
+        each = hasher.copy()
+        each.update(leaf.serialize())
+        level += each.digest() + leaf.weight.to_bytes(8, "little")
+    levels = [level]
+    hasher = _tagged_hasher("traincert/branch")
+    sums = [leaf.weight for leaf in leaves]
+    while len(sums) > 1:
+        below = memoryview(level)
+        odd = sums[-1:] if len(sums) % 2 else []
+        sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=False)]
+        level = bytearray()
+        for i, total in enumerate(sums):
+            each = hasher.copy()
+            each.update(below[2 * _NODE_SIZE * i : 2 * _NODE_SIZE * (i + 1)])
+            level += each.digest() + total.to_bytes(8, "little")
+        if odd:  # the odd node at the end of a level goes up unchanged
+            level += below[-_NODE_SIZE:]
+        sums += odd
+        levels.append(level)
+    return levels
+
+
+def _tagged_hasher(tag: str) -> hashlib._Hash:
+    prefix = hashlib.sha256(tag.encode()).digest()
+    return hashlib.sha256(prefix + prefix)
+
+
+def leaf_node(leaf: Leaf) -> Node:
+    """Return the node of the tree that stands for a leaf."""
+    return Node(tagged_hash("traincert/contribution", leaf.serialize()), leaf.weight)
+
+
+def branch_node(left: Node, right: Node) -> Node | None:
+    """Return the parent of two nodes, or None if their sums overflow."""
+    total = left.sum + right.sum
+    if total > U64_MAX:
+        return None
+    message = b"".join(node.hash + node.sum.to_bytes(8, "little") for node in (left, right))
+    return Node(tagged_hash("traincert/branch", message), total)
+
+
+def follow_path(leaf: Node, index: int, count: int, siblings: Sequence[Node]) -> tuple[Node, int] | None:
+    """Follow a path from a leaf to the root.
+
+    Returns the node where it ends and the weight of all leaves to the left of the leaf; None if the index is not below
+    the count, if the siblings are more or fewer than the path needs, or if the sums overflow.
+    """
+    if index >= count:
+        return None
+    root, start, left = leaf, 0, list(siblings)
+    while count > 1:
+        if index % 2 == 1 or index + 1 < count:  # else an odd node at the end of its level: no sibling
+            if not left:
+                return None
+            sibling = left.pop(0)
+            branch = branch_node(sibling, root) if index % 2 else branch_node(root, sibling)
+            if branch is None:
+                return None
+            start += sibling.sum if index % 2 else 0
+            root = branch
+        index //= 2
+        count = (count + 1) // 2
+    return None if left else (root, start)
+
+
+def draw_ticket(beacon_reveal: bytes, prev_block: bytes, round_: int, contributions_weight: int) -> int:
+    """Return the ticket drawn from a table of a total weight: below it, and the same for everyone.
+
+    `prev_block` is in header byte order.
+    """
+    seed = tagged_hash("traincert/draw", beacon_reveal + prev_block + round_.to_bytes(2, "little"))
+    return int.from_bytes(seed, "big") % contributions_weight

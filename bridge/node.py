@@ -1,0 +1,107 @@
+"""RPC to one node. The only file that knows the RPC library, bitcoinrpc."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import orjson
+from bitcoinrpc import BitcoinRPC, RPCError
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+
+from traincert.bridge.errors import BridgeError, NodeCallError, NodeUnreachableError
+
+CALL_TIMEOUT = 60.0  # seconds
+RETRY_TIME = 10.0  # seconds in which a node that is starting, or not there yet, is asked again
+_RPC_IN_WARMUP = -28
+
+
+class _NotReadyError(NodeUnreachableError):
+    """The call did not reach the node, or it is starting: asking again is harmless."""
+
+
+class NodeClient:
+    """A node's RPC interface, over one connection that is kept open.
+
+    The library is asynchronous; every call here waits for its answer, so that the loops that use it read from top to
+    bottom and an interrupt ends them at once.
+    """
+
+    def __init__(self, url: str, cookie_file: Path, *, name: str) -> None:
+        self.url = url
+        self.name = name
+        self._cookie_file = cookie_file
+        self._runner = asyncio.Runner()
+        self._rpc: BitcoinRPC | None = None
+
+    @classmethod
+    def from_datadir(cls, datadir: Path) -> Self:
+        """Return a client of the regtest node that runs on a data directory.
+
+        Raises BridgeError if there is no bitcoin.conf that names its port.
+        """
+        try:
+            lines = [line.partition("=") for line in (datadir / "bitcoin.conf").read_text().splitlines()]
+        except OSError as error:
+            raise BridgeError(f"{datadir} is no node's data directory: {error.strerror}: bitcoin.conf") from error
+        options = {name.strip(): value.strip() for name, _, value in lines}
+        if "rpcport" not in options:
+            raise BridgeError(f"{datadir / 'bitcoin.conf'} names no rpcport")
+        url = f"http://127.0.0.1:{options['rpcport']}"
+        return cls(url, datadir / "regtest" / ".cookie", name=datadir.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._rpc is not None:
+            self._runner.run(self._rpc.aclose())
+            self._rpc = None
+        self._runner.close()
+
+    def call(self, method: str, *params: object) -> Any:
+        """Call an RPC method and return its result, as JSON has it.
+
+        Raises NodeCallError with the node's own error, and NodeUnreachableError if it did not answer.
+        """
+        for attempt in Retrying(
+            retry=retry_if_exception_type(_NotReadyError),
+            stop=stop_after_delay(RETRY_TIME),
+            wait=wait_exponential(multiplier=0.05, max=1),
+            reraise=True,
+        ):
+            with attempt:
+                return self._runner.run(self._call(method, params))
+        raise AssertionError("tenacity ends with a result or an exception")
+
+    async def _call(self, method: str, params: tuple[object, ...]) -> Any:
+        try:
+            if self._rpc is None:
+                user, _, password = self._cookie_file.read_text().partition(":")
+                # trust_env: a proxy from the environment has no business between us and our node
+                self._rpc = BitcoinRPC.from_config(self.url, (user, password), timeout=CALL_TIMEOUT, trust_env=False)
+            return await self._rpc.acall(method, list(params))
+        except RPCError as error:
+            if error.error["code"] == _RPC_IN_WARMUP:
+                raise _NotReadyError(f"{self.name}: {error}") from error
+            raise NodeCallError(self.name, method, error.error["code"], str(error)) from error
+        except FileNotFoundError:
+            raise _NotReadyError(f"{self.name} is not running: no {self._cookie_file}") from None
+        except httpx.ConnectError as error:
+            raise _NotReadyError(f"{self.name} at {self.url} does not answer: {error}") from error
+        except (httpx.HTTPError, orjson.JSONDecodeError) as error:
+            problem = str(error) or type(error).__name__
+            raise NodeUnreachableError(f"{self.name} at {self.url}: {method}: {problem}") from error
+
+    def wait_for_block(self, block_hash: str, timeout: float) -> bool:
+        """Wait until a block is the node's tip, for at most `timeout` seconds; whether it is."""
+        answer: Mapping[str, str] = self.call("waitforblock", block_hash, int(timeout * 1000))
+        return answer["hash"] == block_hash

@@ -1,0 +1,66 @@
+"""What defines a training network: the node's -training... options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bitcoin.core import CoreRegTestParams
+
+from traincert.bridge.codec import compact_size, tagged_hash
+
+GENESIS_HASH: bytes = CoreRegTestParams.GENESIS_BLOCK.GetHash()
+"""Of regtest, in header byte order."""
+
+
+@dataclass(frozen=True)
+class TrainingKeys:
+    """The coordinator's x-only public keys (32 bytes each), of which `threshold` must sign each certificate."""
+
+    threshold: int
+    keys: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class TrainingParams:
+    """The parameters of a training network.
+
+    `keys` are by the height from which on they are in force, `beacon` is the anchor of the coordinator's hash chain and
+    `model` the hash of the model that training starts from (32 bytes each).
+    """
+
+    keys: Mapping[int, TrainingKeys]
+    beacon: bytes
+    model: bytes
+    round_seconds: int = 60
+
+    @property
+    def start_height(self) -> int:
+        """From this height on blocks need a certificate."""
+        return min(self.keys)
+
+    def keys_at(self, height: int) -> TrainingKeys:
+        """Return the keys in force at a height, which must not be below the start height."""
+        return self.keys[max(start for start in self.keys if start <= height)]
+
+    @property
+    def chain_id(self) -> bytes:
+        """32 bytes that identify the network; every signature covers them."""
+        message = GENESIS_HASH + compact_size(len(self.keys))
+        for height, keys in sorted(self.keys.items()):
+            message += height.to_bytes(4, "little") + keys.threshold.to_bytes(1, "little")
+            message += compact_size(len(keys.keys)) + b"".join(keys.keys)
+        message += self.beacon + self.round_seconds.to_bytes(4, "little") + self.model
+        return tagged_hash("traincert/chain", message)
+
+    def node_options(self) -> dict[str, str | list[str]]:
+        """Return them as bitcoin.conf has them."""
+        return {
+            "trainingkeys": [
+                f"{height}:{keys.threshold}:{','.join(key.hex() for key in keys.keys)}"
+                for height, keys in sorted(self.keys.items())
+            ],
+            "trainingbeacon": self.beacon.hex(),
+            "traininground": str(self.round_seconds),
+            "trainingmodel": self.model.hex(),
+        }

@@ -1,0 +1,144 @@
+"""What the command line shows: live on a terminal, plain lines elsewhere; all of it on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from traincert.bridge.chain import CertifiedBlock
+    from traincert.bridge.coordinator import ClosedSlot
+
+PIPE_WIDTH = 180  # columns where the output is no terminal: wide enough that no line is folded
+
+
+def stdout_console() -> Console:
+    """Return a console for results."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def _stderr_console() -> Console:
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, width=PIPE_WIDTH)
+
+
+class BuildView:
+    """Progress of the node's build: a bar, or a line for each step and tenth of the way."""
+
+    def __init__(self) -> None:
+        self._console = _stderr_console()
+        self._progress = _progress(self._console)
+        self._task = self._progress.add_task("building the node", total=None)
+        self._said = ""
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def update(self, step: str, done: int, total: int) -> None:
+        """Show a step, and how much of it is done, out of how much (0: not known)."""
+        text = f"node: {step}"
+        self._progress.update(self._task, description=text, completed=done, total=total or None)
+        if not self._console.is_terminal:
+            line = f"{text} {10 * done // total * 10} %" if total else text
+            if line != self._said:
+                self._console.print(line)
+                self._said = line
+
+
+class CyclesView:
+    """The demo's cycles: a growing table and a bar, or a line for each step and block."""
+
+    def __init__(self) -> None:
+        self._console = _stderr_console()
+        self._progress = _progress(self._console)
+        self._task = self._progress.add_task("", total=None)
+        self._table = _cycles_table()
+        self._live = Live(Group(self._table, self._progress), console=self._console, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._live.stop()
+
+    def step(self, text: str) -> None:
+        """Say what is being done now."""
+        self._progress.update(self._task, description=text, completed=0, total=None)
+        if not self._console.is_terminal:
+            self._console.print(text)
+
+    def update(self, done: int, total: int) -> None:
+        """Show how many of the cycle's tasks are done."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def closed(self, slot: ClosedSlot, winner: str) -> None:
+        """Show a cycle whose block is in the chain."""
+        certificate, result = slot.certificate, slot.result
+        accepted, refused = len(result.contributions), len(result.refusals)
+        loss = f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}"
+        accuracy = f"{result.accuracy:.4f}"
+        row = (str(certificate.height), winner, f"{accepted} of {accepted + refused}", loss, accuracy, slot.block_hash)
+        self._table.add_row(*row)
+        if not self._console.is_terminal:
+            height, winner, updates, loss, accuracy, block_hash = row
+            self._console.print(
+                f"block {height} by {winner}: {updates} updates, loss {loss}, accuracy {accuracy}, {block_hash}"
+            )
+
+
+def _progress(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+
+def _cycles_table() -> Table:
+    table = Table(box=None)
+    for name in ("height", "winner", "updates taken", "held-out loss", "test accuracy", "block"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | None = None) -> Table:
+    """Return a table with a row a block; winners are shown by name, or by the start of their key."""
+    table = Table(box=None)
+    for name in ("height", "winner", "award"):
+        table.add_column(name)
+    table.add_column("parameters trained", justify="right")
+    table.add_column("held-out loss before → after (nats)", justify="right")
+    table.add_column("winner's weight / total", justify="right")
+    table.add_column("block hash", overflow="fold")
+    total = 0
+    for block in chain:
+        certificate = block.certificate
+        winner = certificate.winner_key
+        table.add_row(
+            str(certificate.height),
+            names[winner] if names else winner.hex()[:16],
+            certificate.award,
+            f"{certificate.params_trained:,}",
+            f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}",
+            f"{certificate.draw.weight:,} / {total:,}" if certificate.draw else "-",
+            block.hash,
+        )
+        total = certificate.contributions_weight  # what the next winner is drawn from
+    return table
+
+
+def print_claims(console: Console, claims: Sequence[tuple[str, bool]]) -> None:
+    """Print each claim with what its check found."""
+    for text, holds in claims:
+        console.print(f"{'[green]✓[/]' if holds else '[red]✗ NOT TRUE:[/]'} {text}")

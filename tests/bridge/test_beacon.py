@@ -1,0 +1,22 @@
+"""The beacon's values are each the preimage of the one before."""
+
+import pytest
+
+from traincert.bridge.beacon import BEACON_LENGTH, Beacon, check_reveal
+from traincert.bridge.errors import BridgeError
+
+
+def test_each_reveal_is_the_preimage_of_the_one_before() -> None:
+    beacon = Beacon(bytes(32))
+    before = beacon.anchor
+    for slot in range(100):
+        assert check_reveal(beacon.reveal(slot), before)
+        assert not check_reveal(before, beacon.reveal(slot))
+        before = beacon.reveal(slot)
+
+
+def test_the_last_reveal_is_the_secret_and_then_it_is_used_up() -> None:
+    beacon = Beacon(bytes([7] * 32))
+    assert beacon.reveal(BEACON_LENGTH - 1) == bytes([7] * 32)
+    with pytest.raises(BridgeError, match="no value for block 65537"):
+        beacon.reveal(BEACON_LENGTH)
