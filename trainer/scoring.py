@@ -100,6 +100,7 @@ def nano_nats(loss: float) -> int:
     return max(0, round(loss * 1e9))
 
 
+@deterministic()
 def read_update(data: bytes, expected: State, max_norm: float) -> State:
     """Check and decode `data`, the bytes that a miner sent as its update; cheap checks come first.
 

@@ -22,19 +22,20 @@ def deterministic() -> Iterator[None]:
     each of which may add in another order. Randomness is not set here: every draw uses its own seeded generator.
     """
     threads = torch.get_num_threads()
-    strict = torch.are_deterministic_algorithms_enabled()
+    strictness = torch.get_deterministic_debug_mode()
     precision = torch.get_float32_matmul_precision()
     # The number of threads decides how sums are divided, and so how they are rounded.
     torch.set_num_threads(1)
     # An operation that has no deterministic implementation raises, instead of being a little different each time.
-    torch.use_deterministic_algorithms(True)
+    # (torch.use_deterministic_algorithms does the same, but first imports torch's compiler: a second in each worker.)
+    torch.set_deterministic_debug_mode("error")
     # Lower settings let the CPU backend multiply in bfloat16 where it has the instructions.
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)
+        torch.set_deterministic_debug_mode(strictness)
         torch.set_float32_matmul_precision(precision)
 
 
@@ -51,14 +52,17 @@ def train_task(job: TrainingJob, state: State, shard: Examples, task: Task) -> b
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in segment)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=job.learning_rate, momentum=job.momentum)
+    # What torch.optim.SGD does; making one of those, too, imports torch's compiler.
+    velocities = [torch.zeros_like(parameter) for parameter in trained]
     generator = torch.Generator().manual_seed(int.from_bytes(task.seed[:8], "little", signed=True))
     for _ in range(job.local_epochs):
         order = torch.randperm(len(shard.labels), generator=generator)
         for batch in torch.split(order, job.batch_size):
             loss = nn.functional.cross_entropy(model(shard.inputs[batch]), shard.labels[batch])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            gradients = torch.autograd.grad(loss, trained)
+            with torch.no_grad():
+                for parameter, velocity, gradient in zip(trained, velocities, gradients, strict=True):
+                    velocity.mul_(job.momentum).add_(gradient)
+                    parameter.sub_(velocity, alpha=job.learning_rate)
     parameters = dict(model.named_parameters())
     return state_bytes({name: parameters[name].detach() - state[name] for name in segment})

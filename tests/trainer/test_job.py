@@ -40,7 +40,7 @@ def test_the_shipped_job_is_read_as_it_is_written() -> None:
         ("hidden = [256, 64]", "hidden = 64", "hidden = 64: must be 1 to 16 layer widths"),
         ("hidden = [256, 64]", "hidden = [256, 0]", "a width must be an integer from 1 to 65536, not 0"),
         ("segments = 2", "segments = 7", "segments = 7: must be at most 6, the model's parameter tensors"),
-        ("seed = 0", "seed =", "cannot be read as TOML: Invalid value (at line 2"),
+        ("seed = 0", "seed =", "cannot be read as TOML: Invalid value (at line 3"),
     ],
 )
 def test_an_error_names_file_key_value_and_what_is_allowed(tmp_path: Path, old: str, new: str, words: str) -> None:

@@ -1,5 +1,7 @@
 """Training: what a task changes, and that it is plain SGD with the same bits each time."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -63,6 +65,20 @@ def test_the_task_seed_decides_the_bits(job: TrainingJob, shard: Examples) -> No
     torch.manual_seed(5)
     assert train_task(job, state, shard, TASK) == update
     assert train_task(job, state, shard, replace(TASK, seed=bytes(32))) != update
+
+
+def test_training_does_not_import_the_compiler() -> None:
+    """It would double the CPU time in which a worker starts."""
+    program = (
+        "import sys, torch; from traincert.trainer.engines import local;"
+        "from traincert.trainer.datasets import Examples; from traincert.trainer.job import TrainingJob;"
+        "from traincert.trainer.state import initial_state; from traincert.trainer.tasks import Task;"
+        "job = TrainingJob.named('digits');"
+        "shard = Examples(torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64));"
+        "local.train_task(job, initial_state(job), shard, Task(bytes(32), 0, 0, bytes(32)));"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_switches_are_set_inside_and_restored_after() -> None:
