@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bitcoin.core import CBlock, CMutableTransaction, CTxOut, lx
-from bitcoin.core.script import OP_RETURN, CScript
+from bitcoin.core.script import OP_0, OP_RETURN, OP_TRUE, CScript
 from coincurve import PrivateKey
 
 from traincert.bridge.beacon import Beacon
@@ -18,7 +18,8 @@ from traincert.bridge.lottery import ContributionTable, Leaf, contribution_weigh
 from traincert.bridge.params import TrainingKeys, TrainingParams
 
 AUX = bytes(32)  # BIP340's auxiliary bytes, fixed so that vectors can be made again
-PAYOUT_SCRIPT = CScript(bytes.fromhex("0014") + bytes(20))
+ANYONE_CAN_SPEND = CScript([OP_TRUE])
+PAYOUT_SCRIPT = CScript([OP_0, hashlib.sha256(ANYONE_CAN_SPEND).digest()])  # P2WSH
 
 
 def secret(name: str) -> PrivateKey:

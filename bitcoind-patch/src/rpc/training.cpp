@@ -113,6 +113,7 @@ static RPCMethod gettrainingcertificate()
         {
             {"hash_or_height", RPCArg::Type::NUM, RPCArg::DefaultHint{"the tip"}, "The block hash or height of the block", RPCArgOptions{.skip_type_check = true, .type_str = {"", "string or numeric"}}},
         },
+        // clang-format off
         RPCResult{
             RPCResult::Type::OBJ, "", "", {
                 {RPCResult::Type::STR_HEX, "blockhash", "the hash of the block that carries the certificate"},
@@ -154,10 +155,8 @@ static RPCMethod gettrainingcertificate()
                 {RPCResult::Type::STR_HEX, "winner_signature", "the winner's BIP340 signature over the block"},
             },
         },
-        RPCExamples{
-            HelpExampleCli("gettrainingcertificate", "") +
-            HelpExampleCli("gettrainingcertificate", "1") +
-            HelpExampleRpc("gettrainingcertificate", "1")},
+        // clang-format on
+        RPCExamples{HelpExampleCli("gettrainingcertificate", "") + HelpExampleCli("gettrainingcertificate", "1") + HelpExampleRpc("gettrainingcertificate", "1")},
         [](const RPCMethod& self, const JSONRPCRequest& request) -> UniValue {
             ChainstateManager& chainman{EnsureAnyChainman(request.context)};
             const TrainingParams& training{EnsureTrainingNetwork(chainman)};
@@ -181,6 +180,7 @@ static RPCMethod gettraininginfo()
         "gettraininginfo",
         "Returns what defines the training network, and the state of training at the tip.\n",
         {},
+        // clang-format off
         RPCResult{
             RPCResult::Type::OBJ, "", "", {
                 {RPCResult::Type::STR_HEX, "chain_id", "identifies the network: every signature covers it"},
@@ -201,9 +201,8 @@ static RPCMethod gettraininginfo()
                 {RPCResult::Type::NUM, "contributions_weight", "total weight of the table from which the next winner is drawn, 0 if the coordinator appoints"},
             },
         },
-        RPCExamples{
-            HelpExampleCli("gettraininginfo", "") +
-            HelpExampleRpc("gettraininginfo", "")},
+        // clang-format on
+        RPCExamples{HelpExampleCli("gettraininginfo", "") + HelpExampleRpc("gettraininginfo", "")},
         [](const RPCMethod& self, const JSONRPCRequest& request) -> UniValue {
             ChainstateManager& chainman{EnsureAnyChainman(request.context)};
             const TrainingParams& training{EnsureTrainingNetwork(chainman)};
@@ -212,7 +211,8 @@ static RPCMethod gettraininginfo()
             UniValue rotations{UniValue::VARR};
             for (const auto& [height, keys] : training.keys) {
                 UniValue xonly{UniValue::VARR};
-                for (const auto& key : keys.keys) xonly.push_back(HexStr(key));
+                for (const auto& key : keys.keys)
+                    xonly.push_back(HexStr(key));
                 UniValue entry{UniValue::VOBJ};
                 entry.pushKV("height", height);
                 entry.pushKV("threshold", keys.threshold);

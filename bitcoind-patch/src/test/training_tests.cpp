@@ -2,8 +2,6 @@
 // Distributed under the MIT software license, see the accompanying
 // file COPYING or https://opensource.org/license/mit/.
 
-#include <test/data/training.json.h>
-
 #include <chainparams.h>
 #include <chainparamsbase.h>
 #include <common/args.h>
@@ -14,6 +12,7 @@
 #include <primitives/block.h>
 #include <pubkey.h>
 #include <streams.h>
+#include <test/data/training.json.h>
 #include <training/certificate.h>
 #include <training/lottery.h>
 #include <training/options.h>
@@ -54,9 +53,11 @@ static std::unique_ptr<const CChainParams> ReadNetwork(const UniValue& options)
     ArgsManager args;
     SetupChainParamsBaseOptions(args);
     std::vector<std::string> arguments{"test_training"};
-    for (const auto& option : options.getValues()) arguments.push_back("-" + option.get_str());
+    for (const auto& option : options.getValues())
+        arguments.push_back("-" + option.get_str());
     std::vector<const char*> argv;
-    for (const auto& argument : arguments) argv.push_back(argument.c_str());
+    for (const auto& argument : arguments)
+        argv.push_back(argument.c_str());
     std::string error;
     BOOST_REQUIRE_MESSAGE(args.ParseParameters(argv.size(), argv.data(), error), error);
     return CreateChainParams(args, ChainType::REGTEST);
