@@ -25,6 +25,7 @@ from traincert.bridge.params import TrainingKeys, TrainingParams
 from traincert.bridge.picture import draw_picture
 from traincert.bridge.producer import Producer
 from traincert.regtest.network import Network
+from traincert.regtest.node import datadir_in_use
 from traincert.trainer.datasets import Dataset, prepare_dataset, read_examples
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
@@ -149,10 +150,10 @@ def _prepare_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()) and not (directory / MARKER).exists():
             raise BridgeError(f"{directory} is not empty, and not a former demo's: choose another with --data")
-        running = [pid.parents[1] for pid in directory.glob("node*/regtest/bitcoind.pid")]
-        if running:
-            cli = f"bitcoin-cli -datadir={running[0].absolute()} stop"
-            raise BridgeError(f"a node is running in {running[0]}: stop it first ({cli}), or choose another --data")
+        for datadir in sorted(directory.glob("node*")):
+            if datadir_in_use(datadir):
+                stop = f"bitcoin-cli -datadir={datadir.absolute()} stop"
+                raise BridgeError(f"a node is running in {datadir}: stop it first ({stop}), or choose another --data")
         for entry in directory.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)

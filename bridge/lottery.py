@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from math import isqrt
@@ -19,6 +20,7 @@ from traincert.bridge.errors import CertificateError
 U64_MAX = 2**64 - 1
 NO_ROOT = bytes(32)
 _NODE_SIZE = 40  # a hash and a u64
+_LEAF = struct.Struct("<32s32sQQQ")
 
 
 class Leaf(NamedTuple):
@@ -32,8 +34,7 @@ class Leaf(NamedTuple):
 
     def serialize(self) -> bytes:
         """Return the message of the leaf's hash."""
-        numbers = self.params.to_bytes(8, "little") + self.loss_reduction.to_bytes(8, "little")
-        return self.miner_key + self.update_hash + numbers + self.weight.to_bytes(8, "little")
+        return _LEAF.pack(*self)
 
 
 class Node(NamedTuple):

@@ -111,7 +111,9 @@ class Node:
         if self.pid is not None:
             return
         self.datadir.mkdir(parents=True, exist_ok=True)
-        self._refuse_datadir_in_use()
+        if datadir_in_use(self.datadir):
+            # perhaps a node that was kept: writing its conf anew would cut it off
+            raise NodeError(f"{self.name}: a node is running in {self.datadir} already")
         for attempt in range(1, START_ATTEMPTS + 1):
             if attempt > 1 or not self.rpc_port:
                 self.rpc_port, self.p2p_port = _free_ports(2)
@@ -264,16 +266,6 @@ class Node:
             return False
         return self._pid_file.read_text().strip() == str(self._process.pid)
 
-    def _refuse_datadir_in_use(self) -> None:
-        """Raise if a node, perhaps one that was kept, runs here: writing its conf anew would cut it off."""
-        try:
-            with (self.chain_dir / ".lock").open("r+") as lock:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock that bitcoind itself takes
-        except FileNotFoundError:
-            pass
-        except OSError:
-            raise NodeError(f"{self.name}: a node is running in {self.datadir} already") from None
-
     @property
     def _pid_file(self) -> Path:
         return self.chain_dir / "bitcoind.pid"
@@ -285,6 +277,18 @@ class Node:
 
 class _PortTakenError(NodeError):
     """The node found a port taken."""
+
+
+def datadir_in_use(datadir: Path) -> bool:
+    """Whether a bitcoind, ours or not, runs regtest on a data directory."""
+    try:
+        with (datadir / "regtest" / ".lock").open("r+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock that bitcoind itself takes
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def wait_for(

@@ -21,7 +21,7 @@ from traincert.regtest import Network, Node, NodeError, RpcError, wait_for
 from traincert.regtest.plugin import NetworkFactory
 
 ADDRESS = "bcrt1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqdku202"
-RPC_DOC_CHECK = {"rpcdoccheck": "1"}  # the node compares its answers with its help texts
+RPC_DOC_CHECK: dict[str, str | list[str]] = {"rpcdoccheck": "1"}  # the node compares its answers with its help texts
 
 
 def template(node: Node) -> dict[str, Any]:

@@ -1,0 +1,176 @@
+"""`traincert demo` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from traincert.regtest import wait_for
+from traincert.regtest.node import datadir_in_use
+
+TRAINCERT = str(Path(sys.executable).parent / "traincert")
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([TRAINCERT, *map(str, arguments)], check=False, capture_output=True, text=True)
+
+
+def processes(directory: Path) -> list[str]:
+    """Command lines of processes that have the directory's name in theirs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if str(directory) in command and "pytest" not in command:
+            found.append(command)
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory, node_programs: Path) -> tuple[Path, str]:  # noqa: ARG001 - built before
+    """The demo as `make demo` runs it, in another directory."""
+    directory = tmp_path_factory.mktemp("demo") / "data"
+    answer = run("demo", "--data", directory)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return directory, answer.stdout
+
+
+def test_the_demo_reaches_its_accuracy_and_every_claim_holds(demo: tuple[Path, str]) -> None:
+    _, shown = demo
+    assert "NOT TRUE" not in shown
+    claims = [line for line in shown.splitlines() if line.startswith("✓")]
+    assert len(claims) == 9
+    accuracy = float(claims[-1].partition("has: ")[2].split()[0])
+    assert accuracy >= 0.95
+    assert "(bar: 0.95)" in claims[-1]
+    rows = [line.split() for line in shown.splitlines()[1:13]]
+    assert [row[0] for row in rows] == [str(height) for height in range(1, 13)]
+    assert {row[1] for row in rows} <= {f"miner{i}" for i in range(4)}
+    assert all(len(row[-1]) == 64 for row in rows)
+
+
+def test_the_picture_is_one_and_keys_are_their_owners_only(demo: tuple[Path, str]) -> None:
+    directory, _ = demo
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    keys = sorted((directory / "keys").iterdir())
+    assert len(keys) == 3 + 1 + 4
+    assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+
+
+def test_no_secret_is_in_a_log_or_an_answer(demo: tuple[Path, str]) -> None:
+    directory, shown = demo
+    logs = shown + "".join(log.read_text(errors="replace") for log in directory.glob("node*/regtest/debug.log"))
+    assert "Done loading" in logs
+    for key in (directory / "keys").iterdir():
+        assert key.read_text().strip() not in logs
+
+
+def test_no_process_is_left(demo: tuple[Path, str]) -> None:
+    assert processes(demo[0]) == []
+
+
+@pytest.fixture
+def kept(tmp_path: Path, node_programs: Path) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
+    """A small network that was left running."""
+    directory = tmp_path / "kept"
+    answer = run("demo", "--data", directory, "--cycles", "2", "--miners", "1", "--nodes", "2", "--seed", "7", "--keep")
+    try:
+        yield directory, answer
+    finally:
+        for datadir in directory.glob("node*"):
+            subprocess.run([node_programs / "bitcoin-cli", f"-datadir={datadir}", "stop"], check=False)
+        wait_for(lambda: not any(map(datadir_in_use, directory.glob("node*"))), 30, "the kept nodes to stop")
+
+
+def test_a_kept_network_can_be_read_and_stopped_as_it_says(
+    kept: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    directory, answer = kept
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert len(list(directory.glob("node*"))) == 2
+    assert "bar" not in answer.stdout  # two cycles promise no accuracy
+
+    shown = run("chain", "--datadir", directory / "node1", "--json")
+    blocks = json.loads(shown.stdout)
+    assert [block["height"] for block in blocks] == [1, 2]
+    assert blocks[1]["model_before"] == blocks[0]["model_after"]
+    table = run("chain", "--datadir", directory / "node1")
+    assert all(block["blockhash"] in table.stdout for block in blocks)
+
+    again = run("demo", "--data", directory, "--cycles", "1")
+    assert again.returncode == 1
+    assert again.stderr.splitlines()[-1].startswith("traincert: a node is running in")
+
+    talk, stop = (line.strip() for line in answer.stdout.splitlines() if "bitcoin-cli" in line)
+    assert json.loads(subprocess.check_output(talk.split()))["height"] == 2
+    subprocess.run(["/bin/sh", "-c", stop], check=True)
+    wait_for(lambda: not any(map(datadir_in_use, directory.glob("node*"))), 30, "the nodes to stop")
+    gone = run("chain", "--datadir", directory / "node1")
+    assert gone.returncode == 3
+    assert gone.stderr.startswith("traincert: node1")
+    assert len(gone.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("moment", ["starting 2 nodes", "starting 2 worker", "cycle 1 ", "block 2 ", "checking"])
+def test_ctrl_c_at_any_moment_stops_every_process(tmp_path: Path, node_programs: Path, moment: str) -> None:  # noqa: ARG001
+    command = [TRAINCERT, "demo", "--data", str(tmp_path / "data"), "--cycles", "3", "--keep"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as demo:
+        assert demo.stderr is not None
+        for line in demo.stderr:
+            if line.startswith(moment):
+                break
+        os.killpg(demo.pid, signal.SIGINT)  # as a terminal does, to all of its processes
+        rest = demo.stderr.read()
+    assert demo.returncode == 130
+    assert rest.splitlines()[-1] == "traincert: interrupted"
+    assert "Traceback" not in rest
+    wait_for(lambda: not processes(tmp_path), 10, "all processes to end", lambda: processes(tmp_path))
+
+
+def test_a_directory_of_others_is_left_alone(tmp_path: Path, node_programs: Path) -> None:  # noqa: ARG001
+    (tmp_path / "precious").write_text("data")
+    answer = run("demo", "--data", tmp_path, "--cycles", "1")
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines()[-1] == (
+        f"traincert: {tmp_path} is not empty, and not a former demo's: choose another with --data"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["demo", "--cycles", "0"], "'--cycles': 0 is not in the range"),
+        (["demo", "--seed", "x"], "'--seed': 'x' is not a valid integer"),
+        (["chain", "--datadir", "/no/such/folder"], "'/no/such/folder' does not exist"),
+        (["no-such-command"], "No such command"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_line_with_exit_code_2(arguments: list[str], problem: str) -> None:
+    answer = run(*arguments)
+    assert answer.returncode == 2
+    assert problem in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_folder_that_is_no_data_directory_is_told(tmp_path: Path) -> None:
+    answer = run("chain", "--datadir", tmp_path)
+    assert answer.returncode == 1
+    assert (
+        answer.stderr == f"traincert: {tmp_path} is no node's data directory: No such file or directory: bitcoin.conf\n"
+    )
+
+
+def test_node_path_prints_where_the_programs_are(node_programs: Path) -> None:
+    assert run("node", "path").stdout == f"{node_programs}\n"
+    assert json.loads(run("node", "path", "--json").stdout) == {"path": str(node_programs)}
