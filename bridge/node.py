@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 from traincert.bridge.errors import BridgeError, NodeCallError, NodeUnreachableError
 
 CALL_TIMEOUT = 60.0  # seconds
-RETRY_TIME = 10.0  # seconds in which a node that is starting, or not there yet, is asked again
+RETRY_TIME = 5.0  # seconds in which a node that is starting, or not there yet, is asked again
 _RPC_IN_WARMUP = -28
 
 
@@ -97,6 +97,11 @@ class NodeClient:
             raise _NotReadyError(f"{self.name} is not running: no {self._cookie_file}") from None
         except httpx.ConnectError as error:
             raise _NotReadyError(f"{self.name} at {self.url} does not answer: {error}") from error
+        except httpx.HTTPStatusError as error:  # 401: the node was restarted, its cookie is a new one
+            if self._rpc is not None:
+                await self._rpc.aclose()
+                self._rpc = None
+            raise _NotReadyError(f"{self.name} at {self.url}: {method}: {error.response.reason_phrase}") from error
         except (httpx.HTTPError, orjson.JSONDecodeError) as error:
             problem = str(error) or type(error).__name__
             raise NodeUnreachableError(f"{self.name} at {self.url}: {method}: {problem}") from error

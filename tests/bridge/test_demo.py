@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -57,6 +58,15 @@ def test_the_demo_reaches_its_accuracy_and_every_claim_holds(demo: tuple[Path, s
     assert [row[0] for row in rows] == [str(height) for height in range(1, 13)]
     assert {row[1] for row in rows} <= {f"miner{i}" for i in range(4)}
     assert all(len(row[-1]) == 64 for row in rows)
+
+
+def test_the_readme_shows_what_the_demo_prints(demo: tuple[Path, str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown, promised = (
+        [re.sub(r"[0-9.]+", "#", line.strip()) for line in text.splitlines() if line.strip().startswith("✓")]
+        for text in (demo[1], readme)
+    )
+    assert promised == shown
 
 
 def test_the_picture_is_one_and_keys_are_their_owners_only(demo: tuple[Path, str]) -> None:
