@@ -113,13 +113,17 @@ def _cycles_table() -> Table:
 
 
 def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | None = None) -> Table:
-    """Return a table with a row a block; winners are shown by name, or by the start of their key."""
+    """Return a table with a row a block.
+
+    Winners are shown by name, or by the start of their key; losses in nats, on held-out data; the winner's weight out of
+    the total of the table that it was drawn from, unless it was appointed.
+    """
     table = Table(box=None)
-    for name in ("height", "winner", "award"):
-        table.add_column(name)
-    table.add_column("parameters trained", justify="right")
-    table.add_column("held-out loss before → after (nats)", justify="right")
-    table.add_column("winner's weight / total", justify="right")
+    table.add_column("height", justify="right")
+    table.add_column("winner")
+    table.add_column("params trained", justify="right")
+    table.add_column("loss before → after", justify="right")
+    table.add_column("weight / total", justify="right")
     table.add_column("block hash", overflow="fold")
     total = 0
     for block in chain:
@@ -128,10 +132,9 @@ def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | No
         table.add_row(
             str(certificate.height),
             names[winner] if names else winner.hex()[:16],
-            certificate.award,
             f"{certificate.params_trained:,}",
             f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}",
-            f"{certificate.draw.weight:,} / {total:,}" if certificate.draw else "-",
+            f"{certificate.draw.weight:,} / {total:,}" if certificate.draw else certificate.award,
             block.hash,
         )
         total = certificate.contributions_weight  # what the next winner is drawn from
