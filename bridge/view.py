@@ -115,8 +115,8 @@ def _cycles_table() -> Table:
 def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | None = None) -> Table:
     """Return a table with a row a block.
 
-    Winners are shown by name, or by the start of their key; losses in nats, on held-out data; the winner's weight out of
-    the total of the table that it was drawn from, unless it was appointed.
+    Winners are shown by name, or by the start of their key; losses in nats, on held-out data; the winner's weight out
+    of the total of the table that it was drawn from, unless it was appointed.
     """
     table = Table(box=None)
     table.add_column("height", justify="right")
