@@ -40,9 +40,9 @@ def aggregate(
 def _weighted_mean(accepted: Sequence[tuple[Contribution, State]]) -> dict[str, torch.Tensor]:
     """Average in float64 and in the contributions' own order, so that the order they came in does not matter."""
     total: dict[str, torch.Tensor] = {}
-    weight: dict[str, int] = {}
+    weight: dict[str, float] = {}
     for contribution, update in sorted(accepted, key=lambda pair: pair[0]):
         for name, tensor in update.items():
-            weight[name] = weight.get(name, 0) + contribution.weight
-            total[name] = total.get(name, 0) + contribution.weight * tensor.double()
+            weight[name] = weight.get(name, 0) + float(contribution.weight)  # tensors take integers of 63 bits only
+            total[name] = total.get(name, 0) + float(contribution.weight) * tensor.double()
     return {name: total[name] / weight[name] for name in total}

@@ -131,7 +131,7 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
     assert len(gone.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("moment", ["starting 2 nodes", "starting 2 worker", "cycle 1 ", "block 2 ", "checking"])
+@pytest.mark.parametrize("moment", ["starting 3 nodes", "starting 2 worker", "cycle 1 ", "block 2 ", "checking"])
 def test_ctrl_c_at_any_moment_stops_every_process(tmp_path: Path, node_programs: Path, moment: str) -> None:  # noqa: ARG001
     command = [TRAINCERT, "demo", "--data", str(tmp_path / "data"), "--cycles", "3", "--keep"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as demo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def test_upstreams_functional_test_passes(node_programs: Path, tmp_path: Path, n
         check=False,
         capture_output=True,
         text=True,
-        env={"LC_ALL": "C.UTF-8"},
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
     )
     assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-4000:]
 
