@@ -146,11 +146,11 @@ def read_payload(coinbase: CTransaction) -> Payload:
     if script != payload_script(push):
         raise CertificateError("parse", f"coinbase output {output} is not OP_RETURN and one minimal push")
     reader = Reader(push)
-    reader.bytes(len(PAYLOAD_MAGIC))
+    reader.take(len(PAYLOAD_MAGIC))
     certificate = Certificate.read(reader)
     if reader.left() != SIGNATURE_SIZE:
         raise CertificateError("parse", f"{reader.left()} bytes after the certificate, expected {SIGNATURE_SIZE}")
-    return Payload(certificate, reader.bytes(SIGNATURE_SIZE), output)
+    return Payload(certificate, reader.take(SIGNATURE_SIZE), output)
 
 
 def _push(script: CScript) -> bytes | None:

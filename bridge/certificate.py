@@ -126,7 +126,7 @@ class Certificate:
                 raise ValueError(f"award is {award}, neither 0 nor 1")
             fields["draw"] = _read_draw(reader) if award else None
             signatures = tuple(
-                CoordinatorSignature(reader.uint(1), reader.bytes(64)) for _ in range(reader.compact_size())
+                CoordinatorSignature(reader.uint(1), reader.take(64)) for _ in range(reader.compact_size())
             )
         except ValueError as error:
             raise CertificateError("parse", str(error)) from None
@@ -160,12 +160,12 @@ def _encode(value: int | bytes, length: int) -> bytes:
 
 
 def _decode(reader: Reader, length: int) -> int | bytes:
-    return reader.uint(length) if length else reader.bytes(32)
+    return reader.uint(length) if length else reader.take(32)
 
 
 def _read_draw(reader: Reader) -> Draw:
-    update_hash = reader.bytes(32)
+    update_hash = reader.take(32)
     params, loss_reduction, weight = (reader.uint(8) for _ in range(3))
     index = reader.uint(4)
-    siblings = tuple(Node(reader.bytes(32), reader.uint(8)) for _ in range(reader.compact_size()))
+    siblings = tuple(Node(reader.take(32), reader.uint(8)) for _ in range(reader.compact_size()))
     return Draw(update_hash, params, loss_reduction, weight, index, siblings)

@@ -35,7 +35,7 @@ class Reader:
         self.data = data
         self.position = 0
 
-    def bytes(self, length: int) -> bytes:
+    def take(self, length: int) -> bytes:
         """Read `length` bytes. Raises ValueError if there are fewer."""
         end = self.position + length
         if end > len(self.data):
@@ -46,7 +46,7 @@ class Reader:
 
     def uint(self, length: int) -> int:
         """Read an unsigned integer of `length` bytes."""
-        return int.from_bytes(self.bytes(length), "little")
+        return int.from_bytes(self.take(length), "little")
 
     def compact_size(self) -> int:
         """Read a CompactSize. Raises ValueError unless it is in its shortest form, as the node does."""

@@ -182,6 +182,15 @@ def _swapped_signatures(chain: TrainingChain, block: CBlock, certificate: Certif
     return with_certificate(chain, block, replace(certificate, coordinator_signatures=swapped))
 
 
+def _second_signature_as(key_index: int) -> Change:
+    def change(chain: TrainingChain, block: CBlock, certificate: Certificate) -> CBlock:
+        first, second = certificate.coordinator_signatures
+        signatures = (first, replace(second, key_index=key_index))
+        return with_certificate(chain, block, replace(certificate, coordinator_signatures=signatures))
+
+    return change
+
+
 def _other_chain(chain: TrainingChain, block: CBlock, certificate: Certificate) -> CBlock:
     other = TrainingChain(chain.start_height, beacon=Beacon(digest("another beacon")))
     return with_certificate(chain, block, other.sign(certificate))
@@ -220,28 +229,8 @@ WRONG: dict[str, dict[str, Change]] = {
         "three of two": _sign(0, 1, 2),
         "the same key twice": _sign(0, 0),
         "descending order": _swapped_signatures,
-        "a key that is not there": lambda chain, block, cert: with_certificate(
-            chain,
-            block,
-            replace(
-                cert,
-                coordinator_signatures=(
-                    cert.coordinator_signatures[0],
-                    replace(cert.coordinator_signatures[1], key_index=3),
-                ),
-            ),
-        ),
-        "another key's signature": lambda chain, block, cert: with_certificate(
-            chain,
-            block,
-            replace(
-                cert,
-                coordinator_signatures=(
-                    cert.coordinator_signatures[0],
-                    replace(cert.coordinator_signatures[1], key_index=1),
-                ),
-            ),
-        ),
+        "a key that is not there": _second_signature_as(3),
+        "another key's signature": _second_signature_as(1),
         "another certificate": lambda chain, block, cert: with_certificate(
             chain, block, replace(cert, loss_after=cert.loss_after - 1)
         ),

@@ -89,6 +89,32 @@ def test_no_process_is_left(demo: tuple[Path, str]) -> None:
     assert processes(demo[0]) == []
 
 
+def test_afterwards_bitcoind_and_bitcoin_cli_need_the_data_directory_alone(
+    demo: tuple[Path, str], node_programs: Path
+) -> None:
+    datadir = f"-datadir={demo[0] / 'node0'}"
+
+    def cli(*arguments: str) -> str:
+        return subprocess.check_output([node_programs / "bitcoin-cli", datadir, *arguments], text=True).strip()
+
+    subprocess.run([node_programs / "bitcoind", datadir, "-daemonwait"], check=True, capture_output=True)
+    try:
+        tip = cli("getbestblockhash")
+        assert json.loads(cli("getblock", tip))["height"] == 12
+        assert json.loads(cli("gettrainingcertificate"))["blockhash"] == tip
+    finally:
+        cli("stop")
+        wait_for(lambda: not datadir_in_use(demo[0] / "node0"), 30, "the node to stop")
+
+
+def test_a_second_run_replaces_the_first(tmp_path: Path, node_programs: Path) -> None:  # noqa: ARG001
+    small = ("demo", "--data", tmp_path / "data", "--miners", "1", "--nodes", "1")
+    for cycles in ("2", "1"):
+        answer = run(*small, "--cycles", cycles)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        assert f"all 1 nodes have the same tip, block {cycles}" in answer.stdout
+
+
 @pytest.fixture
 def kept(tmp_path: Path, node_programs: Path) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
     """A small network that was left running."""
