@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -132,6 +133,7 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
             accuracies = [_test(dataset, state).accuracy, *(slot.result.accuracy for slot in slots)]
             draw_picture(directory / PICTURE, chain, accuracies, names)
     except BaseException:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
         network.stop()
         raise
     if not plan.keep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,7 +63,7 @@ class NodeClient:
     def close(self) -> None:
         """Close the connection."""
         if self._rpc is not None:
-            self._runner.run(self._rpc.aclose())
+            self._run(self._rpc.aclose())
             self._rpc = None
         self._runner.close()
 
@@ -79,8 +79,14 @@ class NodeClient:
             reraise=True,
         ):
             with attempt:
-                return self._runner.run(self._call(method, params))
+                return self._run(self._call(method, params))
         raise AssertionError("tenacity ends with a result or an exception")
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            return self._runner.run(coroutine)
+        finally:
+            coroutine.close()  # an interrupt may come before it began, which Python would warn of
 
     async def _call(self, method: str, params: tuple[object, ...]) -> Any:
         try:

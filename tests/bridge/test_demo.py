@@ -20,19 +20,26 @@ from traincert.regtest.node import datadir_in_use
 TRAINCERT = str(Path(sys.executable).parent / "traincert")
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([TRAINCERT, *map(str, arguments)], check=False, capture_output=True, text=True)
+def environment(mark: Path) -> dict[str, str]:
+    """The environment for a command, whose processes can then be found: they all inherit it."""
+    return os.environ | {"TEST_MARK": str(mark)}
 
 
-def processes(directory: Path) -> list[str]:
-    """Command lines of processes that have the directory's name in theirs."""
+def run(*arguments: str | Path, mark: Path = Path()) -> subprocess.CompletedProcess[str]:
+    command = [TRAINCERT, *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment(mark))
+
+
+def processes(mark: Path) -> list[str]:
+    """Command lines of the processes that a marked command left."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
+            variables = (process / "environ").read_bytes().split(b"\0")
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:  # it ended, or is not ours
             continue
-        if str(directory) in command and "pytest" not in command:
+        if f"TEST_MARK={mark}".encode() in variables:
             found.append(command)
     return found
 
@@ -41,7 +48,7 @@ def processes(directory: Path) -> list[str]:
 def demo(tmp_path_factory: pytest.TempPathFactory, node_programs: Path) -> tuple[Path, str]:  # noqa: ARG001 - built before
     """The demo as `make demo` runs it, in another directory."""
     directory = tmp_path_factory.mktemp("demo") / "data"
-    answer = run("demo", "--data", directory)
+    answer = run("demo", "--data", directory, mark=directory)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return directory, answer.stdout
 
@@ -119,7 +126,8 @@ def test_a_second_run_replaces_the_first(tmp_path: Path, node_programs: Path) ->
 def kept(tmp_path: Path, node_programs: Path) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
     """A small network that was left running."""
     directory = tmp_path / "kept"
-    answer = run("demo", "--data", directory, "--cycles", "2", "--miners", "1", "--nodes", "2", "--seed", "7", "--keep")
+    small = ("--cycles", "2", "--miners", "1", "--nodes", "2", "--seed", "7")
+    answer = run("demo", "--data", directory, *small, "--keep", mark=directory)
     try:
         yield directory, answer
     finally:
@@ -135,6 +143,8 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert len(list(directory.glob("node*"))) == 2
     assert "bar" not in answer.stdout  # two cycles promise no accuracy
+    assert len(left := processes(directory)) == 2, left
+    assert all("bitcoind -datadir=" in command for command in left)
 
     shown = run("chain", "--datadir", directory / "node1", "--json")
     blocks = json.loads(shown.stdout)
@@ -160,7 +170,8 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
 @pytest.mark.parametrize("moment", ["starting 3 nodes", "starting 2 worker", "cycle 1 ", "block 2 ", "checking"])
 def test_ctrl_c_at_any_moment_stops_every_process(tmp_path: Path, node_programs: Path, moment: str) -> None:  # noqa: ARG001
     command = [TRAINCERT, "demo", "--data", str(tmp_path / "data"), "--cycles", "3", "--keep"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as demo:
+    env = environment(tmp_path)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env) as demo:
         assert demo.stderr is not None
         for line in demo.stderr:
             if line.startswith(moment):
@@ -168,8 +179,9 @@ def test_ctrl_c_at_any_moment_stops_every_process(tmp_path: Path, node_programs:
         os.killpg(demo.pid, signal.SIGINT)  # as a terminal does, to all of its processes
         rest = demo.stderr.read()
     assert demo.returncode == 130
-    assert rest.splitlines()[-1] == "traincert: interrupted"
+    assert rest.splitlines()[-1:] == ["traincert: interrupted"], rest
     assert "Traceback" not in rest
+    assert "Warning" not in rest
     wait_for(lambda: not processes(tmp_path), 10, "all processes to end", lambda: processes(tmp_path))
 
 
