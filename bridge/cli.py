@@ -71,7 +71,7 @@ def node_path(source: Path | None, as_json: bool) -> None:
     """Print the folder of the built programs."""
     programs = node_folder(source) / "bin"
     if not programs.is_dir():
-        raise click.ClickException(f"the node is not built yet, {programs} is missing: run traincert node build")
+        raise BridgeError(f"the node is not built yet, {programs} is missing: run traincert node build")
     click.echo(json.dumps({"path": str(programs)}) if as_json else programs)
 
 
@@ -139,7 +139,7 @@ def demo(data: Path, cycles: int, miners: int, nodes: int, seed: int, keep: bool
         command = f"{shlex.quote(str(programs / 'bitcoin-cli'))} -datadir=$node stop"
         click.echo(f"Stop them:\n  for node in {shlex.quote(str(data.absolute()))}/node*; do {command}; done")
     if not all(claim.holds for claim in outcome.claims):
-        raise click.ClickException("not every claim is true")
+        raise BridgeError("not every claim is true")
 
 
 if __name__ == "__main__":

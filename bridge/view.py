@@ -44,7 +44,8 @@ class BuildView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def update(self, step: str, done: int, total: int) -> None:
         """Show a step, and how much of it is done, out of how much (0: not known)."""
@@ -73,7 +74,8 @@ class CyclesView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._live.stop()
+        if self._console.is_terminal:
+            self._live.stop()
 
     def step(self, text: str) -> None:
         """Say what is being done now."""

@@ -99,7 +99,8 @@ def unpack(source: Path, upstream: Upstream, target: Path) -> None:
         try:
             _extract(source, upstream, target)
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise SourceError(f"{source}: damaged or not a tar archive: {error}") from error
+            problem = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line for each compression it tried
+            raise SourceError(f"{source}: damaged or not a tar archive: {problem}") from error
     _check_version(source, upstream, target / "CMakeLists.txt")
 
 

@@ -222,3 +222,25 @@ def test_a_folder_that_is_no_data_directory_is_told(tmp_path: Path) -> None:
 def test_node_path_prints_where_the_programs_are(node_programs: Path) -> None:
     assert run("node", "path").stdout == f"{node_programs}\n"
     assert json.loads(run("node", "path", "--json").stdout) == {"path": str(node_programs)}
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [("/etc", "not a source tree of Bitcoin Core"), ("/etc/passwd", "damaged or not a tar archive: ")],
+)
+def test_a_wrong_source_is_told_in_a_line(tmp_path: Path, source: str, problem: str) -> None:
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [TRAINCERT, "node", "build", "--source", source]
+    answer = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines()[:-1] == ["node: unpacking"]
+    assert answer.stderr.splitlines()[-1].startswith(f"traincert: {source}: {problem}")
+    assert not list(tmp_path.rglob("bitcoind"))
+
+
+def test_a_node_that_is_not_built_is_told(tmp_path: Path) -> None:
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    answer = subprocess.run([TRAINCERT, "node", "path"], check=False, capture_output=True, text=True, env=env)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("traincert: the node is not built yet")
+    assert answer.stderr.endswith("run traincert node build\n")
