@@ -136,7 +136,7 @@ def demo(data: Path, cycles: int, miners: int, nodes: int, seed: int, keep: bool
         bitcoin_cli = shlex.join([str(programs / "bitcoin-cli"), f"-datadir={data.absolute() / 'node0'}"])
         click.echo(f"\nThe nodes are running. Talk to them:\n  {bitcoin_cli} gettraininginfo")
         click.echo(f"  traincert chain --datadir {shlex.quote(str(data / 'node0'))}")
-        command = f"{shlex.quote(str(programs / 'bitcoin-cli'))} -datadir=$node stop"
+        command = f'{shlex.quote(str(programs / "bitcoin-cli"))} "-datadir=$node" stop'
         click.echo(f"Stop them:\n  for node in {shlex.quote(str(data.absolute()))}/node*; do {command}; done")
     if not all(claim.holds for claim in outcome.claims):
         raise BridgeError("not every claim is true")

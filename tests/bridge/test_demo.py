@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -158,7 +159,7 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
     assert again.stderr.splitlines()[-1].startswith("traincert: a node is running in")
 
     talk, stop = (line.strip() for line in answer.stdout.splitlines() if "bitcoin-cli" in line)
-    assert json.loads(subprocess.check_output(talk.split()))["height"] == 2
+    assert json.loads(subprocess.check_output(shlex.split(talk)))["height"] == 2
     subprocess.run(["/bin/sh", "-c", stop], check=True)
     wait_for(lambda: not any(map(datadir_in_use, directory.glob("node*"))), 30, "the nodes to stop")
     gone = run("chain", "--datadir", directory / "node1")
