@@ -33,6 +33,8 @@ def main() -> None:
         _fail(str(error), 3)
     except (BridgeError, TrainerError, regtest_errors.RegtestError) as error:
         _fail(str(error), 1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

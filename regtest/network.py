@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +64,7 @@ class Network:
                 node.rpc("addnode", other.p2p_address, "onetry")
         for node, other in pairs:
             wait_for(
-                lambda node=node, other=other: _connected(node, other),  # type: ignore[misc]
+                partial(_connected, node, other),
                 CONNECT_TIMEOUT,
                 f"{node.name} to connect to {other.name}",
                 node.log_tail,

@@ -115,7 +115,8 @@ def test_afterwards_bitcoind_and_bitcoin_cli_need_the_data_directory_alone(
         wait_for(lambda: not datadir_in_use(demo[0] / "node0"), 30, "the node to stop")
 
 
-def test_a_second_run_replaces_the_first(tmp_path: Path, node_programs: Path) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("node_programs")
+def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
     small = ("demo", "--data", tmp_path / "data", "--miners", "1", "--nodes", "1")
     for cycles in ("2", "1"):
         answer = run(*small, "--cycles", cycles)
@@ -169,7 +170,8 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
 
 
 @pytest.mark.parametrize("moment", ["starting 3 nodes", "starting 2 worker", "cycle 1 ", "block 2 ", "checking"])
-def test_ctrl_c_at_any_moment_stops_every_process(tmp_path: Path, node_programs: Path, moment: str) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("node_programs")
+def test_ctrl_c_at_any_moment_stops_every_process(tmp_path: Path, moment: str) -> None:
     command = [TRAINCERT, "demo", "--data", str(tmp_path / "data"), "--cycles", "3", "--keep"]
     env = environment(tmp_path)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env) as demo:
@@ -186,7 +188,8 @@ def test_ctrl_c_at_any_moment_stops_every_process(tmp_path: Path, node_programs:
     wait_for(lambda: not processes(tmp_path), 10, "all processes to end", lambda: processes(tmp_path))
 
 
-def test_a_directory_of_others_is_left_alone(tmp_path: Path, node_programs: Path) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("node_programs")
+def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("data")
     answer = run("demo", "--data", tmp_path, "--cycles", "1")
     assert answer.returncode == 1
@@ -245,3 +248,10 @@ def test_a_node_that_is_not_built_is_told(tmp_path: Path) -> None:
     assert answer.returncode == 1
     assert answer.stderr.startswith("traincert: the node is not built yet")
     assert answer.stderr.endswith("run traincert node build\n")
+
+
+def test_a_cache_that_cannot_be_written_is_told() -> None:
+    env = os.environ | {"XDG_CACHE_HOME": "/proc/no/such/folder"}
+    answer = subprocess.run([TRAINCERT, "node", "build"], check=False, capture_output=True, text=True, env=env)
+    assert answer.returncode == 1
+    assert answer.stderr == "traincert: No such file or directory: /proc/no\n"
