@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from coincurve import PrivateKey
 from traincert.bridge.beacon import Beacon
 from traincert.bridge.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, build_block, payload_script, winner_sighash
 from traincert.bridge.certificate import Certificate, CoordinatorSignature, Draw
-from traincert.bridge.lottery import ContributionTable, Leaf, contribution_weight, draw_ticket
+from traincert.bridge.lottery import U64_MAX, ContributionTable, Leaf, Node, contribution_weight, draw_ticket
 from traincert.bridge.params import TrainingKeys, TrainingParams
 
 AUX = bytes(32)  # BIP340's auxiliary bytes, fixed so that vectors can be made again
@@ -36,35 +37,46 @@ MINERS = {key.public_key_xonly.format(): key for key in (secret(f"miner {i}") fo
 
 @dataclass
 class TrainingChain:
-    """What the coordinator of a training network knows: 2 of 3 keys, a beacon, and the parent of the next slot."""
+    """What the coordinator of a training network knows: 2 of 3 keys, a beacon, and the parent of the next slot.
+
+    `rotations` are the numbers of the coordinators, all of whom must sign, by the height from which on they do.
+    """
 
     start_height: int = 1
     threshold: int = 2
     beacon: Beacon = field(default_factory=lambda: Beacon(digest("beacon")))
     model: bytes = digest("model 0")
     table: ContributionTable = field(default_factory=lambda: ContributionTable([]))
+    rotations: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    round_seconds: int = 60
 
     @property
     def params(self) -> TrainingParams:
-        keys = TrainingKeys(self.threshold, tuple(key.public_key_xonly.format() for key in COORDINATORS))
-        return TrainingParams({self.start_height: keys}, self.beacon.anchor, digest("model 0"))
+        xonly = [key.public_key_xonly.format() for key in COORDINATORS]
+        keys = {self.start_height: TrainingKeys(self.threshold, tuple(xonly))}
+        for height, numbers in self.rotations.items():
+            keys[height] = TrainingKeys(len(numbers), tuple(xonly[number] for number in numbers))
+        return TrainingParams(keys, self.beacon.anchor, digest("model 0"), self.round_seconds)
 
-    def next_certificate(self, template: Mapping[str, Any], table: ContributionTable | None = None) -> Certificate:
+    def draw(self, reveal: bytes, prev_block: bytes, round_: int) -> tuple[bytes, Draw | None]:
+        """The winner's key, and its place in the parent's table if it has any leaves."""
+        if not self.table.count:
+            return next(iter(MINERS)), None
+        return draw_of(self.table, self.table.find(draw_ticket(reveal, prev_block, round_, self.table.weight)))
+
+    def next_certificate(
+        self, template: Mapping[str, Any], table: ContributionTable | None = None, *, round_: int = 0
+    ) -> Certificate:
         """The coordinator's certificate for the template's slot; `table` is this cycle's, by default a made one."""
         table = made_table(template["height"]) if table is None else table
         prev_block = lx(template["previousblockhash"])
         reveal = self.beacon.reveal(template["height"] - self.start_height)
-        draw, winner = None, next(iter(MINERS))
-        if self.table.count:
-            index = self.table.find(draw_ticket(reveal, prev_block, 0, self.table.weight))
-            leaf = self.table.leaves[index]
-            winner = leaf.miner_key
-            siblings = self.table.path(index)
-            draw = Draw(leaf.update_hash, leaf.params, leaf.loss_reduction, leaf.weight, index, siblings)
+        winner, draw = self.draw(reveal, prev_block, round_)
         return self.sign(
             Certificate(
                 height=template["height"],
                 prev_block=prev_block,
+                round=round_,
                 beacon_reveal=reveal,
                 model_before=self.model,
                 model_after=digest(f"model {template['height']}"),
@@ -80,9 +92,20 @@ class TrainingChain:
             )
         )
 
-    def sign(self, certificate: Certificate, signers: Sequence[int] = (0, 2)) -> Certificate:
+    def sign(
+        self, certificate: Certificate, signers: Sequence[int] | None = None, *, keys_at: int | None = None
+    ) -> Certificate:
+        """Sign with some of the keys in force (at another height: `keys_at`).
+
+        By default that are the first and the last, and after a rotation all.
+        """
+        height = certificate.height if keys_at is None else keys_at
+        rotated = max((start for start in self.rotations if start <= height), default=None)
+        numbers = range(len(COORDINATORS)) if rotated is None else self.rotations[rotated]
+        if signers is None:
+            signers = (0, 2) if rotated is None else range(len(numbers))
         message = certificate.sighash(self.params.chain_id)
-        signatures = (CoordinatorSignature(i, COORDINATORS[i].sign_schnorr(message, AUX)) for i in signers)
+        signatures = (CoordinatorSignature(i, COORDINATORS[numbers[i]].sign_schnorr(message, AUX)) for i in signers)
         return replace(certificate, coordinator_signatures=tuple(signatures))
 
     def block(self, template: Mapping[str, Any], certificate: Certificate, *, compat_pow: bool = True) -> CBlock:
@@ -101,6 +124,13 @@ class TrainingChain:
         """Take a certificate's block as the parent of the next slot."""
         self.table = made_table(certificate.height) if table is None else table
         self.model = certificate.model_after
+
+
+def draw_of(table: ContributionTable, index: int) -> tuple[bytes, Draw]:
+    """A leaf's miner, and its place in the table."""
+    leaf = table.leaves[index]
+    draw = Draw(leaf.update_hash, leaf.params, leaf.loss_reduction, leaf.weight, index, table.path(index))
+    return leaf.miner_key, draw
 
 
 def made_table(height: int, miners: Sequence[bytes] = tuple(MINERS)) -> ContributionTable:
@@ -242,4 +272,100 @@ WRONG: dict[str, dict[str, Change]] = {
         "zeros": _payload(lambda payload: payload[:-SIGNATURE_SIZE] + bytes(SIGNATURE_SIZE)),
     },
 }
-"""Reason → ways to earn it, each a change to a valid block."""
+"""Reason → ways to earn it, each a change to a valid block; all that a block alone can be wrong in."""
+
+
+def _edit_draw(change: Callable[[Draw], Draw]) -> Change:
+    def edit(chain: TrainingChain, block: CBlock, certificate: Certificate) -> CBlock:
+        assert certificate.draw is not None
+        return _edit(draw=change(certificate.draw))(chain, block, certificate)
+
+    return edit
+
+
+def _edit_sibling(change: Callable[[Node], Node]) -> Change:
+    return _edit_draw(lambda draw: replace(draw, siblings=(change(draw.siblings[0]), *draw.siblings[1:])))
+
+
+def _drawn_with(beacon_reveal: Callable[[TrainingChain, Certificate], bytes]) -> Change:
+    """Another reveal, and the winner that it draws."""
+
+    def change(chain: TrainingChain, block: CBlock, certificate: Certificate) -> CBlock:
+        reveal = beacon_reveal(chain, certificate)
+        winner, draw = chain.draw(reveal, certificate.prev_block, certificate.round)
+        return _edit(beacon_reveal=reveal, winner_key=winner, draw=draw)(chain, block, certificate)
+
+    return change
+
+
+def _in_round(round_: int) -> Change:
+    """Drawn in another round."""
+
+    def change(chain: TrainingChain, block: CBlock, certificate: Certificate) -> CBlock:
+        winner, draw = chain.draw(certificate.beacon_reveal, certificate.prev_block, round_)
+        return _edit(round=round_, winner_key=winner, draw=draw)(chain, block, certificate)
+
+    return change
+
+
+def _other_rounds_winner(chain: TrainingChain, block: CBlock, certificate: Certificate) -> CBlock:
+    """Who would win another round."""
+    rounds = (chain.draw(certificate.beacon_reveal, certificate.prev_block, i) for i in itertools.count(1))
+    winner, draw = next(each for each in rounds if each[1] != certificate.draw)
+    return _edit(winner_key=winner, draw=draw)(chain, block, certificate)
+
+
+def _other_tables_winner(chain: TrainingChain, block: CBlock, certificate: Certificate) -> CBlock:
+    """Who would win if the cycle's own table were drawn from."""
+    winner, draw = replace(chain, table=made_table(certificate.height)).draw(
+        certificate.beacon_reveal, certificate.prev_block, certificate.round
+    )
+    return _edit(winner_key=winner, draw=draw)(chain, block, certificate)
+
+
+def _other_leafs_miner(chain: TrainingChain, block: CBlock, certificate: Certificate) -> CBlock:
+    other = next(key for key in MINERS if key != certificate.winner_key)
+    return _edit(winner_key=other)(chain, block, certificate)
+
+
+WRONG_WITH_PARENT: dict[str, dict[str, Change]] = {
+    "bad-traincert-award": {"appointed where it must be drawn": _edit(draw=None)},
+    "bad-traincert-weight": {
+        "one too many": _edit_draw(lambda draw: replace(draw, weight=draw.weight + 1)),
+        "one too few": _edit_draw(lambda draw: replace(draw, weight=draw.weight - 1)),
+        "zero, by the formula": _edit_draw(lambda draw: replace(draw, params=0, weight=0)),
+        "the greatest": _edit_draw(lambda draw: replace(draw, weight=U64_MAX)),
+    },
+    "bad-traincert-draw": {
+        "who would win another round": _other_rounds_winner,
+        "who would win from this cycle's table": _other_tables_winner,
+        "another miner's leaf": _other_leafs_miner,
+        "another update": _edit_draw(lambda draw: replace(draw, update_hash=digest("another update"))),
+        "metrics of the same weight": _edit_draw(
+            lambda draw: replace(draw, params=draw.loss_reduction, loss_reduction=draw.params)
+        ),
+        "another index": _edit_draw(lambda draw: replace(draw, index=draw.index ^ 1)),
+        "an index beyond the table": _edit_draw(lambda draw: replace(draw, index=draw.index + len(MINERS))),
+        "a sibling too few": _edit_draw(lambda draw: replace(draw, siblings=draw.siblings[:-1])),
+        "a sibling too many": _edit_draw(lambda draw: replace(draw, siblings=(*draw.siblings, draw.siblings[0]))),
+        "siblings in another order": _edit_draw(lambda draw: replace(draw, siblings=draw.siblings[::-1])),
+        "another sum": _edit_sibling(lambda node: node._replace(sum=node.sum + 1)),
+        "a sum that overflows": _edit_sibling(lambda node: node._replace(sum=U64_MAX)),
+        "another hash": _edit_sibling(lambda node: node._replace(hash=digest("another hash"))),
+    },
+    "bad-traincert-beacon": {
+        "no preimage": _drawn_with(lambda _, __: digest("another reveal")),
+        "the parent's again": _drawn_with(lambda _, cert: hashlib.sha256(cert.beacon_reveal).digest()),
+        "the next slot's": _drawn_with(
+            lambda chain, cert: chain.beacon.reveal(cert.height + 1 - chain.start_height),
+        ),
+    },
+    "bad-traincert-model": {
+        "another": _edit(model_before=digest("another model")),
+        "the one that this cycle produced": lambda chain, block, cert: _edit(model_before=cert.model_after)(
+            chain, block, cert
+        ),
+    },
+    "bad-traincert-round": {"hours too early": _in_round(1000), "the last round": _in_round(2**16 - 1)},
+}
+"""The same for what it can be wrong in together with its parent; the valid block has a winner drawn in round 0."""

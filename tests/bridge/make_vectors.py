@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from coincurve import PrivateKey
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training_chain import COORDINATORS, WRONG, TrainingChain, digest
+from training_chain import COORDINATORS, WRONG, WRONG_WITH_PARENT, TrainingChain, digest, made_table, with_certificate
 
-from traincert.bridge.block import winner_sighash
+from traincert.bridge.block import read_payload, winner_sighash
+from traincert.bridge.certificate import Certificate
 from traincert.bridge.lottery import ContributionTable, Leaf, contribution_weight, draw_ticket
 from traincert.bridge.params import GENESIS_HASH, TrainingKeys, TrainingParams
 
@@ -35,6 +37,7 @@ def make() -> dict[str, Any]:
         "networks": [_network(params) for params in _networks()],
         "wrong_options": list(_wrong_options()),
         **_certificates_and_blocks(),
+        "with_parent": list(_with_parent()),
         "tables": [_table(count) for count in (1, 2, 3, 7, 8, 1000)],
         "draws": list(_draws()),
         "weights": list(_weights()),
@@ -164,7 +167,68 @@ def _certificates_and_blocks() -> dict[str, Any]:
                     wrong = change(chain, block, certificate)
                     blocks.append({"comment": comment, **common, "block": wrong.serialize().hex(), "reason": reason})
         chain.advance(certificate)
-    return {"certificates": certificates, "blocks": blocks}
+    return {"certificates": certificates, "blocks": [*blocks, *_rotation()]}
+
+
+def _rotation() -> Iterator[dict[str, Any]]:
+    """Blocks before and after the coordinator's keys change."""
+    chain = TrainingChain(rotations={2: (1,), 3: (2, 1)})
+    prev_block = GENESIS_HASH
+    for height in (1, 2, 3):
+        template = _template(height, prev_block)
+        certificate = chain.next_certificate(template)
+        block = chain.block(template, certificate)
+        common = {"options": _options(chain.params), "height": height}
+        yield {"comment": f"valid, key set {height}", **common, "block": block.serialize().hex(), "reason": None}
+        for other in {1, 2, 3} - {height}:
+            wrong = with_certificate(chain, block, chain.sign(certificate, keys_at=other))
+            reason = "bad-traincert-coordinator-sig"
+            comment = f"key set {other} at height {height}"
+            yield {"comment": comment, **common, "block": wrong.serialize().hex(), "reason": reason}
+        chain.advance(certificate)
+        prev_block = block.GetHash()
+
+
+def _with_parent() -> Iterator[dict[str, Any]]:
+    """Certificates that are right, or wrong in one thing, only together with their parent's."""
+    chain = TrainingChain()
+    seconds = chain.round_seconds
+    parent: Certificate | None = None
+    parent_time, prev_block = 1_700_000_000, GENESIS_HASH
+
+    def case(comment: str, certificate: Certificate, wait: int = 0, reason: str | None = None) -> dict[str, Any]:
+        return {
+            "comment": comment,
+            "options": _options(chain.params),
+            "parent_body_hex": parent.body().hex() if parent else None,
+            "certificate_hex": certificate.serialize().hex(),
+            "time": parent_time + wait,
+            "parent_time": parent_time,
+            "reason": reason,
+        }
+
+    for height in (1, 2, 3, 4):
+        template = _template(height, prev_block)
+        table = ContributionTable([]) if height == 3 else None
+        certificate = chain.next_certificate(template, table)
+        where = {1: "at the start height", 4: "after an empty table"}.get(height, f"drawn, at height {height}")
+        yield case(f"valid, {where}", certificate)
+        for round_ in (1, 2, 1000):
+            redrawn = chain.next_certificate(template, table, round_=round_)
+            yield case(f"round {round_} in time, {where}", redrawn, round_ * seconds)
+            yield case(f"round {round_} too early, {where}", redrawn, round_ * seconds - 1, "bad-traincert-round")
+        block = chain.block(template, certificate)
+        if certificate.draw is None:
+            winner, draw = replace(chain, table=made_table(height)).draw(certificate.beacon_reveal, prev_block, 0)
+            drawn = chain.sign(replace(certificate, winner_key=winner, draw=draw))
+            yield case(f"drawn, {where}", drawn, reason="bad-traincert-award")
+        for reason, ways in WRONG_WITH_PARENT.items():
+            for comment, change in ways.items():
+                if certificate.draw or reason in ("bad-traincert-beacon", "bad-traincert-model", "bad-traincert-round"):
+                    wrong = read_payload(change(chain, block, certificate).vtx[0]).certificate
+                    yield case(f"{comment}, {where}", wrong, reason=reason)
+        chain.advance(certificate, table)
+        parent, prev_block = certificate, block.GetHash()
 
 
 def _table(count: int) -> dict[str, Any]:

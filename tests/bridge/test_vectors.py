@@ -7,15 +7,34 @@ from typing import Any
 import pytest
 from bitcoin.core import CBlock
 from make_vectors import VECTORS, make
-from training_chain import TrainingChain
 
 from traincert.bridge.block import check_block
 from traincert.bridge.certificate import Certificate
-from traincert.bridge.codec import Reader
+from traincert.bridge.chain import check_round, check_with_parent
+from traincert.bridge.codec import Reader, compact_size
 from traincert.bridge.errors import CertificateError
 from traincert.bridge.lottery import Leaf, Node, follow_path, leaf_node
+from traincert.bridge.params import TrainingKeys, TrainingParams
 
 COMMITTED = json.loads(VECTORS.read_text())
+
+
+def params_of(options: list[str]) -> TrainingParams:
+    """The network that options, as bitcoin.conf has them, define."""
+    values = [option.partition("=")[::2] for option in options]
+    keys = {}
+    for name, value in values:
+        if name == "trainingkeys":
+            height, threshold, xonly = value.split(":")
+            keys[int(height)] = TrainingKeys(int(threshold), tuple(map(bytes.fromhex, xonly.split(","))))
+    rest = dict(values)
+    beacon, model = bytes.fromhex(rest["trainingbeacon"]), bytes.fromhex(rest["trainingmodel"])
+    return TrainingParams(keys, beacon, model, int(rest["traininground"]))
+
+
+def test_options_define_the_network_with_the_chain_id() -> None:
+    for vector in COMMITTED["networks"]:
+        assert params_of(vector["options"]).chain_id.hex() == vector["chain_id"]
 
 
 def test_committed_vectors_are_what_the_bridge_makes() -> None:
@@ -35,11 +54,34 @@ def test_certificates_decode_to_what_encodes_to_the_same_bytes() -> None:
 @pytest.mark.parametrize("vector", COMMITTED["blocks"], ids=lambda vector: vector["comment"])
 def test_blocks_are_refused_for_the_reason_named(vector: dict[str, Any]) -> None:
     block = CBlock.deserialize(bytes.fromhex(vector["block"]))
+    params = params_of(vector["options"])
     if vector["reason"] is None:
-        check_block(block, vector["height"], TrainingChain().params)
+        check_block(block, vector["height"], params)
     else:
         with pytest.raises(CertificateError) as caught:
-            check_block(block, vector["height"], TrainingChain().params)
+            check_block(block, vector["height"], params)
+        assert caught.value.reason == vector["reason"]
+
+
+@pytest.mark.parametrize("vector", COMMITTED["with_parent"], ids=lambda vector: vector["comment"])
+def test_certificates_are_refused_with_their_parent_for_the_reason_named(vector: dict[str, Any]) -> None:
+    params = params_of(vector["options"])
+    certificate = Certificate.read(Reader(bytes.fromhex(vector["certificate_hex"])))
+    certificate.check_signatures(params.chain_id, params.keys_at(certificate.height))
+    parent = None
+    if vector["parent_body_hex"]:
+        no_signatures = compact_size(0)
+        parent = Certificate.read(Reader(bytes.fromhex(vector["parent_body_hex"]) + no_signatures))
+
+    def check() -> None:
+        check_with_parent(certificate, parent, params)
+        check_round(certificate, vector["time"], vector["parent_time"], params)
+
+    if vector["reason"] is None:
+        check()
+    else:
+        with pytest.raises(CertificateError) as caught:
+            check()
         assert caught.value.reason == vector["reason"]
 
 
