@@ -18,23 +18,84 @@
 #include <sync.h>
 #include <tinyformat.h>
 #include <training/certificate.h>
+#include <training/chainstate.h>
 #include <training/params.h>
 #include <training/validation.h>
+#include <uint256.h>
 #include <univalue.h>
 #include <util/check.h>
 #include <util/strencodings.h>
 #include <validation.h>
 
 #include <optional>
+#include <set>
+#include <string>
 #include <utility>
+
+/** Whether blocks at a height need a certificate. */
+static bool NeedsCertificate(const ChainstateManager& chainman, int height)
+{
+    const auto& training{chainman.GetConsensus().training};
+    return training && height >= training->StartHeight();
+}
 
 void EnsureNeedsNoCertificate(ChainstateManager& chainman, const CBlockHeader& block)
 {
-    const auto& training{chainman.GetConsensus().training};
     const CBlockIndex* prev{WITH_LOCK(cs_main, return chainman.m_blockman.LookupBlockIndex(block.hashPrevBlock))};
-    if (!training || CHECK_NONFATAL(prev)->nHeight + 1 < training->StartHeight()) return;
+    const int height{CHECK_NONFATAL(prev)->nHeight + 1};
+    if (!NeedsCertificate(chainman, height)) return;
     throw JSONRPCError(RPC_MISC_ERROR, strprintf("Block %d needs a training certificate (from height %d on): have the coordinator's winner build it and use submitblock",
-                                                 prev->nHeight + 1, training->StartHeight()));
+                                                 height, chainman.GetConsensus().training->StartHeight()));
+}
+
+void EnsureTrainingRule(ChainstateManager& chainman, const uint256& tip, const std::set<std::string>& client_rules)
+{
+    const CBlockIndex* prev{chainman.m_blockman.LookupBlockIndex(tip)};
+    if (NeedsCertificate(chainman, CHECK_NONFATAL(prev)->nHeight + 1) && !client_rules.contains("training")) {
+        throw JSONRPCError(RPC_INVALID_PARAMETER, "getblocktemplate must be called with the training rule set (call with {\"rules\": [\"segwit\", \"training\"]})");
+    }
+}
+
+/** The certificate of a block at or above the start height. */
+static TrainingCertificate GetCertificateChecked(ChainstateManager& chainman, const CBlockIndex& index) EXCLUSIVE_LOCKS_REQUIRED(::cs_main)
+{
+    auto certificate{chainman.m_training.ReadCertificate(index, chainman.m_blockman)};
+    if (!certificate) throw JSONRPCError(RPC_INTERNAL_ERROR, strprintf("Cannot read the training certificate of block %s", index.GetBlockHash().ToString()));
+    return *std::move(certificate);
+}
+
+void PushTrainingTemplate(ChainstateManager& chainman, const CBlockIndex& prev, UniValue& rules, UniValue& block_template)
+{
+    if (!NeedsCertificate(chainman, prev.nHeight + 1)) return;
+    TrainingCertificate parent;
+    parent.beacon_reveal = chainman.GetConsensus().training->beacon;
+    if (NeedsCertificate(chainman, prev.nHeight)) parent = GetCertificateChecked(chainman, prev);
+
+    UniValue training{UniValue::VOBJ};
+    training.pushKV("chain_id", HexStr(TrainingChainId(chainman.GetConsensus())));
+    training.pushKV("height", prev.nHeight + 1);
+    training.pushKV("contributions_root", HexStr(parent.contributions_root));
+    training.pushKV("contributions_weight", parent.contributions_weight);
+    training.pushKV("contributions_count", parent.contributions_count);
+    training.pushKV("beacon_reveal", HexStr(parent.beacon_reveal));
+    rules.push_back("!training");
+    block_template.pushKV("training", std::move(training));
+}
+
+RPCResult TrainingTemplateResult()
+{
+    // clang-format off
+    return {
+        RPCResult::Type::OBJ, "training", /*optional=*/true, "what the block's training certificate continues (only if it needs one)", {
+            {RPCResult::Type::STR_HEX, "chain_id", "identifies the network: every signature covers it"},
+            {RPCResult::Type::NUM, "height", "the height of the next block"},
+            {RPCResult::Type::STR_HEX, "contributions_root", "Merkle-sum root of the parent's contributions, from which the winner is drawn"},
+            {RPCResult::Type::NUM, "contributions_weight", "their total weight, 0 if the coordinator appoints"},
+            {RPCResult::Type::NUM, "contributions_count", "their number"},
+            {RPCResult::Type::STR_HEX, "beacon_reveal", "the parent's, or the beacon's anchor: its preimage is the next"},
+        },
+    };
+    // clang-format on
 }
 
 static const TrainingParams& EnsureTrainingNetwork(const ChainstateManager& chainman)
@@ -103,6 +164,15 @@ static UniValue CertificateToJSON(const TrainingCertificate& certificate)
     return result;
 }
 
+UniValue TrainingPayloadToJSON(const uint256& block_hash, const TrainingPayload& payload)
+{
+    UniValue result{UniValue::VOBJ};
+    result.pushKV("blockhash", block_hash.GetHex());
+    result.pushKVs(CertificateToJSON(payload.certificate));
+    result.pushKV("winner_signature", HexStr(payload.winner_signature));
+    return result;
+}
+
 static RPCMethod gettrainingcertificate()
 {
     return RPCMethod{
@@ -161,15 +231,10 @@ static RPCMethod gettrainingcertificate()
             ChainstateManager& chainman{EnsureAnyChainman(request.context)};
             const TrainingParams& training{EnsureTrainingNetwork(chainman)};
             const CBlockIndex& index{*CHECK_NONFATAL(request.params[0].isNull() ? WITH_LOCK(cs_main, return chainman.ActiveTip()) : ParseHashOrHeight(request.params[0], chainman))};
-            if (index.nHeight < training.StartHeight()) {
+            if (!NeedsCertificate(chainman, index.nHeight)) {
                 throw JSONRPCError(RPC_INVALID_PARAMETER, strprintf("Block %d has no training certificate: they start at height %d", index.nHeight, training.StartHeight()));
             }
-            const TrainingPayload payload{ReadPayload(chainman, index)};
-            UniValue result{UniValue::VOBJ};
-            result.pushKV("blockhash", index.GetBlockHash().GetHex());
-            result.pushKVs(CertificateToJSON(payload.certificate));
-            result.pushKV("winner_signature", HexStr(payload.winner_signature));
-            return result;
+            return TrainingPayloadToJSON(index.GetBlockHash(), ReadPayload(chainman, index));
         },
     };
 }
@@ -199,6 +264,15 @@ static RPCMethod gettraininginfo()
                 {RPCResult::Type::STR_HEX, "model", "hash of the model that the next cycle starts from"},
                 {RPCResult::Type::NUM, "loss", /*optional=*/true, "its validation loss in nano-nats (if the tip has a certificate)"},
                 {RPCResult::Type::NUM, "contributions_weight", "total weight of the table from which the next winner is drawn, 0 if the coordinator appoints"},
+                {RPCResult::Type::NUM, "equivocation_count", "number of certificates under which the winner signed more than one block"},
+                {RPCResult::Type::ARR, "equivocations", "the evidence", {
+                    {RPCResult::Type::OBJ, "", "", {
+                        {RPCResult::Type::NUM, "height", "the slot's height"},
+                        {RPCResult::Type::NUM, "round", "the certificate's round"},
+                        {RPCResult::Type::STR_HEX, "winner_key", "the x-only key that signed the blocks"},
+                        {RPCResult::Type::ARR, "blocks", "those stored, valid or not, in the order of arrival", {{RPCResult::Type::STR_HEX, "hash", "the block's hash"}}},
+                    }},
+                }},
             },
         },
         // clang-format on
@@ -206,7 +280,8 @@ static RPCMethod gettraininginfo()
         [](const RPCMethod& self, const JSONRPCRequest& request) -> UniValue {
             ChainstateManager& chainman{EnsureAnyChainman(request.context)};
             const TrainingParams& training{EnsureTrainingNetwork(chainman)};
-            const CBlockIndex& tip{*CHECK_NONFATAL(WITH_LOCK(cs_main, return chainman.ActiveTip()))};
+            LOCK(cs_main);
+            const CBlockIndex& tip{*CHECK_NONFATAL(chainman.ActiveTip())};
 
             UniValue rotations{UniValue::VARR};
             for (const auto& [height, keys] : training.keys) {
@@ -231,11 +306,25 @@ static RPCMethod gettraininginfo()
                 result.pushKV("model", HexStr(training.model));
                 result.pushKV("contributions_weight", 0);
             } else {
-                const TrainingCertificate certificate{ReadPayload(chainman, tip).certificate};
+                const TrainingCertificate certificate{GetCertificateChecked(chainman, tip)};
                 result.pushKV("model", HexStr(certificate.model_after));
                 result.pushKV("loss", certificate.loss_after);
                 result.pushKV("contributions_weight", certificate.contributions_weight);
             }
+            UniValue equivocations{UniValue::VARR};
+            for (const auto& bodies : ListEquivocations(chainman.m_blockman)) {
+                UniValue blocks{UniValue::VARR};
+                for (const auto& hash : bodies.blocks)
+                    blocks.push_back(hash.GetHex());
+                UniValue entry{UniValue::VOBJ};
+                entry.pushKV("height", bodies.height);
+                entry.pushKV("round", bodies.round);
+                entry.pushKV("winner_key", HexStr(bodies.winner_key));
+                entry.pushKV("blocks", std::move(blocks));
+                equivocations.push_back(std::move(entry));
+            }
+            result.pushKV("equivocation_count", equivocations.size());
+            result.pushKV("equivocations", std::move(equivocations));
             return result;
         },
     };

@@ -5,10 +5,33 @@
 #ifndef BITCOIN_RPC_TRAINING_H
 #define BITCOIN_RPC_TRAINING_H
 
+#include <kernel/cs_main.h>
+#include <sync.h>
+
+#include <set>
+#include <string>
+
 class CBlockHeader;
+class CBlockIndex;
 class ChainstateManager;
+struct RPCResult;
+struct TrainingPayload;
+class UniValue;
+class uint256;
 
 /** Throw a JSONRPCError if a block needs a training certificate, which this node cannot make. */
 void EnsureNeedsNoCertificate(ChainstateManager& chainman, const CBlockHeader& block);
+
+/** Throw a JSONRPCError if the block after tip needs a certificate and the caller of getblocktemplate does not know the rule. */
+void EnsureTrainingRule(ChainstateManager& chainman, const uint256& tip, const std::set<std::string>& client_rules) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
+
+/** Add what a block producer needs to a template, if the block after prev needs a certificate. */
+void PushTrainingTemplate(ChainstateManager& chainman, const CBlockIndex& prev, UniValue& rules, UniValue& block_template) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
+
+/** The help text of what PushTrainingTemplate adds. */
+RPCResult TrainingTemplateResult();
+
+/** A block's payload as gettrainingcertificate and REST show it. */
+UniValue TrainingPayloadToJSON(const uint256& block_hash, const TrainingPayload& payload);
 
 #endif // BITCOIN_RPC_TRAINING_H

@@ -7,7 +7,9 @@
 #include <consensus/merkle.h>
 #include <consensus/params.h>
 #include <consensus/validation.h>
+#include <crypto/sha256.h>
 #include <hash.h>
+#include <logging.h>
 #include <pow.h>
 #include <primitives/block.h>
 #include <primitives/transaction.h>
@@ -17,11 +19,12 @@
 #include <streams.h>
 #include <tinyformat.h>
 #include <training/certificate.h>
+#include <training/lottery.h>
 #include <training/params.h>
 #include <uint256.h>
+#include <util/strencodings.h>
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -31,8 +34,6 @@
 #include <tuple>
 #include <utility>
 #include <vector>
-
-static constexpr std::array<uint8_t, 4> PAYLOAD_MAGIC{'T', 'C', 'R', 'T'};
 
 static const HashWriter HASHER_CHAIN{TaggedHash("traincert/chain")};
 static const HashWriter HASHER_CERTIFICATE{TaggedHash("traincert/certificate")};
@@ -94,7 +95,7 @@ static std::optional<PayloadPush> MatchPayload(const CScript& script, size_t out
     opcodetype opcode;
     std::vector<unsigned char> data;
     if (!script.GetOp(pc, opcode) || opcode != OP_RETURN || !script.GetOp(pc, opcode, data)) return std::nullopt;
-    if (data.size() < PAYLOAD_MAGIC.size() || !std::equal(PAYLOAD_MAGIC.begin(), PAYLOAD_MAGIC.end(), data.begin())) return std::nullopt;
+    if (data.size() < TRAINING_PAYLOAD_MAGIC.size() || !std::equal(TRAINING_PAYLOAD_MAGIC.begin(), TRAINING_PAYLOAD_MAGIC.end(), data.begin())) return std::nullopt;
     const bool canonical{CheckMinimalPush(data, opcode) && pc == script.end()};
     return PayloadPush{std::move(data), canonical, output};
 }
@@ -119,10 +120,10 @@ std::optional<TrainingPayload> ReadTrainingPayload(const CTransaction& coinbase,
         Reject(state, "parse", strprintf("coinbase output %u is not OP_RETURN and one minimal push", push->output));
         return std::nullopt;
     }
-    SpanReader reader{std::span{push->data}.subspan(PAYLOAD_MAGIC.size())};
+    SpanReader reader{std::span{push->data}.subspan(TRAINING_PAYLOAD_MAGIC.size())};
     // Another version has another layout: say so before anything else is read.
-    if (!reader.empty() && push->data[PAYLOAD_MAGIC.size()] != TrainingCertificate::VERSION) {
-        Reject(state, "version", strprintf("version %u, expected %u", push->data[PAYLOAD_MAGIC.size()], TrainingCertificate::VERSION));
+    if (!reader.empty() && push->data[TRAINING_PAYLOAD_MAGIC.size()] != TrainingCertificate::VERSION) {
+        Reject(state, "version", strprintf("version %u, expected %u", push->data[TRAINING_PAYLOAD_MAGIC.size()], TrainingCertificate::VERSION));
         return std::nullopt;
     }
     try {
@@ -186,6 +187,49 @@ bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::
     }
     if (!certificate.winner_key.VerifySchnorr(WinnerSigHash(chain_id, block, payload->output), payload->winner_signature)) {
         return Reject(state, "winner-sig", "the winner's signature does not verify");
+    }
+    LogDebug(BCLog::VALIDATION, "Verified the training certificate of block %s\n", block.GetHash().ToString());
+    return true;
+}
+
+static bool CheckDraw(const TrainingCertificate& certificate, const TrainingDraw& draw, const TrainingCertificate& parent, BlockValidationState& state)
+{
+    if (draw.weight == 0 || !CheckContributionWeight(draw.params, draw.loss_reduction, draw.weight)) {
+        return Reject(state, "weight", strprintf("%u is not the weight of %u parameters and a loss reduction of %u", draw.weight, draw.params, draw.loss_reduction));
+    }
+    const MerkleSumNode leaf{ContributionLeaf(certificate.winner_key, draw.update_hash, draw.params, draw.loss_reduction, draw.weight)};
+    const auto path{FollowContributionPath(leaf, draw.index, parent.contributions_count, draw.siblings)};
+    if (!path || path->root.hash != parent.contributions_root || path->root.sum != parent.contributions_weight) {
+        return Reject(state, "draw", "the path does not end at the parent's root and total weight");
+    }
+    const uint64_t ticket{DrawTicket(certificate.beacon_reveal, certificate.prev_block, certificate.round, parent.contributions_weight)};
+    if (ticket < path->start || ticket - path->start >= draw.weight) {
+        return Reject(state, "draw", strprintf("ticket %u is not among the %u from %u on", ticket, draw.weight, path->start));
+    }
+    return true;
+}
+
+bool ContextualCheckTrainingCertificate(const TrainingCertificate& certificate, const TrainingCertificate* parent, int64_t time, int64_t parent_time, const TrainingParams& params, BlockValidationState& state)
+{
+    const uint64_t table_weight{parent ? parent->contributions_weight : 0};
+    if (certificate.draw.has_value() != (table_weight > 0)) {
+        return Reject(state, "award", strprintf("%s, but the parent's table has weight %u", certificate.draw ? "drawn" : "appointed", table_weight));
+    }
+    if (certificate.draw && !CheckDraw(certificate, *certificate.draw, *parent, state)) return false;
+
+    uint256 beacon;
+    CSHA256().Write(certificate.beacon_reveal.data(), certificate.beacon_reveal.size()).Finalize(beacon.data());
+    const uint256& expected_beacon{parent ? parent->beacon_reveal : params.beacon};
+    if (beacon != expected_beacon) {
+        return Reject(state, "beacon", strprintf("the reveal's hash is %s, expected %s", HexStr(beacon), HexStr(expected_beacon)));
+    }
+    const uint256& model{parent ? parent->model_after : params.model};
+    if (certificate.model_before != model) {
+        return Reject(state, "model", strprintf("starts from model %s, expected %s", HexStr(certificate.model_before), HexStr(model)));
+    }
+    const int64_t earliest{parent_time + int64_t{certificate.round} * params.round_seconds};
+    if (certificate.round > 0 && time < earliest) {
+        return Reject(state, "round", strprintf("round %u at time %d, allowed from %d on", certificate.round, time, earliest));
     }
     return true;
 }

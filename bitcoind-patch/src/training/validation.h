@@ -8,18 +8,24 @@
 #include <training/certificate.h>
 #include <uint256.h>
 
+#include <array>
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 
 class BlockValidationState;
 class CBlock;
 class CBlockHeader;
 class CTransaction;
+struct TrainingParams;
 namespace Consensus {
 struct Params;
 } // namespace Consensus
 
-/** What a coinbase carries on a training network. */
+/** The bytes that a payload starts with. */
+inline constexpr std::array<uint8_t, 4> TRAINING_PAYLOAD_MAGIC{'T', 'C', 'R', 'T'};
+
+/** What a coinbase carries on a training network, after the magic. */
 struct TrainingPayload {
     TrainingCertificate certificate;
     SchnorrSignature winner_signature;
@@ -42,11 +48,23 @@ std::optional<TrainingPayload> ReadTrainingPayload(const CTransaction& coinbase,
 bool CheckTrainingHeader(const CBlockHeader& header, int height, const Consensus::Params& params, BlockValidationState& state);
 
 /**
- * Check all that a block's certificate must fulfil by itself: true on networks and at heights that need none.
+ * The block alone: check all that a block's certificate must fulfil by itself. True on networks and at heights that need
+ * none.
  *
- * Expects that CheckBlock and ContextualCheckBlock have passed. Does not look at the parent's certificate, so it does
- * not know whether the draw was fair nor whether beacon and model continue the parent's.
+ * Expects that CheckBlock and ContextualCheckBlock have passed.
  */
 bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state);
+
+/**
+ * With the parent: check that a certificate's draw is fair, that beacon and model continue the parent's, and that its
+ * slot was not redrawn too early.
+ *
+ * Expects that CheckTrainingCertificate has passed for both.
+ *
+ * @param[in] parent       the parent's certificate, nullptr at the start height
+ * @param[in] time         the nTime of the certificate's block
+ * @param[in] parent_time  the nTime of the parent, which there is at the start height too
+ */
+bool ContextualCheckTrainingCertificate(const TrainingCertificate& certificate, const TrainingCertificate* parent, int64_t time, int64_t parent_time, const TrainingParams& params, BlockValidationState& state);
 
 #endif // BITCOIN_TRAINING_VALIDATION_H
