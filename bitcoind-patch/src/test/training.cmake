@@ -10,11 +10,17 @@ add_executable(test_training EXCLUDE_FROM_ALL training_tests.cpp)
 target_json_data_sources(test_training data/training.json)
 target_compile_definitions(test_training PRIVATE BOOST_TEST_MODULE=training)
 target_compile_options(test_training PRIVATE "SHELL:-include boost/test/included/unit_test.hpp")
-target_link_libraries(test_training
-  core_interface
-  bitcoin_common
-  bitcoin_consensus
-  bitcoin_util
-  univalue
-  Boost::headers
-)
+
+# The node's verdict on blocks, for tests/differential.
+add_executable(training_check EXCLUDE_FROM_ALL training_check.cpp)
+
+foreach(target IN ITEMS test_training training_check)
+  target_link_libraries(${target}
+    core_interface
+    bitcoin_common
+    bitcoin_consensus
+    bitcoin_util
+    univalue
+    Boost::headers
+  )
+endforeach()
