@@ -38,6 +38,15 @@ static bool IsNeeded(const CBlockIndex& index, const CBlockIndex& best_header, c
            (!tip || best_header.nChainWork > tip->nChainWork);
 }
 
+/** Drop the bodies that this node does not have: after a crash the database may name a block that was never written. */
+static void DropLost(std::vector<uint256>& blocks, const node::BlockManager& blockman) EXCLUSIVE_LOCKS_REQUIRED(::cs_main)
+{
+    std::erase_if(blocks, [&](const uint256& hash) EXCLUSIVE_LOCKS_REQUIRED(::cs_main) {
+        const CBlockIndex* body{blockman.LookupBlockIndex(hash)};
+        return !body || body->nTx == 0;
+    });
+}
+
 std::optional<TrainingCertificate> TrainingState::ReadCertificate(const CBlockIndex& index, const node::BlockManager& blockman) const
 {
     AssertLockHeld(::cs_main);
@@ -78,12 +87,9 @@ bool TrainingState::MayStore(const CBlock& block, const CBlockIndex& index, bool
     const auto key{std::make_pair(DB_BODIES, CertificateSigHash(TrainingChainId(params), certificate))};
     CertificateBodies bodies{.height = certificate.height, .round = certificate.round, .winner_key = certificate.winner_key, .blocks = {}};
     blockman.m_block_tree_db->Read(key, bodies);
+    DropLost(bodies.blocks, blockman);
+    std::erase(bodies.blocks, index.GetBlockHash()); // pruned, and fetched again
 
-    // After a crash the database may name a block that the block index has forgotten.
-    std::erase_if(bodies.blocks, [&](const uint256& hash) EXCLUSIVE_LOCKS_REQUIRED(::cs_main) {
-        const CBlockIndex* body{blockman.LookupBlockIndex(hash)};
-        return !body || body->nTx == 0 || body == &index;
-    });
     if (bodies.blocks.size() >= MAX_BODIES && !on_disk && !IsNeeded(index, best_header, tip)) {
         LogDebug(BCLog::VALIDATION, "Left alone block %s: it is not needed, and %u others of its training certificate are stored\n", index.GetBlockHash().ToString(), bodies.blocks.size());
         m_left_alone.insert(&index);
@@ -109,7 +115,9 @@ std::vector<CertificateBodies> ListEquivocations(const node::BlockManager& block
     std::pair<std::string, uint256> key;
     CertificateBodies bodies;
     for (it->Seek(std::make_pair(DB_BODIES, uint256{})); it->Valid() && it->GetKey(key) && key.first == DB_BODIES; it->Next()) {
-        if (it->GetValue(bodies) && bodies.blocks.size() >= MAX_BODIES) equivocations.push_back(bodies);
+        if (!it->GetValue(bodies)) continue;
+        DropLost(bodies.blocks, blockman);
+        if (bodies.blocks.size() >= MAX_BODIES) equivocations.push_back(bodies);
     }
     std::ranges::sort(equivocations, {}, [](const auto& each) { return std::make_pair(each.height, each.round); });
     return equivocations;
