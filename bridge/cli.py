@@ -94,17 +94,23 @@ def _build(source: Path | None = None) -> Path:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: certificates as gettrainingcertificate has them.")
 def chain(datadir: Path, as_json: bool) -> None:
-    """Read a training chain from a running node, check every rule on it, and show its blocks."""
+    """Read a training chain from a running node, check every rule on it, and show its blocks.
+
+    A line for each winner that the node saw sign two blocks under one certificate comes last.
+    """
     from traincert.bridge.chain import certificate_json, read_chain, read_params
     from traincert.bridge.node import NodeClient
-    from traincert.bridge.view import chain_table, stdout_console
+    from traincert.bridge.view import chain_table, print_equivocations, stdout_console
 
     with NodeClient.from_datadir(datadir) as client:
         blocks = read_chain(client, read_params(client))
+        equivocations = client.call("gettraininginfo")["equivocations"]
     if as_json:
         click.echo(json.dumps([certificate_json(block) for block in blocks], indent=2))
     else:
-        stdout_console().print(chain_table(blocks))
+        console = stdout_console()
+        console.print(chain_table(blocks))
+        print_equivocations(console, equivocations)
 
 
 @cli.command()
@@ -120,15 +126,25 @@ def chain(datadir: Path, as_json: bool) -> None:
 @click.option("--nodes", type=click.IntRange(1, 20), default=3, show_default=True, help="Nodes.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the model.")
 @click.option("--keep", is_flag=True, help="Leave the nodes running at the end.")
-def demo(data: Path, cycles: int, miners: int, nodes: int, seed: int, keep: bool) -> None:
-    """Run a training network on this machine, and check what it is said to do."""
+@click.option(
+    "--compat-pow/--no-compat-pow",
+    default=True,
+    help="Let producers also meet regtest's trivial target (default), so that tools which check proof of work, "
+    "unpatched nodes among them, take the blocks; --no-compat-pow turns it off.",
+)
+def demo(data: Path, cycles: int, miners: int, nodes: int, seed: int, keep: bool, compat_pow: bool) -> None:
+    """Run a training network on this machine, and check what it is said to do.
+
+    If a winner's node does not bring its block within a minute, another winner is drawn.
+    """
     programs = _build() / "bin"
     # torch, matplotlib and scikit-learn take seconds to import: not before they are needed
     from traincert.bridge.demo import PICTURE, Plan, run_demo
     from traincert.bridge.view import CyclesView, chain_table, print_claims, stdout_console
 
     with CyclesView() as view:
-        outcome = run_demo(programs / "bitcoind", Plan(data, cycles, miners, nodes, seed, keep), view)
+        plan = Plan(data, cycles, miners, nodes, seed, keep, compat_pow)
+        outcome = run_demo(programs / "bitcoind", plan, view)
     console = stdout_console()
     console.print(chain_table(outcome.chain, outcome.names))
     console.print()

@@ -1,14 +1,18 @@
-"""The coordinator's loop: cycle, table, draw, certificate, wait for the block."""
+"""The coordinator's loop: cycle, table, draw, certificate, wait for the block, redraw if the winner is absent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread
 
-from bitcoin.core import lx
+from bitcoin.core import CBlock, lx
 from coincurve import PrivateKey
 
 from traincert.bridge.beacon import Beacon
+from traincert.bridge.block import read_payload
 from traincert.bridge.certificate import Certificate, Draw
 from traincert.bridge.codec import tagged_hash
 from traincert.bridge.errors import BridgeError
@@ -21,6 +25,9 @@ from traincert.trainer.cycle import CycleResult, run_cycle
 from traincert.trainer.datasets import Dataset
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.state import State
+
+MAX_ROUND = 2**16 - 1
+OWN_NODE_TIME = 30.0  # seconds for the coordinator's node to be again where it was, after a restart
 
 
 @dataclass(frozen=True)
@@ -59,19 +66,29 @@ class Coordinator:
         self._node = node
         self._dataset = dataset
         self._engine = engine
+        self._tip: str | None = None  # the block that closed the last slot
 
     def close_slot(
-        self, producers: Mapping[bytes, Producer], on_update: Callable[[int, int], None] | None = None
+        self,
+        producers: Mapping[bytes, Producer],
+        on_update: Callable[[int, int], None] | None = None,
+        on_absent: Callable[[Certificate, str], None] | None = None,
     ) -> ClosedSlot:
         """Run one cycle with all miners, certify it, and wait for the winner's block.
 
-        `producers` are the miners by their key; `on_update` is called with the number of tasks done and their total.
+        If it does not come within the round's time, the next round's winner is certified for the same cycle, and so
+        on; a block that an earlier one makes after all closes the slot too. `producers` are the miners by their key,
+        `on_update` is called with the number of tasks done and their total, and `on_absent` with the certificate of
+        each winner whose time is over and what is known of why.
 
-        Raises BridgeError if the winner's block does not come within the round's time.
+        Raises BridgeError if the coordinator's own node fails, or leaves the chain that is being built.
         """
-        tip = self._node.call("getbestblockhash")
+        if self._tip and not self._node.wait_for_tip(self._tip, OWN_NODE_TIME):
+            raise BridgeError(f"{self._node.name} has left block {self._tip}, which closed the slot before")
+        tip: str = self._tip or self._node.call("getbestblockhash")
+        parent = self._node.call("getblockheader", tip)
         prev_block: bytes = lx(tip)
-        height = self._node.call("getblockheader", tip)["height"] + 1
+        height: int = parent["height"] + 1
         # Nobody chooses who trains what: nobody knows the parent's hash before its winner has signed it.
         seed = tagged_hash("traincert/assignment", self._dataset.job.seed.to_bytes(8, "little") + prev_block)
         result = run_cycle(self._dataset, self.state, list(producers), self._engine, seed=seed, on_update=on_update)
@@ -80,40 +97,96 @@ class Coordinator:
             for each in result.contributions
         )
         beacon_reveal = self._beacon.reveal(height - self.params.start_height)
-        winner_key, draw = self._draw(beacon_reveal, prev_block, height, sorted(producers))
-        certificate = Certificate(
-            height=height,
-            prev_block=prev_block,
-            beacon_reveal=beacon_reveal,
-            model_before=result.model_before,
-            model_after=result.model_after,
-            dataset_root=result.dataset_root,
-            loss_before=result.loss_before,
-            loss_after=result.loss_after,
-            params_trained=result.params_trained,
-            contributions_root=table.root,
-            contributions_weight=table.weight,
-            contributions_count=table.count,
-            winner_key=winner_key,
-            draw=draw,
-        )
-        self._journal.record(certificate, self.params.chain_id)
-        certificate = certificate.sign(self.params.chain_id, self._secrets)
-        block_hash = producers[winner_key].produce(certificate, self.params.chain_id)
-        if not self._node.wait_for_block(block_hash, self.params.round_seconds):
-            raise BridgeError(
-                f"{self._node.name} did not get block {height} {block_hash} of miner {winner_key.hex()} within "
-                f"{self.params.round_seconds} s"
+        certificates: list[Certificate] = []
+        for round_ in range(MAX_ROUND + 1):
+            winner_key, draw = self._draw(beacon_reveal, prev_block, height, round_, sorted(producers))
+            certificate = Certificate(
+                height=height,
+                prev_block=prev_block,
+                round=round_,
+                beacon_reveal=beacon_reveal,
+                model_before=result.model_before,
+                model_after=result.model_after,
+                dataset_root=result.dataset_root,
+                loss_before=result.loss_before,
+                loss_after=result.loss_after,
+                params_trained=result.params_trained,
+                contributions_root=table.root,
+                contributions_weight=table.weight,
+                contributions_count=table.count,
+                winner_key=winner_key,
+                draw=draw,
             )
+            self._journal.record(certificate, self.params.chain_id)
+            certificates.append(certificate.sign(self.params.chain_id, self._secrets))
+            # Each winner has its round's time from now on; the next round's block must also be late enough.
+            begin = max(time.time(), parent["time"] + round_ * self.params.round_seconds)
+            handover = _hand_over(certificates[-1], producers.get(winner_key), self.params)
+            if self._wait_for_block(height, begin + self.params.round_seconds):
+                break
+            reason = _why_absent(handover)
+            if on_absent:
+                on_absent(certificates[-1], reason)
+        else:
+            raise BridgeError(f"block {height}: {MAX_ROUND + 1} winners were absent, and no round is left")
+        self._tip = self._node.call("getblockhash", height)
+        certificate = self._read_certificate(self._tip, certificates)
         self.state, self.table = result.state, table
-        return ClosedSlot(certificate, block_hash, result)
+        return ClosedSlot(certificate, self._tip, result)
+
+    def _wait_for_block(self, height: int, until: float) -> bool:
+        """Whether our node has a block at a height before the clock says `until`."""
+        while (left := until - time.time()) > 0:  # a loop, because the clock may be set while we wait
+            if self._node.wait_for_height(height, left):
+                return True
+        return False
+
+    def _read_certificate(self, block_hash: str, certificates: Sequence[Certificate]) -> Certificate:
+        """Return the one of our certificates that a block carries."""
+        block = CBlock.deserialize(bytes.fromhex(self._node.call("getblock", block_hash, 0)))
+        body = read_payload(block.vtx[0]).certificate.body()
+        for certificate in certificates:
+            if certificate.body() == body:
+                return certificate
+        raise BridgeError(f"{self._node.name} has block {block_hash}, whose certificate is none of this coordinator's")
 
     def _draw(
-        self, beacon_reveal: bytes, prev_block: bytes, height: int, miners: list[bytes]
+        self, beacon_reveal: bytes, prev_block: bytes, height: int, round_: int, miners: list[bytes]
     ) -> tuple[bytes, Draw | None]:
         if not self.table.count:  # nothing to draw from: the coordinator appoints, one miner after the other
-            return miners[height % len(miners)], None
-        index = self.table.find(draw_ticket(beacon_reveal, prev_block, 0, self.table.weight))
+            return miners[(height + round_) % len(miners)], None
+        index = self.table.find(draw_ticket(beacon_reveal, prev_block, round_, self.table.weight))
         leaf = self.table.leaves[index]
         siblings = self.table.path(index)
         return leaf.miner_key, Draw(leaf.update_hash, leaf.params, leaf.loss_reduction, leaf.weight, index, siblings)
+
+
+def _hand_over(certificate: Certificate, producer: Producer | None, params: TrainingParams) -> Future[str]:
+    """Give a certificate to its winner, and to nobody else, and do not wait for what it does.
+
+    A winner whose node hangs may answer much later, or never: a daemon thread holds up neither the loop nor our end.
+    """
+    handover = Future[str]()
+
+    def produce() -> None:
+        try:
+            if producer is None:
+                raise BridgeError("it takes part no longer")
+            handover.set_result(producer.produce(certificate, params))
+        except BaseException as error:  # whatever it is: it is raised or told where the result is asked for
+            handover.set_exception(error)
+
+    Thread(target=produce, name=f"block {certificate.height}, round {certificate.round}", daemon=True).start()
+    return handover
+
+
+def _why_absent(handover: Future[str]) -> str:
+    """Say what is known of a winner whose block did not come; an error that is no miner's fault is raised."""
+    if not handover.done():
+        return "no answer yet"
+    error = handover.exception()
+    if error is None:
+        return f"its node took block {handover.result()}, but ours has not heard of it"
+    if not isinstance(error, BridgeError):
+        raise error
+    return str(error)

@@ -16,6 +16,7 @@ from bitcoin.core.script import OP_0, CScript
 from coincurve import PrivateKey
 
 from traincert.bridge.beacon import Beacon
+from traincert.bridge.certificate import Certificate
 from traincert.bridge.chain import CertifiedBlock, certificate_json, read_chain, read_params
 from traincert.bridge.coordinator import ClosedSlot, Coordinator
 from traincert.bridge.errors import BridgeError, CertificateError
@@ -51,6 +52,7 @@ class Plan:
     nodes: int
     seed: int
     keep: bool
+    compat_pow: bool = True
 
 
 class View(Protocol):
@@ -61,6 +63,9 @@ class View(Protocol):
 
     def update(self, done: int, total: int) -> None:
         """Show how many of the cycle's tasks are done."""
+
+    def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
+        """Show that a winner's block did not come in its round's time."""
 
     def closed(self, slot: ClosedSlot, winner: str) -> None:
         """Show a cycle whose block is in the chain."""
@@ -115,16 +120,25 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
             view.step(f"starting {WORKERS} worker processes")
             engine = stack.enter_context(LocalEngine(job, directory / "work", workers=WORKERS))
             producers = {
-                xonly_key(secret): Producer(secret, clients[i % len(clients)], payout_script(secret))
+                xonly_key(secret): Producer(
+                    secret,
+                    network.nodes[i % plan.nodes].datadir,
+                    payout_script(secret),
+                    compat_pow=plan.compat_pow,
+                )
                 for i, secret in enumerate(miner_secrets)
             }
             signers = {i: PrivateKey(coordinator_secrets[i]) for i in range(THRESHOLD)}
             journal = Journal(directory / "journal.sqlite")
             coordinator = Coordinator(params, signers, beacon, journal, clients[0], dataset, state, engine)
+
+            def on_absent(certificate: Certificate, reason: str) -> None:
+                view.absent(certificate, names[certificate.winner_key], reason)
+
             slots = []
             for cycle in range(1, plan.cycles + 1):
                 view.step(f"cycle {cycle} of {plan.cycles}")
-                slots.append(coordinator.close_slot(producers, view.update))
+                slots.append(coordinator.close_slot(producers, view.update, on_absent))
                 view.closed(slots[-1], names[slots[-1].certificate.winner_key])
 
             view.step("checking")
@@ -182,6 +196,7 @@ def _check(
     test = read_examples(dataset.directory, dataset.test)
     job = dataset.job
     bar = f" (bar: {job.target_accuracy})" if plan.cycles >= job.cycles else ""
+    pow_checked = "included" if plan.compat_pow else "aside"
     claims = [
         Claim(f"all {len(clients)} nodes have the same tip, block {len(chain)}", tips == {chain[-1].hash}),
         Claim("the chain has a block for every cycle", len(chain) == plan.cycles),
@@ -193,7 +208,10 @@ def _check(
             "the nodes' gettrainingcertificate says the same as the blocks",
             all(_same_certificates(client, chain) for client in clients),
         ),
-        Claim("python-bitcoinlib's CheckBlock takes every block, proof of work included", _check_blocks(chain)),
+        Claim(
+            f"python-bitcoinlib's CheckBlock takes every block, proof of work {pow_checked}",
+            _check_blocks(chain, check_pow=plan.compat_pow),
+        ),
         Claim(
             "every block pays its winner, to its own address",
             all(
@@ -222,11 +240,11 @@ def _same_certificates(client: NodeClient, chain: Sequence[CertifiedBlock]) -> b
     return all(client.call("gettrainingcertificate", each.hash) == certificate_json(each) for each in chain)
 
 
-def _check_blocks(chain: Sequence[CertifiedBlock]) -> bool:
+def _check_blocks(chain: Sequence[CertifiedBlock], *, check_pow: bool) -> bool:
     bitcoin.SelectParams("regtest")  # the library's own, process-wide setting: the target that it allows
     try:
         for each in chain:
-            CheckBlock(each.block)
+            CheckBlock(each.block, fCheckPoW=check_pow)
     except ValidationError:
         return False
     return True

@@ -43,5 +43,6 @@ class Journal:
 
     def _connect(self) -> sqlite3.Connection:
         database = sqlite3.connect(self._path, timeout=30, isolation_level=None)
-        database.execute("PRAGMA synchronous = FULL")
+        # FULL alone does not sync the folder after a commit: a power failure could bring the rollback journal back.
+        database.execute("PRAGMA synchronous = EXTRA")
         return database

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,10 @@ _RPC_IN_WARMUP = -28
 
 class _NotReadyError(NodeUnreachableError):
     """The call did not reach the node, or it is starting: asking again is harmless."""
+
+
+class _CutOffError(NodeUnreachableError):
+    """The node ended, or dropped the connection, before it answered."""
 
 
 class NodeClient:
@@ -108,11 +114,44 @@ class NodeClient:
                 await self._rpc.aclose()
                 self._rpc = None
             raise _NotReadyError(f"{self.name} at {self.url}: {method}: {error.response.reason_phrase}") from error
+        except (httpx.ReadError, httpx.RemoteProtocolError) as error:
+            raise _CutOffError(f"{self.name} at {self.url}: {method}: {error or type(error).__name__}") from error
         except (httpx.HTTPError, orjson.JSONDecodeError) as error:
             problem = str(error) or type(error).__name__
             raise NodeUnreachableError(f"{self.name} at {self.url}: {method}: {problem}") from error
 
-    def wait_for_block(self, block_hash: str, timeout: float) -> bool:
-        """Wait until a block is the node's tip, for at most `timeout` seconds; whether it is."""
-        answer: Mapping[str, str] = self.call("waitforblock", block_hash, int(timeout * 1000))
-        return answer["hash"] == block_hash
+    def wait_for_height(self, height: int, timeout: float) -> bool:
+        """Wait until the node's tip is at a height or above it, for at most `timeout` seconds; whether it is.
+
+        A node that is restarted meanwhile is asked again.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            with contextlib.suppress(_CutOffError):
+                if self._long_poll("waitforblockheight", height, deadline)["height"] >= height:
+                    return True
+            if time.monotonic() >= deadline:
+                return False
+
+    def wait_for_tip(self, block_hash: str, timeout: float) -> bool:
+        """Wait until a block is the node's tip, for at most `timeout` seconds; whether it is.
+
+        It is preferred to rivals with as much work, which the node may have heard of first.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            with contextlib.suppress(_CutOffError):
+                if (
+                    self._long_poll("waitforblock", block_hash, min(deadline, time.monotonic() + 1))["hash"]
+                    == block_hash
+                ):
+                    return True
+                with contextlib.suppress(NodeCallError):  # it has not heard of the block yet
+                    self.call("preciousblock", block_hash)
+            if time.monotonic() >= deadline:
+                return False
+
+    def _long_poll(self, method: str, awaited: str | int, deadline: float) -> Mapping[str, Any]:
+        left = min(deadline - time.monotonic(), CALL_TIMEOUT / 2)
+        answer: Mapping[str, Any] = self.call(method, awaited, max(1, int(left * 1000)))  # 0 would mean without end
+        return answer

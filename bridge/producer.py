@@ -2,41 +2,83 @@
 
 from __future__ import annotations
 
-from bitcoin.core import b2lx
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitcoin.core import CBlock, b2lx
 from coincurve import PrivateKey
 
 from traincert.bridge.block import build_block
 from traincert.bridge.certificate import Certificate
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.node import NodeClient
+from traincert.bridge.params import TrainingParams
 
-CATCH_UP_TIME = 30.0  # seconds for the node to hear of the block before
+CATCH_UP_TIME = 30.0  # seconds for the node to hear of the block before, and for its clock
 
 
 class Producer:
-    """A miner's key, the node that it trusts, and the scriptPubKey that it is paid to."""
+    """A miner's key, the data directory of the node that it trusts, and the scriptPubKey that it is paid to.
 
-    def __init__(self, secret: bytes, node: NodeClient, payout_script: bytes) -> None:
+    Unless `compat_pow` is off its blocks also meet the network's target, see `build_block`.
+    """
+
+    def __init__(self, secret: bytes, datadir: Path, payout_script: bytes, *, compat_pow: bool = True) -> None:
         self._key = PrivateKey(secret)
         self.miner_key: bytes = self._key.public_key_xonly.format()
-        self.node = node
+        self.datadir = datadir
         self.payout_script = payout_script
+        self.compat_pow = compat_pow
 
-    def produce(self, certificate: Certificate, chain_id: bytes) -> str:
+    def produce(self, certificate: Certificate, params: TrainingParams) -> str:
         """Append the block that a certificate allows, and return its hash as RPC shows it.
 
-        Raises BridgeError if the certificate is another miner's, if the node does not have the block before, or if it
-        refuses the new one, with the node's reason.
+        Raises BridgeError if the certificate is another miner's or another network's, if the node does not answer, if
+        it does not have the block before or has another on it, or if it refuses the new one, with the node's reason.
         """
         if certificate.winner_key != self.miner_key:
             raise BridgeError(f"the certificate for block {certificate.height} is for another miner")
-        before = b2lx(certificate.prev_block)
-        if not self.node.wait_for_block(before, CATCH_UP_TIME):
-            raise BridgeError(f"{self.node.name} did not get block {before} within {CATCH_UP_TIME:g} s")
-        template = self.node.call("getblocktemplate", {"rules": ["segwit", "training"]})
-        block = build_block(template, certificate, self.payout_script, chain_id, self._key.sign_schnorr)
+        with NodeClient.from_datadir(self.datadir) as node:  # a connection of our own: one that hangs is only ours
+            before = b2lx(certificate.prev_block)
+            if not node.wait_for_tip(before, CATCH_UP_TIME):
+                raise BridgeError(f"{node.name} is not at block {before}, nor was within {CATCH_UP_TIME:g} s")
+            template = _wait_for_template(node, certificate, params)
+            block = build_block(
+                template,
+                certificate,
+                self.payout_script,
+                params.chain_id,
+                self._key.sign_schnorr,
+                compat_pow=self.compat_pow,
+            )
+            self.submit(node, certificate, block)
         block_hash: str = b2lx(block.GetHash())
-        answer = self.node.call("submitblock", block.serialize().hex())
-        if answer not in (None, "duplicate"):
-            raise BridgeError(f"{self.node.name} refused block {certificate.height} {block_hash}: {answer}")
         return block_hash
+
+    def submit(self, node: NodeClient, certificate: Certificate, block: CBlock) -> None:
+        """Give a block to the node. Raises BridgeError if it does not become its tip."""
+        answer = node.call("submitblock", block.serialize().hex())
+        if answer not in (None, "duplicate"):
+            refused = f"{node.name} refused block {certificate.height} {b2lx(block.GetHash())}"
+            raise BridgeError(f"{refused}: {answer}")
+
+
+def _wait_for_template(node: NodeClient, certificate: Certificate, params: TrainingParams) -> Mapping[str, Any]:
+    """Return a template for the certificate's slot, at a time from which on its round is allowed."""
+    round_ = certificate.round
+    parent_time: int = node.call("getblockheader", b2lx(certificate.prev_block))["time"]
+    earliest = parent_time + round_ * params.round_seconds if round_ else 0
+    deadline = time.monotonic() + CATCH_UP_TIME
+    while True:
+        template: Mapping[str, Any] = node.call("getblocktemplate", {"rules": ["segwit", "training"]})
+        chain_id = template["training"]["chain_id"]
+        if chain_id != params.chain_id.hex():
+            raise BridgeError(f"{node.name} is on network {chain_id}, the certificate is for {params.chain_id.hex()}")
+        now = template["curtime"]
+        if now >= earliest:
+            return template
+        if time.monotonic() > deadline:
+            raise BridgeError(f"{node.name}'s time is {now}, but round {round_} is allowed from {earliest} on")
+        time.sleep(0.2)  # its clock is behind the coordinator's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from traincert.bridge.certificate import Certificate
     from traincert.bridge.chain import CertifiedBlock
     from traincert.bridge.coordinator import ClosedSlot
 
@@ -87,12 +88,17 @@ class CyclesView:
         """Show how many of the cycle's tasks are done."""
         self._progress.update(self._task, completed=done, total=total)
 
+    def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
+        """Show that a winner's block did not come in its round's time."""
+        self._console.print(f"block {certificate.height}: {winner} is absent, drawing again ({reason})", markup=False)
+
     def closed(self, slot: ClosedSlot, winner: str) -> None:
         """Show a cycle whose block is in the chain."""
         certificate, result = slot.certificate, slot.result
         accepted, refused = len(result.contributions), len(result.refusals)
         loss = f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}"
         accuracy = f"{result.accuracy:.4f}"
+        winner += _in_round(certificate)
         row = (str(certificate.height), winner, f"{accepted} of {accepted + refused}", loss, accuracy, slot.block_hash)
         self._table.add_row(*row)
         if not self._console.is_terminal:
@@ -100,6 +106,11 @@ class CyclesView:
             self._console.print(
                 f"block {height} by {winner}: {updates} updates, loss {loss}, accuracy {accuracy}, {block_hash}"
             )
+
+
+def _in_round(certificate: Certificate) -> str:
+    """The note that winners were absent before this one."""
+    return f" (round {certificate.round})" if certificate.round else ""
 
 
 def _progress(console: Console) -> Progress:
@@ -117,8 +128,8 @@ def _cycles_table() -> Table:
 def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | None = None) -> Table:
     """Return a table with a row a block.
 
-    Winners are shown by name, or by the start of their key; losses in nats, on held-out data; the winner's weight out
-    of the total of the table that it was drawn from, unless it was appointed.
+    Winners are shown by name, or by the start of their key, with the round if the slot was redrawn; losses in nats, on
+    held-out data; the winner's weight out of the total of the table that it was drawn from, unless it was appointed.
     """
     table = Table(box=None)
     table.add_column("height", justify="right")
@@ -133,7 +144,7 @@ def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | No
         winner = certificate.winner_key
         table.add_row(
             str(certificate.height),
-            names[winner] if names else winner.hex()[:16],
+            (names[winner] if names else winner.hex()[:16]) + _in_round(certificate),
             f"{certificate.params_trained:,}",
             f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}",
             f"{certificate.draw.weight:,} / {total:,}" if certificate.draw else certificate.award,
@@ -141,6 +152,15 @@ def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | No
         )
         total = certificate.contributions_weight  # what the next winner is drawn from
     return table
+
+
+def print_equivocations(console: Console, equivocations: Iterable[Mapping[str, Any]]) -> None:
+    """Print a line for each of gettraininginfo's equivocations."""
+    for each in equivocations:
+        console.print(
+            f"equivocation: miner {each['winner_key'][:16]} signed more than one block of height {each['height']}, "
+            f"round {each['round']}: {' and '.join(each['blocks'])}"
+        )
 
 
 def print_claims(console: Console, claims: Sequence[tuple[str, bool]]) -> None:

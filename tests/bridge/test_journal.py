@@ -1,8 +1,11 @@
 """Never two certificates for one slot and round."""
 
+import os
+import signal
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,21 @@ def test_of_ten_at_once_exactly_one_succeeds(tmp_path: Path, certificate: Certif
 
     with ThreadPoolExecutor(10) as pool:
         assert sum(pool.map(record, range(10))) == 1
+
+
+def test_after_a_kill_between_writing_and_signing_only_the_same_certificate_is_signed(
+    tmp_path: Path, certificate: Certificate
+) -> None:
+    path = tmp_path / "journal"
+    process = get_context("fork").Process(target=record_and_die, args=(path, certificate))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(JournalError, match="block 1, round 0"):
+        Journal(path).record(replace(certificate, winner_key=bytes(32)), CHAIN_ID)
+    Journal(path).record(certificate, CHAIN_ID)
+
+
+def record_and_die(path: Path, certificate: Certificate) -> None:
+    Journal(path).record(certificate, CHAIN_ID)
+    os.kill(os.getpid(), signal.SIGKILL)
