@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from traincert.bridge.errors import BridgeError, NodeUnreachableError
 from traincert.regtest import errors as regtest_errors
-from traincert.regtest.build import build_node, node_folder
+from traincert.regtest.build import PATCHED, NodeKind, build_node, node_folder
 from traincert.trainer.job import TrainerError
 
 EXIT_CODES = """
@@ -49,39 +52,49 @@ def _fail(message: str, code: int) -> None:
 
 @cli.group()
 def node() -> None:
-    """The patched bitcoind."""
+    """The patched bitcoind, or the same without the patch."""
 
 
-SOURCE = click.option(
-    "--source",
-    type=click.Path(path_type=Path, exists=True),
-    help="A folder or tarball with the source tree, instead of the pinned one.",
-)
+def which_node(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which node is meant, as one NodeKind."""
+
+    @click.option("--base", metavar="RELEASE", help="The Bitcoin Core to build: 31 (the default) or 28.")
+    @click.option("--stock", is_flag=True, help="Without the patch.")
+    @click.option(
+        "--source",
+        type=click.Path(path_type=Path, exists=True),
+        help="A folder or tarball with the source tree, instead of the pinned one.",
+    )
+    @functools.wraps(command)
+    def with_options(base: str | None, stock: bool, source: Path | None, **others: Any) -> None:
+        command(NodeKind(base, stock, source), **others)
+
+    return with_options
 
 
 @node.command("build")
-@SOURCE
-def node_build(source: Path | None) -> None:
+@which_node
+def node_build(kind: NodeKind) -> None:
     """Fetch, patch and build bitcoind and bitcoin-cli, unless the cache has them."""
-    click.echo(_build(source) / "bin")
+    click.echo(_build(kind) / "bin")
 
 
 @node.command("path")
-@SOURCE
+@which_node
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def node_path(source: Path | None, as_json: bool) -> None:
+def node_path(kind: NodeKind, as_json: bool) -> None:
     """Print the folder of the built programs."""
-    programs = node_folder(source) / "bin"
+    programs = node_folder(kind) / "bin"
     if not programs.is_dir():
         raise BridgeError(f"the node is not built yet, {programs} is missing: run traincert node build")
     click.echo(json.dumps({"path": str(programs)}) if as_json else programs)
 
 
-def _build(source: Path | None = None) -> Path:
+def _build(kind: NodeKind = PATCHED) -> Path:
     from traincert.bridge.view import BuildView
 
     with BuildView() as view:
-        return build_node(source, progress=view.update)
+        return build_node(kind, view.update)
 
 
 @cli.command()

@@ -1,6 +1,6 @@
 """Networks of real Bitcoin Core nodes on this machine; knows nothing of training."""
 
-from traincert.regtest.build import build_node, node_folder
+from traincert.regtest.build import NodeKind, build_node, node_folder
 from traincert.regtest.errors import (
     BuildError,
     NodeError,
@@ -18,6 +18,7 @@ __all__ = [
     "Network",
     "Node",
     "NodeError",
+    "NodeKind",
     "NodeUnreachableError",
     "RegtestError",
     "RpcError",

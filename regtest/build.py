@@ -1,4 +1,4 @@
-"""Patching and building the node, once for each patch.
+"""Patching and building the node, once for each patch and base; or stock, without the patch.
 
 In the cache folder (`cache_folder()`):
 
@@ -18,7 +18,9 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -71,15 +73,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "traincert")
 
 
-def node_folder(source: Path | None = None, patch: Path = PATCH_FOLDER) -> Path:
-    """Return where the node built from this source, patch and these flags is, or will be.
+@dataclass(frozen=True)
+class NodeKind:
+    """Which node is meant; by default, the patched one of the first base."""
 
-    Its programs are in bin/ of that folder. Without `source` the pinned one is meant.
-    """
-    upstream = Upstream.load(patch / "upstream.toml")
+    base: str | None = None
+    """A base of upstream.toml."""
+    stock: bool = False
+    """Without the patch."""
+    source: Path | None = None
+    """A tree or tarball of the base's version, instead of the pinned one."""
+    patch: Path = PATCH_FOLDER
+
+    @property
+    def upstream(self) -> Upstream:
+        """The base."""
+        return Upstream.load(self.patch / "upstream.toml", self.base)
+
+    def patch_files(self) -> list[Path]:
+        """Return the files of the patch folder that a build depends on."""
+        return [] if self.stock else [*new_files(self.patch), *diffs(self.patch, self.base)]
+
+
+PATCHED = NodeKind()
+
+
+def node_folder(kind: NodeKind = PATCHED) -> Path:
+    """Return where this node, built with our flags, is or will be. Its programs are in bin/ of that folder."""
+    upstream = kind.upstream
     recipe = {
-        "source": identify(source, upstream) if source else upstream.sha256,
-        "patch": hash_files(patch, _patch_files(patch)),
+        "source": identify(kind.source, upstream) if kind.source else upstream.sha256,
+        "borrowed": [*upstream.borrowed, NodeKind(patch=kind.patch).upstream.sha256] if upstream.borrowed else [],
+        "patch": hash_files(kind.patch, kind.patch_files()),
         "flags": CMAKE_FLAGS,
         "environment": {name: os.environ.get(name, "") for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")},
         "kept": KEPT,
@@ -88,39 +113,30 @@ def node_folder(source: Path | None = None, patch: Path = PATCH_FOLDER) -> Path:
     return cache_folder() / "nodes" / key
 
 
-def build_node(source: Path | None = None, patch: Path = PATCH_FOLDER, progress: Progress | None = None) -> Path:
+def build_node(kind: NodeKind = PATCHED, progress: Progress | None = None) -> Path:
     """Return the folder of the built node, building it if it is not in the cache.
 
     Raises SourceError or BuildError, leaving nothing half-built behind; after a failed compilation the message names
     the log. Of two builds at once the second waits for the first.
     """
-    target = node_folder(source, patch)
+    target = node_folder(kind)
     if target.is_dir():
         return target
     report = progress or (lambda _step, _done, _total: None)
     _check_tools()
     with _build_folder(report) as (work, lock):
-        target = node_folder(source, patch)  # again: the wait may have been long, and the patch changed
+        target = node_folder(kind)  # again: the wait may have been long, and the patch changed
         if not target.is_dir():
-            _build(source, patch, target, work, partial(_run, lock=lock), report)
+            _build(kind, target, work, partial(_run, lock=lock), report)
     return target
 
 
-def _build(
-    source: Path | None, patch: Path, target: Path, work: Path, run: Callable[..., None], report: Progress
-) -> None:
-    upstream = Upstream.load(patch / "upstream.toml")
+def _build(kind: NodeKind, target: Path, work: Path, run: Callable[..., None], report: Progress) -> None:
     # The same paths in every build: compilers see absolute ones, and ccache knows a file again only by the same.
     tree, out, result = work / "src", work / "out", work / "node"
-    if source is None:
-        report("fetching", 0, 0)
-        source = fetch(upstream, cache_folder() / "sources")
-    report("unpacking", 0, 0)
-    unpack(source, upstream, tree)
-    apply_patch(patch, tree)
-
+    source = prepare_tree(kind, tree, report)
     targets = ["bitcoind", "bitcoin-cli"]
-    if (patch / "src/test/training_tests.cpp").exists():
+    if any(file.name == "training_tests.cpp" for file in kind.patch_files()):
         targets.append("test_training")
     log_file = cache_folder() / "logs" / f"{target.name}.log"
     log_file.parent.mkdir(exist_ok=True)
@@ -138,24 +154,60 @@ def _build(
     for folder in (tree, out):
         config = config.replace(str(folder), str(target))
     (result / "test/config.ini").write_text(config)
-    (result / "manifest.json").write_text(json.dumps(_manifest(upstream, source, patch), indent=2) + "\n")
+    (result / "manifest.json").write_text(json.dumps(_manifest(kind, source), indent=2) + "\n")
     target.parent.mkdir(exist_ok=True)
     result.rename(target)
 
 
-def apply_patch(patch: Path, tree: Path) -> None:
-    """Add the patch folder's new files to a source tree, then apply its patches in order.
+def prepare_tree(kind: NodeKind, tree: Path, report: Progress) -> Path:
+    """Make the folder `tree` with the source, patched unless stock, and return the source distribution it is from."""
+    source = kind.source
+    if source is None:
+        report("fetching", 0, 0)
+        source = fetch(kind.upstream, cache_folder() / "sources")
+    report("unpacking", 0, 0)
+    unpack(source, kind.upstream, tree)
+    if kind.upstream.borrowed:
+        _borrow(kind, tree)
+    if not kind.stock:
+        apply_patch(kind.patch, tree, kind.base)
+    return source
 
-    Raises BuildError if a new file is upstream's already, or a patch does not apply exactly.
+
+def _borrow(kind: NodeKind, tree: Path) -> None:
+    lender = NodeKind(patch=kind.patch).upstream
+    with tempfile.TemporaryDirectory() as temporary:
+        lent = Path(temporary, "tree")
+        unpack(fetch(lender, cache_folder() / "sources"), lender, lent)
+        for folder in kind.upstream.borrowed:
+            shutil.rmtree(tree / folder, ignore_errors=True)
+            shutil.copytree(lent / folder, tree / folder)
+
+
+def new_files(patch: Path) -> list[Path]:
+    """Return the files that the patch adds, the same for each base."""
+    return [*_files(patch / "src"), *_files(patch / "test/functional")]
+
+
+def diffs(patch: Path, base: str | None = None) -> list[Path]:
+    """Return the diffs for a base, in order: its own go before those of the same name that are for all."""
+    folders = [patch / "patches", patch / "patches" / base] if base else [patch / "patches"]
+    chosen = {file.name: file for folder in folders for file in folder.glob("*.patch")}
+    return [chosen[name] for name in sorted(chosen)]
+
+
+def apply_patch(patch: Path, tree: Path, base: str | None = None) -> None:
+    """Add the patch folder's new files to a source tree, then apply the base's diffs in order.
+
+    Raises BuildError if a new file is upstream's already, or a diff does not apply exactly.
     """
-    for folder in ("src", "test/functional"):
-        for file in _files(patch / folder):
-            new = tree / file.relative_to(patch)
-            if new.exists():
-                raise BuildError(f"{file}: upstream has this file; change it with a patch")
-            new.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, new)
-    for diff in sorted((patch / "patches").glob("*.patch")):
+    for file in new_files(patch):
+        new = tree / file.relative_to(patch)
+        if new.exists():
+            raise BuildError(f"{file}: upstream has this file; change it with a patch")
+        new.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, new)
+    for diff in diffs(patch, base):
         command = [
             "patch",
             "-p1",
@@ -193,11 +245,6 @@ def _copy(old: Path, new: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
-
-
-def _patch_files(patch: Path) -> list[Path]:
-    """Return the files of the patch folder that a build depends on."""
-    return [*_files(patch / "src"), *_files(patch / "test/functional"), *(patch / "patches").glob("*.patch")]
 
 
 @contextlib.contextmanager
@@ -288,12 +335,15 @@ def _has_header(compiler: list[str], header: str) -> bool:
     ).returncode
 
 
-def _manifest(upstream: Upstream, source: Path, patch: Path) -> dict[str, object]:
+def _manifest(kind: NodeKind, source: Path) -> dict[str, object]:
+    upstream = kind.upstream
     compiler = [*(os.environ.get("CXX") or "c++").split(), "--version"]
     return {
         "source": {"file": source.name, "sha256": identify(source, upstream)},
+        "base": upstream.base,
         "bitcoin_core": upstream.tree_version,
-        "patch": {str(path.relative_to(patch)): file_sha256(path) for path in _patch_files(patch)},
+        "stock": kind.stock,
+        "patch": {str(path.relative_to(kind.patch)): file_sha256(path) for path in kind.patch_files()},
         "flags": CMAKE_FLAGS,
         "compiler": subprocess.run(compiler, capture_output=True, text=True, check=True).stdout.splitlines()[0],
     }

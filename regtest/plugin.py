@@ -13,7 +13,7 @@ from typing import Protocol
 
 import pytest
 
-from traincert.regtest.build import build_node
+from traincert.regtest.build import NodeKind, build_node
 from traincert.regtest.network import Network
 from traincert.regtest.node import Node, Options
 
@@ -42,6 +42,18 @@ def node_programs(pytestconfig: pytest.Config) -> Path:
     """Return the folder with bitcoind and bitcoin-cli, built first if they are not in the cache."""
     bitcoind: Path | None = pytestconfig.getoption("--bitcoind")
     return bitcoind.absolute().parent if bitcoind else build_node() / "bin"
+
+
+@pytest.fixture(scope="session")
+def stock_programs() -> Path:
+    """Return the folder with bitcoind and bitcoin-cli as upstream has them, built first if need be."""
+    return build_node(NodeKind(stock=True)) / "bin"
+
+
+@pytest.fixture(scope="session")
+def base28_programs() -> Path:
+    """Return the folder with the programs of the patched node of base 28, built first if need be."""
+    return build_node(NodeKind(base="28")) / "bin"
 
 
 @pytest.fixture

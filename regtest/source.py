@@ -20,8 +20,10 @@ from traincert.regtest.errors import SourceError
 
 @dataclass(frozen=True)
 class Upstream:
-    """The pinned source, as upstream.toml names it."""
+    """A pinned source, as upstream.toml names it."""
 
+    base: str
+    """What we call it: Bitcoin Core's release."""
     name: str
     version: str
     sha256: str
@@ -29,12 +31,17 @@ class Upstream:
     """Where Bitcoin Core's tree is inside the source distribution."""
     tree_version: str
     """Bitcoin Core's own version, major.minor."""
+    borrowed: tuple[str, ...] = ()
+    """Folders that the source distribution holds only in part, to be replaced by those of the first base."""
 
     @classmethod
-    def load(cls, file: Path) -> Self:
-        """Read upstream.toml."""
-        pin = tomllib.loads(file.read_text())
-        return cls(**pin["source"], tree_version=pin["tree"]["version"])
+    def load(cls, file: Path, base: str | None = None) -> Self:
+        """Read a base from upstream.toml, its first if none is named. Raises SourceError if it is not there."""
+        bases = tomllib.loads(file.read_text())
+        chosen = base or next(iter(bases))
+        if chosen not in bases:
+            raise SourceError(f"{file}: no base {chosen}, it has {', '.join(bases)}")
+        return cls(chosen, **bases[chosen])
 
     @property
     def file_name(self) -> str:
@@ -163,4 +170,4 @@ def _check_version(source: Path, upstream: Upstream, cmake_lists: Path) -> None:
         raise SourceError(f"{source}: not a source tree of Bitcoin Core")
     version = ".".join(part[1] for part in parts if part)
     if version != upstream.tree_version:
-        raise SourceError(f"{source}: Bitcoin Core {version}, the patch is for {upstream.tree_version}")
+        raise SourceError(f"{source}: Bitcoin Core {version}, expected {upstream.tree_version}")

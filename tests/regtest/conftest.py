@@ -80,12 +80,17 @@ def patch(tmp_path: Path, sdist: Path) -> Path:
     patch = tmp_path / "patch"
     (patch / "patches").mkdir(parents=True)
     (patch / "upstream.toml").write_text(f"""\
-[source]
+[31]
 name = "py-bitcoinkernel"
 version = "0.1.0a5"
 sha256 = "{hashlib.sha256(sdist.read_bytes()).hexdigest()}"
 folder = "depend/bitcoin"
-[tree]
-version = "31.99"
+tree_version = "31.99"
+[28]
+name = "py-bitcoinkernel"
+version = "0.1.0a1"
+sha256 = "{"0" * 64}"
+folder = "depend/bitcoin"
+tree_version = "28.99"
 """)
     return patch

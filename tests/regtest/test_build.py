@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from traincert.regtest.build import build_node, node_folder
+from traincert.regtest.build import NodeKind, build_node, node_folder
 from traincert.regtest.errors import BuildError, SourceError
 from traincert.regtest.node import wait_for
 
@@ -20,12 +20,24 @@ from traincert.regtest.node import wait_for
 BUILD = """\
 import sys
 from pathlib import Path
-from traincert.regtest.build import build_node
+from traincert.regtest.build import NodeKind, build_node
 from traincert.regtest.errors import RegtestError
 try:
-    print(build_node(Path(sys.argv[1]), Path(sys.argv[2]), lambda step, done, total: print(step, flush=True)))
+    kind = NodeKind(source=Path(sys.argv[1]), patch=Path(sys.argv[2]))
+    print(build_node(kind, lambda step, done, total: print(step, flush=True)))
 except RegtestError as error:
     sys.exit(str(error))
+"""
+PATCH = """\
+--- a/src/main.cpp
++++ b/src/main.cpp
+@@ -3,5 +3,5 @@
+ int main()
+ {
+-    std::puts("upstream");
++    std::puts("patched");
+     return 0;
+ }
 """
 
 
@@ -48,18 +60,54 @@ def test_build_holds_programs_tests_and_manifest(sdist: Path, patch: Path, cache
     (patch / "src").mkdir()
     (patch / "src/new.h").write_text("// new\n")
     steps: list[tuple[str, int, int]] = []
-    folder = build_node(sdist, patch, lambda *step: steps.append(step))
-    assert folder == node_folder(sdist, patch)
+    folder = build_node(NodeKind(source=sdist, patch=patch), lambda *step: steps.append(step))
+    assert folder == node_folder(NodeKind(source=sdist, patch=patch))
     for name in ("bitcoind", "bitcoin-cli"):
         assert subprocess.check_output([folder / "bin" / name]) == b"upstream\n"
     assert (folder / "test/functional/feature_upstream.py").is_file()
     assert (folder / "test/config.ini").read_text() == f"SRCDIR={folder}\nBUILDDIR={folder}\n"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["bitcoin_core"] == "31.99"
+    assert (manifest["base"], manifest["bitcoin_core"], manifest["stock"]) == ("31", "31.99", False)
     assert list(manifest["patch"]) == ["src/new.h"]
     assert steps[:2] == [("unpacking", 0, 0), ("configuring", 0, 0)]
     assert steps[-1] == ("compiling", 4, 4)
     assert only_keeps(cache, "nodes", "logs")
+
+
+def test_stock_build_is_the_source_alone(tree: Path, patch: Path) -> None:
+    (patch / "src/test").mkdir(parents=True)
+    (patch / "src/test/training_tests.cpp").write_text("no C++\n")
+    (patch / "test/functional").mkdir(parents=True)
+    (patch / "test/functional/feature_new.py").write_text("# new\n")
+    (patch / "patches/01.patch").write_text("no patch\n")
+    kind = NodeKind(stock=True, source=tree, patch=patch)
+    folder = build_node(kind)
+    assert {program.name for program in (folder / "bin").iterdir()} == {"bitcoind", "bitcoin-cli"}
+    assert [file.name for file in (folder / "test/functional").iterdir()] == ["feature_upstream.py"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["stock"], manifest["patch"]) == (True, {})
+    assert folder != node_folder(NodeKind(source=tree, patch=patch))
+    (patch / "patches/01.patch").write_text("another\n")
+    assert node_folder(kind) == folder
+
+
+def test_other_base_is_built_of_its_own_source_and_diffs(tree: Path, patch: Path) -> None:
+    (patch / "patches/01.patch").write_text("no patch\n")
+    (patch / "patches/28").mkdir()
+    (patch / "patches/28/01.patch").write_text(PATCH)
+    with pytest.raises(SourceError, match=r"Bitcoin Core 31\.99, expected 28\.99"):
+        build_node(NodeKind("28", source=tree, patch=patch))
+    lists = tree / "CMakeLists.txt"
+    lists.write_text(lists.read_text().replace("MAJOR 31", "MAJOR 28"))
+    folder = build_node(NodeKind("28", source=tree, patch=patch))
+    assert subprocess.check_output([folder / "bin/bitcoind"]) == b"patched\n"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["base"], list(manifest["patch"])) == ("28", ["patches/28/01.patch"])
+
+
+def test_unknown_base_is_refused(patch: Path) -> None:
+    with pytest.raises(SourceError, match=r"upstream\.toml: no base 27, it has 31, 28$"):
+        build_node(NodeKind("27", patch=patch))
 
 
 def test_unit_tests_are_built_where_the_patch_has_them(tree: Path, patch: Path) -> None:
@@ -67,41 +115,45 @@ def test_unit_tests_are_built_where_the_patch_has_them(tree: Path, patch: Path) 
     (patch / "src/test/training_tests.cpp").write_text("int main() { return 0; }\n")
     lists = tree / "CMakeLists.txt"
     lists.write_text(lists.read_text() + "add_executable(test_training src/test/training_tests.cpp)\n")
-    assert (build_node(tree, patch) / "bin/test_training").is_file()
+    assert (build_node(NodeKind(source=tree, patch=patch)) / "bin/test_training").is_file()
 
 
 def test_unchanged_patch_is_not_built_again(sdist: Path, patch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = build_node(sdist, patch)
+    folder = build_node(NodeKind(source=sdist, patch=patch))
     monkeypatch.setenv("PATH", "")  # without any program
-    assert build_node(sdist, patch) == folder
+    assert build_node(NodeKind(source=sdist, patch=patch)) == folder
 
 
 def test_another_patch_source_or_flag_is_another_build(
     sdist: Path, tree: Path, patch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = [node_folder(sdist, patch), node_folder(tree, patch)]
+    folders = [
+        node_folder(NodeKind(source=sdist, patch=patch)),
+        node_folder(NodeKind(source=tree, patch=patch)),
+        node_folder(NodeKind("28", patch=patch)),
+    ]
     for name in ("src/new.cpp", "test/functional/feature_new.py", "patches/01.patch"):
         (patch / name).parent.mkdir(parents=True, exist_ok=True)
         for content in ("// one\n", "// two\n"):
             (patch / name).write_text(content)
-            folders.append(node_folder(sdist, patch))
+            folders.append(node_folder(NodeKind(source=sdist, patch=patch)))
     monkeypatch.setenv("CXXFLAGS", "-O0")
-    folders.append(node_folder(sdist, patch))
+    folders.append(node_folder(NodeKind(source=sdist, patch=patch)))
     assert len(set(folders)) == len(folders)
     monkeypatch.delenv("CXXFLAGS")
     (patch / "patches/README.md").write_text("not part of a build")
-    assert node_folder(sdist, patch) in folders
+    assert node_folder(NodeKind(source=sdist, patch=patch)) in folders
 
 
 def test_without_a_source_the_pinned_one_is_meant(sdist: Path, patch: Path) -> None:
-    assert node_folder(None, patch) == node_folder(sdist, patch)
+    assert node_folder(NodeKind(patch=patch)) == node_folder(NodeKind(source=sdist, patch=patch))
 
 
 def test_two_builds_at_once_build_once(sdist: Path, patch: Path, cache: Path) -> None:
     builds = [start_build(sdist, patch) for _ in range(2)]
     printed = [build.communicate(timeout=60)[0].splitlines() for build in builds]
     assert [build.returncode for build in builds] == [0, 0]
-    assert {lines[-1] for lines in printed} == {str(node_folder(sdist, patch))}
+    assert {lines[-1] for lines in printed} == {str(node_folder(NodeKind(source=sdist, patch=patch)))}
     assert sum(lines.count("configuring") for lines in printed) == 1
     assert only_keeps(cache, "nodes", "logs")
 
@@ -109,7 +161,7 @@ def test_two_builds_at_once_build_once(sdist: Path, patch: Path, cache: Path) ->
 def test_compiler_error_is_told_and_the_log_kept(tree: Path, patch: Path, cache: Path) -> None:
     (tree / "src/main.cpp").write_text("int main() { return nonsense; }\n")
     with pytest.raises(BuildError, match=r"ninja failed: .*'nonsense' was not declared") as raised:
-        build_node(tree, patch)
+        build_node(NodeKind(source=tree, patch=patch))
     log = Path(str(raised.value).rpartition("The full log is ")[2])
     assert "nonsense" in log.read_text()
     assert only_keeps(cache, "logs")
@@ -119,17 +171,17 @@ def test_configuration_error_is_told(tree: Path, patch: Path, cache: Path) -> No
     lists = tree / "CMakeLists.txt"
     lists.write_text(lists.read_text() + "find_package(Nowhere REQUIRED)\n")
     with pytest.raises(BuildError, match=r"(?s)cmake failed: CMake Error at .*Nowhere"):
-        build_node(tree, patch)
+        build_node(NodeKind(source=tree, patch=patch))
     assert only_keeps(cache, "logs")
 
 
 def test_bad_patch_or_source_leaves_nothing(tree: Path, patch: Path, cache: Path) -> None:
     (patch / "patches/01-bad.patch").write_text("no patch\n")
     with pytest.raises(BuildError, match=r"01-bad\.patch: does not apply"):
-        build_node(tree, patch)
+        build_node(NodeKind(source=tree, patch=patch))
     (tree / "CMakeLists.txt").unlink()
     with pytest.raises(SourceError, match="not a source tree"):
-        build_node(tree, patch)
+        build_node(NodeKind(source=tree, patch=patch))
     assert only_keeps(cache)
 
 
@@ -148,7 +200,7 @@ def test_interrupted_build_ends_its_compilers(
     if signal_number == signal.SIGINT:
         assert only_keeps(cache, "logs")
     (tree / "src/main.cpp").write_text("int main() { return 0; }\n")
-    assert (build_node(tree, patch) / "bin/bitcoind").is_file()
+    assert (build_node(NodeKind(source=tree, patch=patch)) / "bin/bitcoind").is_file()
     assert only_keeps(cache, "nodes", "logs")
 
 
@@ -197,4 +249,4 @@ def test_missing_library_is_named(sdist: Path, patch: Path, tmp_path: Path, monk
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(BuildError, match=r"^not found: zmq\.h; on Debian: apt-get install libzmq3-dev$"):
-        build_node(sdist, patch)
+        build_node(NodeKind(source=sdist, patch=patch))

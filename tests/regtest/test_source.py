@@ -111,7 +111,7 @@ def test_programs_stay_executable(upstream: Upstream, tree: Path, tmp_path: Path
 def test_other_version_is_refused(upstream: Upstream, tree: Path, tmp_path: Path) -> None:
     lists = tree / "CMakeLists.txt"
     lists.write_text(lists.read_text().replace("MAJOR 31", "MAJOR 30"))
-    with pytest.raises(SourceError, match=r"tree: Bitcoin Core 30\.99, the patch is for 31\.99"):
+    with pytest.raises(SourceError, match=r"tree: Bitcoin Core 30\.99, expected 31\.99"):
         unpack(tree, upstream, tmp_path / "out")
 
 
