@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from traincert.regtest.build import cache_folder
+
 CMAKE_LISTS = """\
 cmake_minimum_required(VERSION 3.22)
 project(fake CXX)
@@ -42,10 +44,16 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, unless it wants the real node."""
-    if "node_programs" not in request.fixturenames:
+    """A cache of the test's own, unless it wants the real node or source."""
+    if not {"node_programs", "real_cache"} & set(request.fixturenames):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "traincert"
+
+
+@pytest.fixture
+def real_cache() -> Path:
+    """The user's own cache."""
+    return cache_folder()
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
-"""A patch applies exactly, or is an error that names it."""
+"""A patch applies exactly, or is an error that names it; ours applies exactly to each base, and is small."""
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from traincert.regtest.build import apply_patch
+from traincert.regtest.build import PATCH_FOLDER, NodeKind, apply_patch, cache_folder, diffs, prepare_tree
 from traincert.regtest.errors import BuildError
 
 GOOD = """\
@@ -70,3 +72,38 @@ def test_upstreams_files_are_not_overwritten(name: str, patch: Path, tree: Path)
     with pytest.raises(BuildError, match=f"{name}: upstream has this file"):
         apply_patch(patch, tree)
     assert (tree / name).read_text() == before
+
+
+def test_a_bases_own_diff_goes_before_the_one_for_all(patch: Path, tree: Path) -> None:
+    (patch / "patches/01-first.patch").write_text("no patch\n")
+    (patch / "patches/02-second.patch").write_text(GOOD.replace("patched", "twice").replace("upstream", "patched"))
+    (patch / "patches/28").mkdir()
+    (patch / "patches/28/01-first.patch").write_text(GOOD)
+    (patch / "patches/28/03-more.patch").write_text(GOOD.replace("patched", "thrice").replace("upstream", "twice"))
+    apply_patch(patch, tree, "28")
+    assert '"thrice"' in (tree / "src/main.cpp").read_text()
+
+
+# Changed lines in upstream's files. 28 also needs a few that give upstream's functions their later names.
+BUDGET = {"31": 60, "28": 70}
+
+
+def changed_lines(diff: Path) -> int:
+    """How many lines a diff adds or takes away."""
+    return len(re.findall(r"^(?:\+(?!\+\+ )|-(?!-- ))", diff.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("base", BUDGET)
+def test_our_patch_applies_exactly_to_each_base(base: str, real_cache: Path, tmp_path: Path) -> None:
+    assert cache_folder() == real_cache  # where the sources are
+    tree = tmp_path / "upstream"
+    prepare_tree(NodeKind(base), tree, lambda _step, _done, _total: None)
+    assert not [*tree.rglob("*.orig"), *tree.rglob("*.rej")]
+    assert sum(map(changed_lines, diffs(PATCH_FOLDER, base))) <= BUDGET[base]
+
+
+def test_every_diff_belongs_to_a_base() -> None:
+    bases = list(tomllib.loads((PATCH_FOLDER / "upstream.toml").read_text()))
+    assert bases == list(BUDGET)
+    used = {diff for base in bases for diff in diffs(PATCH_FOLDER, base)}
+    assert used == {file for file in (PATCH_FOLDER / "patches").rglob("*") if file.is_file()}
