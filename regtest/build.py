@@ -38,14 +38,18 @@ CMAKE_FLAGS = [
     "-DCMAKE_BUILD_TYPE=Release",
     "-DAPPEND_LDFLAGS=-s",  # no symbols: they are most of the size
     "-DBUILD_BENCH=OFF",
+    "-DBUILD_FUZZ_BINARY=ON",  # defines the targets; only those that we name are built
     "-DBUILD_GUI=OFF",
-    "-DBUILD_TESTS=ON",  # defines the targets; only those that we name are built
+    "-DBUILD_TESTS=ON",  # likewise
     "-DBUILD_TX=OFF",
     "-DBUILD_UTIL=OFF",
     "-DENABLE_IPC=OFF",
     "-DENABLE_WALLET=ON",
     "-DWITH_ZMQ=ON",
 ]
+
+# What the patch adds for its own tests.
+TEST_PROGRAMS = ["test_training", "training_check", "fuzz_training"]
 
 # What the functional tests read of the source tree, and its C++ format.
 KEPT = ["test", "contrib", "share/rpcauth", "src/.clang-format", "src/rpc/client.cpp", "src/test/data/asmap.raw"]
@@ -137,12 +141,13 @@ def _build(kind: NodeKind, target: Path, work: Path, run: Callable[..., None], r
     source = prepare_tree(kind, tree, report)
     targets = ["bitcoind", "bitcoin-cli"]
     if any(file.name == "training_tests.cpp" for file in kind.patch_files()):
-        targets.append("test_training")
+        targets += [program for program in TEST_PROGRAMS if program not in kind.upstream.lacks]
     log_file = cache_folder() / "logs" / f"{target.name}.log"
     log_file.parent.mkdir(exist_ok=True)
     with log_file.open("w+", buffering=1) as log:  # line by line, to be followed
         report("configuring", 0, 0)
-        run(["cmake", "-S", str(tree), "-B", str(out), "-G", "Ninja", *CMAKE_FLAGS], log=log)
+        programs = f"-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={out}/bin"  # as the newer releases have it
+        run(["cmake", "-S", str(tree), "-B", str(out), "-G", "Ninja", programs, *CMAKE_FLAGS], log=log)
         run(["ninja", "-C", str(out), *targets], log=log, report=partial(report, "compiling"))
 
     (result / "bin").mkdir(parents=True)

@@ -33,6 +33,8 @@ class Upstream:
     """Bitcoin Core's own version, major.minor."""
     borrowed: tuple[str, ...] = ()
     """Folders that the source distribution holds only in part, to be replaced by those of the first base."""
+    lacks: tuple[str, ...] = ()
+    """Test programs that cannot be built on this base."""
 
     @classmethod
     def load(cls, file: Path, base: str | None = None) -> Self:

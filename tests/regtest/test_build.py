@@ -110,12 +110,15 @@ def test_unknown_base_is_refused(patch: Path) -> None:
         build_node(NodeKind("27", patch=patch))
 
 
-def test_unit_tests_are_built_where_the_patch_has_them(tree: Path, patch: Path) -> None:
+def test_patchs_test_programs_are_built_where_it_has_them(tree: Path, patch: Path) -> None:
     (patch / "src/test").mkdir(parents=True)
     (patch / "src/test/training_tests.cpp").write_text("int main() { return 0; }\n")
     lists = tree / "CMakeLists.txt"
-    lists.write_text(lists.read_text() + "add_executable(test_training src/test/training_tests.cpp)\n")
-    assert (build_node(NodeKind(source=tree, patch=patch)) / "bin/test_training").is_file()
+    names = {"test_training", "training_check", "fuzz_training"}
+    targets = "".join(f"add_executable({name} src/test/training_tests.cpp)\n" for name in sorted(names))
+    lists.write_text(lists.read_text() + targets)
+    programs = build_node(NodeKind(source=tree, patch=patch)) / "bin"
+    assert {program.name for program in programs.iterdir()} == {"bitcoind", "bitcoin-cli", *names}
 
 
 def test_unchanged_patch_is_not_built_again(sdist: Path, patch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
