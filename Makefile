@@ -10,7 +10,7 @@ DEBIAN := build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev 
 STAMP := .venv/complete
 CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder; print(node_folder())')/src/.clang-format
 
-.PHONY: demo test bench setup node lock
+.PHONY: demo test test-upstream bench setup node lock
 
 demo: setup
 	.venv/bin/traincert demo
@@ -23,6 +23,10 @@ test: node
 	find bitcoind-patch/src -name '*.h' -o -name '*.cpp' | \
 	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
 	.venv/bin/pytest
+
+# All of upstream's tests, on the node with and without the patch: hours, and it goes on where it was interrupted.
+test-upstream: setup
+	.venv/bin/python tests/upstream/run.py
 
 bench: node
 	.venv/bin/python tests/bench/run.py
