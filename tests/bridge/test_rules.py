@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bitcoin.core import CBlock, CMutableTransaction, COutPoint, CTxIn, CTxInWitness, CTxOut, CTxWitness, lx
+from bitcoin.core import CBlock, CMutableTransaction, COutPoint, CTxIn, CTxInWitness, CTxOut, CTxWitness, b2lx, lx
 from bitcoin.core.script import CScriptWitness
 from bitcoin.core.serialize import uint256_from_compact, uint256_from_str
-from training_chain import ANYONE_CAN_SPEND, PAYOUT_SCRIPT, WRONG, TrainingChain
+from training_chain import ANYONE_CAN_SPEND, PAYOUT_SCRIPT, WRONG, WRONG_WITH_PARENT, TrainingChain, draw_of, made_table
 
 from traincert.bridge.certificate import Certificate
 from traincert.bridge.chain import certificate_json, read_chain, read_params
+from traincert.bridge.lottery import ContributionTable
 from traincert.bridge.node import NodeClient
 from traincert.regtest import Network, Node, NodeError, RpcError, wait_for
 from traincert.regtest.plugin import NetworkFactory
@@ -34,13 +37,13 @@ def submit(node: Node, block: CBlock) -> str | None:
     return answer
 
 
-def append(chain: TrainingChain, node: Node) -> tuple[CBlock, Certificate]:
+def append(chain: TrainingChain, node: Node, table: ContributionTable | None = None) -> tuple[CBlock, Certificate]:
     """Append a valid block."""
     slot = template(node)
-    certificate = chain.next_certificate(slot)
+    certificate = chain.next_certificate(slot, table)
     block = chain.block(slot, certificate)
     assert submit(node, block) is None
-    chain.advance(certificate)
+    chain.advance(certificate, table)
     return block, certificate
 
 
@@ -82,6 +85,8 @@ def test_every_node_takes_a_valid_chain_and_tells_its_certificates(training_netw
             "model": blocks[-1].certificate.model_after.hex(),
             "loss": blocks[-1].certificate.loss_after,
             "contributions_weight": blocks[-1].certificate.contributions_weight,
+            "equivocation_count": 0,
+            "equivocations": [],
         }
 
 
@@ -96,7 +101,8 @@ def at_block_two(node_programs: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield chain, node
 
 
-CASES = [(reason, comment) for reason, ways in WRONG.items() for comment in ways]
+ALL_WRONG = WRONG | WRONG_WITH_PARENT
+CASES = [(reason, comment) for reason, ways in ALL_WRONG.items() for comment in ways]
 
 
 @pytest.mark.parametrize(("reason", "comment"), CASES, ids=[f"{reason}: {comment}" for reason, comment in CASES])
@@ -105,10 +111,11 @@ def test_a_block_that_is_wrong_in_one_thing_is_refused_for_it(
 ) -> None:
     chain, node = at_block_two
     slot = template(node)
-    slot["curtime"] += CASES.index((reason, comment))  # a block of its own for each case
-    certificate = chain.next_certificate(slot)
+    # A certificate of its own for each case: of one, a node keeps two blocks only.
+    certificate = replace(chain.next_certificate(slot), loss_after=CASES.index((reason, comment)))
+    certificate = chain.sign(certificate)
     valid = chain.block(slot, certificate)
-    wrong = WRONG[reason][comment](chain, valid, certificate)
+    wrong = ALL_WRONG[reason][comment](chain, valid, certificate)
     assert submit(node, wrong) == reason
     assert node.rpc("getbestblockhash") == slot["previousblockhash"]
     # Without the change the same block is taken, so the change was what was wrong; then back for the next case.
@@ -120,7 +127,106 @@ def test_a_block_that_is_wrong_in_one_thing_is_refused_for_it(
 def test_the_cases_cover_just_the_reasons_that_the_node_has() -> None:
     source = Path(__file__).parents[2] / "bitcoind-patch/src/training/validation.cpp"
     reasons = {text.partition('"')[2].partition('"')[0] for text in source.read_text().split("Reject(state,")[1:]}
-    assert {f"bad-traincert-{reason}" for reason in reasons} == set(WRONG)
+    assert {f"bad-traincert-{reason}" for reason in reasons} == set(ALL_WRONG)
+
+
+def test_where_there_is_no_table_a_drawn_winner_is_refused(bitcoind_of: Callable[[TrainingChain], Node]) -> None:
+    chain = TrainingChain()
+    node = bitcoind_of(chain)
+    for table in (ContributionTable([]), None):  # at the start height, and after an empty table
+        slot = template(node)
+        certificate = chain.next_certificate(slot, table)
+        winner, draw = draw_of(made_table(slot["height"]), 0)
+        drawn = chain.sign(replace(certificate, winner_key=winner, draw=draw))
+        assert submit(node, chain.block(slot, drawn)) == "bad-traincert-award"
+        append(chain, node, table)
+    assert node.rpc("gettrainingcertificate")["award"] == "appointed"
+    append(chain, node)
+    assert node.rpc("gettrainingcertificate")["award"] == "drawn"
+
+
+def test_a_redrawn_block_is_refused_a_second_too_early_and_taken_on_time(
+    bitcoind_of: Callable[[TrainingChain], Node],
+) -> None:
+    chain = TrainingChain(round_seconds=100)
+    node = bitcoind_of(chain)
+    append(chain, node)
+    for round_ in (1, 7):
+        slot = template(node)
+        parent_time = node.rpc("getblockheader", slot["previousblockhash"])["time"]
+        certificate = chain.next_certificate(slot, round_=round_)
+        early, on_time = (
+            chain.block(slot | {"curtime": parent_time + 100 * round_ - wait}, certificate) for wait in (1, 0)
+        )
+        assert submit(node, early) == "bad-traincert-round"
+        assert submit(node, on_time) is None
+        assert node.rpc("gettrainingcertificate")["round"] == round_
+        chain.advance(certificate)
+    with NodeClient.from_datadir(node.datadir) as client:
+        assert [block.certificate.round for block in read_chain(client, read_params(client))] == [0, 1, 7]
+
+
+def test_the_keys_in_force_at_a_height_sign(bitcoind_of: Callable[[TrainingChain], Node]) -> None:
+    chain = TrainingChain(rotations={3: (1,), 4: (2, 1)})
+    node = bitcoind_of(chain)
+    for height in range(1, 6):
+        slot = template(node)
+        certificate = chain.next_certificate(slot)
+        in_force = max(start for start in (1, 3, 4) if start <= height)
+        for other in {1, 3, 4} - {in_force}:
+            block = chain.block(slot, chain.sign(certificate, keys_at=other))
+            assert submit(node, block) == "bad-traincert-coordinator-sig", (height, other)
+        keys = node.rpc("gettraininginfo")["keys"]
+        assert [entry["height"] for entry in keys if entry["in_force"]] == [in_force]
+        append(chain, node)
+    with NodeClient.from_datadir(node.datadir) as client:
+        assert read_params(client) == chain.params
+        assert len(read_chain(client, chain.params)) == 5
+
+
+def test_a_winner_that_signs_two_blocks_is_shown(bitcoind_of: Callable[[TrainingChain], Node]) -> None:
+    chain = TrainingChain()
+    node = bitcoind_of(chain)
+    slot = template(node)
+    certificate = chain.next_certificate(slot)
+    blocks = [chain.block(slot | {"curtime": slot["curtime"] + later}, certificate) for later in range(3)]
+    assert [submit(node, block) for block in blocks] == [None, "inconclusive", "duplicate"]
+    (entry,) = node.rpc("gettraininginfo")["equivocations"]
+    hashes = [b2lx(block.GetHash()) for block in blocks[:2]]
+    assert entry == {"height": 1, "round": 0, "winner_key": certificate.winner_key.hex(), "blocks": hashes}
+    shown = subprocess.check_output(
+        [Path(sys.executable).parent / "traincert", "chain", "--datadir", node.datadir], text=True
+    )
+    winner = certificate.winner_key.hex()[:16]
+    assert shown.splitlines()[-1] == (
+        f"equivocation: miner {winner} signed more than one block of height 1, round 0: {hashes[0]} and {hashes[1]}"
+    )
+
+
+@pytest.fixture
+def bitcoind_of(bitcoin_network: NetworkFactory) -> Callable[[TrainingChain], Node]:
+    """Starts a node on a chain's network."""
+    return lambda chain: bitcoin_network(1, chain.params.node_options() | RPC_DOC_CHECK).nodes[0]
+
+
+def test_a_template_tells_what_its_certificate_continues(bitcoind_of: Callable[[TrainingChain], Node]) -> None:
+    chain = TrainingChain(start_height=2)
+    node = bitcoind_of(chain)
+    below = node.rpc("getblocktemplate", {"rules": ["segwit"]})
+    assert "training" not in below
+    assert "!training" not in below["rules"]
+    node.rpc("generatetoaddress", 1, ADDRESS)
+    with pytest.raises(RpcError, match=r'call with {"rules": \["segwit", "training"\]}') as caught:
+        node.rpc("getblocktemplate", {"rules": ["segwit"]})
+    assert caught.value.code == -8
+    parent = {"contributions_root": "00" * 32, "contributions_weight": 0, "contributions_count": 0}
+    parent["beacon_reveal"] = chain.params.beacon.hex()
+    for height in (2, 3):
+        slot = template(node)
+        assert "!training" in slot["rules"]
+        assert slot["training"] == {"chain_id": chain.params.chain_id.hex(), "height": height, **parent}
+        append(chain, node)
+        parent = {name: node.rpc("gettrainingcertificate")[name] for name in parent}
 
 
 def test_a_block_is_taken_whose_hash_does_not_meet_the_target(at_block_two: tuple[TrainingChain, Node]) -> None:
