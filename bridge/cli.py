@@ -138,6 +138,14 @@ def chain(datadir: Path, as_json: bool) -> None:
 @click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Miners.")
 @click.option("--nodes", type=click.IntRange(1, 20), default=3, show_default=True, help="Nodes.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the model.")
+@click.option(
+    "--round",
+    "round_seconds",
+    type=click.IntRange(1, 86400),
+    default=60,
+    show_default=True,
+    help="Seconds after which another winner is drawn for one that is absent.",
+)
 @click.option("--keep", is_flag=True, help="Leave the nodes running at the end.")
 @click.option(
     "--compat-pow/--no-compat-pow",
@@ -145,18 +153,17 @@ def chain(datadir: Path, as_json: bool) -> None:
     help="Let producers also meet regtest's trivial target (default), so that tools which check proof of work, "
     "unpatched nodes among them, take the blocks; --no-compat-pow turns it off.",
 )
-def demo(data: Path, cycles: int, miners: int, nodes: int, seed: int, keep: bool, compat_pow: bool) -> None:
-    """Run a training network on this machine, and check what it is said to do.
-
-    If a winner's node does not bring its block within a minute, another winner is drawn.
-    """
+def demo(
+    data: Path, cycles: int, miners: int, nodes: int, seed: int, round_seconds: int, keep: bool, compat_pow: bool
+) -> None:
+    """Run a training network on this machine, and check what it is said to do."""
     programs = _build() / "bin"
     # torch, matplotlib and scikit-learn take seconds to import: not before they are needed
     from traincert.bridge.demo import PICTURE, Plan, run_demo
     from traincert.bridge.view import CyclesView, chain_table, print_claims, stdout_console
 
     with CyclesView() as view:
-        plan = Plan(data, cycles, miners, nodes, seed, keep, compat_pow)
+        plan = Plan(data, cycles, miners, nodes, seed, keep, round_seconds, compat_pow)
         outcome = run_demo(programs / "bitcoind", plan, view)
     console = stdout_console()
     console.print(chain_table(outcome.chain, outcome.names))

@@ -52,7 +52,8 @@ class Plan:
     nodes: int
     seed: int
     keep: bool
-    compat_pow: bool = True
+    round_seconds: int
+    compat_pow: bool
 
 
 class View(Protocol):
@@ -109,7 +110,7 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     miner_secrets = [create_secret(keys / f"miner{i}.key") for i in range(plan.miners)]
     names = {xonly_key(secret): f"miner{i}" for i, secret in enumerate(miner_secrets)}
     coordinator_keys = TrainingKeys(THRESHOLD, tuple(map(xonly_key, coordinator_secrets)))
-    params = TrainingParams({1: coordinator_keys}, beacon.anchor, state_hash(state))
+    params = TrainingParams({1: coordinator_keys}, beacon.anchor, state_hash(state), plan.round_seconds)
 
     view.step(f"starting {plan.nodes} nodes")
     network = Network(bitcoind, directory, plan.nodes, params.node_options(), keep=plan.keep)

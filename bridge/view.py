@@ -159,7 +159,8 @@ def print_equivocations(console: Console, equivocations: Iterable[Mapping[str, A
     for each in equivocations:
         console.print(
             f"equivocation: miner {each['winner_key'][:16]} signed more than one block of height {each['height']}, "
-            f"round {each['round']}: {' and '.join(each['blocks'])}"
+            f"round {each['round']}: {' and '.join(each['blocks'])}",
+            soft_wrap=True,
         )
 
 

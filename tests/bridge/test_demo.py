@@ -169,6 +169,34 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
     assert len(gone.stderr.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("node_programs")
+def test_an_absent_winner_is_replaced_and_blocks_need_no_proof_of_work(tmp_path: Path) -> None:
+    """A miner's node hangs until its absence is noticed; and, in the same run, nonces are not searched."""
+    data = tmp_path / "data"
+    options = ["--nodes", "2", "--miners", "2", "--round", "1", "--no-compat-pow"]
+    command = [TRAINCERT, "demo", "--data", str(data), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        assert demo.stdout is not None
+        assert demo.stderr is not None
+        absent, height = "", ""
+        for line in demo.stderr:
+            if line.startswith("cycle 1 "):
+                pid = int((data / "node1/regtest/bitcoind.pid").read_text())
+                os.kill(pid, signal.SIGSTOP)
+            elif " is absent, drawing again (" in line:
+                absent = absent or line
+            elif absent and not height:  # the line of the block that closed the slot
+                height = line.split()[1]
+                os.kill(pid, signal.SIGCONT)
+        shown = demo.stdout.read()
+    assert demo.returncode == 0, shown
+    assert re.fullmatch(rf"block {height}: miner1 is absent, drawing again \(no answer yet\)\n", absent)
+    rows = [line.split() for line in shown.splitlines()[1:13]]
+    assert next(row for row in rows if row[0] == height)[1:3] == ["miner0", "(round"]
+    assert "✓ python-bitcoinlib's CheckBlock takes every block, proof of work aside" in shown
+    assert any(int(row[-1], 16) >> 255 for row in rows)  # above regtest's target
+
+
 @pytest.mark.parametrize("moment", ["starting 3 nodes", "starting 2 worker", "cycle 1 ", "block 2 ", "checking"])
 @pytest.mark.usefixtures("node_programs")
 def test_ctrl_c_at_any_moment_stops_every_process(tmp_path: Path, moment: str) -> None:
