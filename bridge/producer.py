@@ -73,6 +73,10 @@ def _wait_for_template(node: NodeClient, certificate: Certificate, params: Train
     deadline = time.monotonic() + CATCH_UP_TIME
     while True:
         template: Mapping[str, Any] = node.call("getblocktemplate", {"rules": ["segwit", "training"]})
+        if "training" not in template:
+            raise BridgeError(
+                f"{node.name} wants no certificate for block {template['height']}: it is on another network"
+            )
         chain_id = template["training"]["chain_id"]
         if chain_id != params.chain_id.hex():
             raise BridgeError(f"{node.name} is on network {chain_id}, the certificate is for {params.chain_id.hex()}")

@@ -90,7 +90,8 @@ class CyclesView:
 
     def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
         """Show that a winner's block did not come in its round's time."""
-        self._console.print(f"block {certificate.height}: {winner} is absent, drawing again ({reason})", markup=False)
+        text = f"block {certificate.height}: {winner} is absent, drawing again ({reason})"
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def closed(self, slot: ClosedSlot, winner: str) -> None:
         """Show a cycle whose block is in the chain."""

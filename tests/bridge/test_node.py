@@ -118,6 +118,12 @@ def test_a_producer_makes_no_block_for_another_network(node: Node, client: NodeC
         winner_of(certificate, node).produce(certificate, other)
 
 
+def test_a_producer_tells_that_its_node_is_on_no_training_network(bitcoind: Node, chain: TrainingChain) -> None:
+    certificate = chain.next_certificate(template_of(bitcoind))
+    with pytest.raises(BridgeError, match="node0 wants no certificate for block 1: another network"):
+        winner_of(certificate, bitcoind).produce(certificate, chain.params)
+
+
 def test_a_certificate_for_an_old_slot_makes_no_block(
     node: Node, client: NodeClient, chain: TrainingChain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ import pytest
 from bitcoin.core import CBlock
 from training_chain import COORDINATORS, PAYOUT_SCRIPT, digest
 
+from traincert.bridge import coordinator as coordinator_module
 from traincert.bridge import node as node_module
 from traincert.bridge.beacon import Beacon
 from traincert.bridge.block import read_payload
@@ -268,6 +269,38 @@ def test_each_round_draws_again_from_the_same_tables(trial: Trial) -> None:
         last = slot.certificate
         assert replace(certificate, round=3, winner_key=last.winner_key, draw=last.draw).body() == last.body()
     trial.check(2)
+
+
+def test_a_winner_that_has_left_is_absent(trial: Trial) -> None:
+    def fault(now: str, certificate: Certificate) -> None:
+        if now == BEFORE_CERTIFICATE and certificate.round == 0:
+            del trial.producers[certificate.winner_key]
+
+    trial.fault = fault
+    assert trial.close_slot().certificate.round == 1
+    assert [reason for _, reason in trial.absent] == ["it takes part no longer"]
+
+
+def test_the_last_round_is_told(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator_module, "MAX_ROUND", 1)
+
+    def fault(now: str, _: Certificate) -> None:
+        if now == BEFORE_SUBMIT:
+            raise BridgeError("away")
+
+    trial.fault = fault
+    with pytest.raises(BridgeError, match="block 1: 2 winners were absent, and no round is left"):
+        trial.close_slot()
+
+
+def test_what_is_no_absence_is_raised(trial: Trial) -> None:
+    def fault(now: str, _: Certificate) -> None:
+        if now == BEFORE_SUBMIT:
+            raise ZeroDivisionError
+
+    trial.fault = fault
+    with pytest.raises(ZeroDivisionError):
+        trial.close_slot()
 
 
 def test_where_there_is_no_table_each_round_appoints_another_miner(trial: Trial) -> None:
