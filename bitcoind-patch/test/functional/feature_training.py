@@ -35,9 +35,11 @@ from test_framework.training import (
     update_merkle_root,
     xonly,
 )
-from test_framework.util import assert_equal, assert_not_equal, assert_raises_rpc_error
+from test_framework.util import assert_equal, assert_raises_rpc_error
 
-# In the order of SPEC.md: of several faults the first is named.
+# In the order of SPEC.md: of several faults the first is named. Reasons not covered here can be found by running:
+#
+#     $ grep -Eho 'Reject\(state, "[a-z-]+"' src/training/validation.cpp | sort -u
 REASONS = [
     "missing",
     "multiple",
@@ -573,7 +575,7 @@ class TrainingTest(BitcoinTestFramework):
         first, second, third = self.bodies(3)
         # The winner can also make any number of signatures for one header.
         fourth = self.training.block(ntime=first.nTime, aux=digest("aux"), move_tip=False)
-        assert_not_equal(block_hash(first), block_hash(fourth))
+        assert block_hash(first) != block_hash(fourth)
         self.submit(node, first)
         self.check_evidence(node)
         self.submit(node, second, "inconclusive")
@@ -688,8 +690,8 @@ class TrainingTest(BitcoinTestFramework):
     def test_below_start_height(self):
         self.log.info("Below the start height certificates mean nothing, and proof of work is needed")
         node, training = self.nodes[1], self.rotating
-        for scripts in ([], [payload_script(b"TCRT")], [pushdata4(b"TCRT and more")]):
-            block = training.block(extra_output=scripts[0] if scripts else None)
+        for script in (None, payload_script(b"TCRT"), pushdata4(b"TCRT and more")):
+            block = training.block(extra_output=script)
             target = uint256_from_compact(block.nBits)
             wrong = CBlock(block)
             wrong.vtx = block.vtx
@@ -731,7 +733,7 @@ class TrainingTest(BitcoinTestFramework):
             training.tip = parent
             self.append(node, training)
         assert_equal(in_force, [[True, False, False]] * 2 + [[False, True, False]] * 2 + [[False, False, True]] * 3)
-        self.log.info("... also after a restart, when the chain was verified by the keys of its time")
+        self.log.info("... also by -reindex, when each block is verified by the keys of its height")
         self.restart_node(1, extra_args=[*training.node_args, "-reindex"])
         self.wait_until(lambda: node.getblockcount() == 10)
 
@@ -739,7 +741,7 @@ class TrainingTest(BitcoinTestFramework):
         self.log.info("A pruned node connects blocks and reorganises")
         node = self.nodes[3]
         self.training.tip = REGTEST_GENESIS_HASH
-        self.append(node, self.training, 400, name=" pruned", ntime=None)
+        self.append(node, self.training, 400)
         pruned = node.pruneblockchain(100)
         assert_equal(node.getblockchaininfo()["pruneheight"], pruned + 1)
         assert pruned > 0
