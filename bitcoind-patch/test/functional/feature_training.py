@@ -67,14 +67,9 @@ def pushdata4(payload):
     return CScript(bytes([OP_RETURN, OP_PUSHDATA4]) + len(payload).to_bytes(4, "little") + payload)
 
 
-def patched(at, old, new):
-    """Replace bytes at a place in the payload."""
-
-    def change(payload):
-        assert_equal(payload[at : at + len(old)], old)
-        return payload[:at] + new + payload[at + len(old) :]
-
-    return change
+def with_byte(at, change):
+    """Replace a byte of the payload."""
+    return lambda payload: payload[:at] + change(payload[at]) + payload[at + 1 :]
 
 
 def renumber_second(key_index):
@@ -207,12 +202,18 @@ class TrainingTest(BitcoinTestFramework):
                 "a byte short": dict(payload=lambda payload: payload[:-1]),
                 "a signature short": dict(payload=lambda payload: payload[:-SIGNATURE_SIZE]),
                 "a byte too many": dict(payload=lambda payload: payload + b"\x00"),
-                "an award of 2": dict(payload=patched(AWARD_AT, b"\x01", b"\x02")),
+                "an award of 2": dict(payload=with_byte(AWARD_AT, lambda award: b"\x02")),
                 "a push that is not minimal": dict(scripts=lambda payload: [pushdata4(payload)]),
                 "an opcode after the push": dict(scripts=lambda payload: [CScript([OP_RETURN, payload, OP_1])]),
-                "a long number of siblings": dict(payload=patched(DRAW_SIBLINGS_AT, b"\x03", b"\xfd\x03\x00")),
-                "far too many siblings": dict(payload=patched(DRAW_SIBLINGS_AT, b"\x03", b"\xfe\x00\x00\x00\x02")),
-                "too many siblings for a CompactSize": dict(payload=patched(DRAW_SIBLINGS_AT, b"\x03", b"\xff" * 9)),
+                "a long number of siblings": dict(
+                    payload=with_byte(DRAW_SIBLINGS_AT, lambda count: bytes([0xFD, count, 0]))
+                ),
+                "far too many siblings": dict(
+                    payload=with_byte(DRAW_SIBLINGS_AT, lambda count: b"\xfe\x00\x00\x00\x02")
+                ),
+                "too many siblings for a CompactSize": dict(
+                    payload=with_byte(DRAW_SIBLINGS_AT, lambda count: b"\xff" * 9)
+                ),
             },
             "version": {
                 "version 0": dict(cert=dict(version=0)),
@@ -354,7 +355,8 @@ class TrainingTest(BitcoinTestFramework):
         self.append(node, self.training)
 
         self.log.info("... drawn from the parent's table")
-        self.append(node, self.training)
+        eight = made_table("eight", [(1000 + i, 10**6) for i in range(8)])  # each path has three siblings
+        self.append(node, self.training, table=eight)
         cases = self.cases(height=3)
         assert_equal(list(cases), REASONS)
         self.check_cases(node, cases)

@@ -174,7 +174,7 @@ class TrainingP2PTest(BitcoinTestFramework):
             "coordinator-sig": dict(signers=(0,)),
             "winner-sig": dict(winner=digest("nobody")),
             "award": dict(draw=lambda draw, winner_key, table: (None, winner_key)),
-            "draw": dict(reveal=None, draw=dict(siblings=[])),
+            "draw": dict(draw=dict(siblings=[])),
             "beacon": dict(reveal=digest("nobody's")),
             "model": dict(cert=dict(model_before=digest("nobody's"))),
             "round": dict(round=1),
