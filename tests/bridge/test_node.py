@@ -120,7 +120,7 @@ def test_a_producer_makes_no_block_for_another_network(node: Node, client: NodeC
 
 def test_a_producer_tells_that_its_node_is_on_no_training_network(bitcoind: Node, chain: TrainingChain) -> None:
     certificate = chain.next_certificate(template_of(bitcoind))
-    with pytest.raises(BridgeError, match="node0 wants no certificate for block 1: another network"):
+    with pytest.raises(BridgeError, match="node0 wants no certificate for block 1: it is on another network"):
         winner_of(certificate, bitcoind).produce(certificate, chain.params)
 
 
