@@ -25,7 +25,6 @@
 #include <util/chaintype.h>
 #include <util/strencodings.h>
 #include <util/string.h>
-#include <util/translation.h>
 
 #include <cstdint>
 #include <exception>
@@ -37,8 +36,6 @@
 #include <vector>
 
 using util::SplitString;
-
-const TranslateFn G_TRANSLATION_FUN{nullptr};
 
 /** A training network, from the options of its bitcoin.conf. */
 static std::unique_ptr<const CChainParams> ReadNetwork(const std::string& line)

@@ -10,9 +10,13 @@
 #include <crypto/common.h>
 #include <hash.h>
 #include <primitives/block.h>
+#include <primitives/transaction.h>
 #include <pubkey.h>
+#include <script/script.h>
+#include <serialize.h>
 #include <streams.h>
 #include <test/data/training.json.h>
+#include <test/util/contribution_tree.h>
 #include <training/certificate.h>
 #include <training/lottery.h>
 #include <training/options.h>
@@ -25,13 +29,16 @@
 
 #include <boost/test/unit_test.hpp>
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -114,6 +121,24 @@ BOOST_AUTO_TEST_CASE(block_rules)
     }
 }
 
+BOOST_AUTO_TEST_CASE(rules_with_the_parent)
+{
+    for (const auto& vector : ReadVectors("with_parent")) {
+        BOOST_TEST_CONTEXT(vector["comment"].get_str())
+        {
+            const auto params{ReadNetwork(vector["options"])};
+            TrainingCertificate certificate, parent;
+            SpanReader{ParseHex(vector["certificate_hex"].get_str())} >> certificate;
+            const bool start{vector["parent_body_hex"].isNull()};
+            if (!start) SpanReader{ParseHex(vector["parent_body_hex"].get_str())} >> AsBase<TrainingCertificateBody>(parent);
+            BlockValidationState state;
+            const bool valid{ContextualCheckTrainingCertificate(certificate, start ? nullptr : &parent, vector["time"].getInt<int64_t>(), vector["parent_time"].getInt<int64_t>(), *params->GetConsensus().training, state)};
+            BOOST_CHECK_EQUAL(valid, vector["reason"].isNull());
+            BOOST_CHECK_EQUAL(state.GetRejectReason(), vector["reason"].isNull() ? "" : vector["reason"].get_str());
+        }
+    }
+}
+
 /** A table of made leaves: params, loss_reduction and weight of leaf i are all i * i + 1. */
 static std::vector<MerkleSumNode> MakeLeaves(uint32_t count)
 {
@@ -152,6 +177,61 @@ BOOST_AUTO_TEST_CASE(tables_and_paths)
                 BOOST_CHECK(!FollowContributionPath(leaves[index], index, count, siblings));
             }
         }
+    }
+}
+
+BOOST_AUTO_TEST_CASE(every_ticket_of_every_small_table)
+{
+    for (uint32_t count{1}; count <= 9; ++count) {
+        const auto leaves{MakeLeaves(count)};
+        const ContributionTree tree{BuildContributionTree(leaves)};
+        uint64_t ticket{0};
+        for (uint32_t winner{0}; winner < count; ++winner) {
+            const auto siblings{GetContributionPath(tree, winner)};
+            const auto path{FollowContributionPath(leaves[winner], winner, count, siblings)};
+            BOOST_REQUIRE(path);
+            BOOST_CHECK(path->root.hash == tree.back()[0].hash);
+            BOOST_CHECK_EQUAL(path->root.sum, tree.back()[0].sum);
+            BOOST_CHECK_EQUAL(path->start, ticket); // so each ticket is just one leaf's
+            ticket += leaves[winner].sum;
+
+            // No other leaf, position or table has this path.
+            for (uint32_t other{0}; other < count; ++other) {
+                if (other == winner) continue;
+                const auto moved{FollowContributionPath(leaves[winner], other, count, siblings)};
+                BOOST_CHECK(!moved || moved->root.hash != path->root.hash);
+                const auto replaced{FollowContributionPath(leaves[other], winner, count, siblings)};
+                BOOST_CHECK(replaced && replaced->root.hash != path->root.hash);
+            }
+        }
+        BOOST_CHECK_EQUAL(ticket, tree.back()[0].sum);
+    }
+}
+
+BOOST_AUTO_TEST_CASE(no_certificate_is_cut_short_or_too_long)
+{
+    for (const auto& vector : ReadVectors("certificates")) {
+        const auto bytes{ParseHex(vector["certificate"].get_str())};
+        CMutableTransaction coinbase;
+        const auto read{[&](std::span<const unsigned char> certificate) {
+            std::vector<unsigned char> push{TRAINING_PAYLOAD_MAGIC.begin(), TRAINING_PAYLOAD_MAGIC.end()};
+            push.insert(push.end(), certificate.begin(), certificate.end());
+            push.insert(push.end(), std::tuple_size_v<SchnorrSignature>, 0);
+            coinbase.vout = {CTxOut{0, CScript{} << OP_RETURN << push}};
+            BlockValidationState state;
+            const auto payload{ReadTrainingPayload(CTransaction{coinbase}, state)};
+            BOOST_CHECK_EQUAL(payload.has_value(), state.IsValid());
+            return state.GetRejectReason();
+        }};
+        BOOST_CHECK_EQUAL(read(bytes), "");
+        // With no byte left, the signature's first is where the version should be.
+        BOOST_CHECK_EQUAL(read({}), "bad-traincert-version");
+        for (size_t size{1}; size < bytes.size(); ++size) {
+            BOOST_CHECK_EQUAL(read(std::span{bytes}.first(size)), "bad-traincert-parse");
+        }
+        auto longer{bytes};
+        longer.push_back(0);
+        BOOST_CHECK_EQUAL(read(longer), "bad-traincert-parse");
     }
 }
 

@@ -174,9 +174,11 @@ FUZZ_TARGET(training_payload, .init = initialize_training)
     }
     if (decodes) assert(std::ranges::equal(Encode(certificate, winner_signature), buffer));
 
+    auto push{Encode(TRAINING_PAYLOAD_MAGIC)};
+    push.insert(push.end(), buffer.begin(), buffer.end());
     CMutableTransaction coinbase;
     coinbase.vin.emplace_back();
-    coinbase.vout.emplace_back(0, CScript{} << OP_RETURN << Encode(TRAINING_PAYLOAD_MAGIC, buffer));
+    coinbase.vout.emplace_back(0, CScript{} << OP_RETURN << push);
     CBlock block;
     block.vtx.push_back(MakeTransactionRef(coinbase));
 
