@@ -86,7 +86,9 @@ def node_path(kind: NodeKind, as_json: bool) -> None:
     """Print the folder of the built programs."""
     programs = node_folder(kind) / "bin"
     if not programs.is_dir():
-        raise BridgeError(f"the node is not built yet, {programs} is missing: run traincert node build")
+        raise BridgeError(
+            f"the node is not built yet, {programs} is missing: run traincert node build, with the same options"
+        )
     click.echo(json.dumps({"path": str(programs)}) if as_json else programs)
 
 
