@@ -333,8 +333,8 @@ static RPCMethod gettraininginfo()
 void RegisterTrainingRPCCommands(CRPCTable& t)
 {
     static const CRPCCommand commands[]{
-        {"training", &gettrainingcertificate},
-        {"training", &gettraininginfo},
+        {"blockchain", &gettrainingcertificate},
+        {"blockchain", &gettraininginfo},
     };
     for (const auto& c : commands) {
         t.appendCommand(c.name, &c);
