@@ -11,7 +11,6 @@ good header, thousands of bodies of one winner, invalid certificates, compact bl
 import copy
 from collections import Counter
 
-from test_framework.blocktools import create_tx_with_script
 from test_framework.messages import (
     COIN,
     MSG_BLOCK,
@@ -19,7 +18,10 @@ from test_framework.messages import (
     MSG_TYPE_MASK,
     BlockTransactions,
     CBlockHeader,
+    COutPoint,
     CTransaction,
+    CTxIn,
+    CTxOut,
     HeaderAndShortIDs,
     from_hex,
     msg_block,
@@ -340,9 +342,11 @@ class TrainingP2PTest(BitcoinTestFramework):
     def spend(self, height):
         """A transaction that spends the coinbase at a height."""
         node = self.nodes[0]
-        coinbase = from_hex(CTransaction(), node.getblock(node.getblockhash(height), 2)["tx"][0]["hex"])
-        amount = coinbase.vout[0].nValue - COIN
-        return create_tx_with_script(coinbase, 0, amount=amount, output_script=CScript([OP_TRUE] * 40))
+        coinbase = node.getblock(node.getblockhash(height), 2)["tx"][0]
+        tx = CTransaction()
+        tx.vin.append(CTxIn(COutPoint(int(coinbase["txid"], 16), 0)))
+        tx.vout.append(CTxOut(from_hex(CTransaction(), coinbase["hex"]).vout[0].nValue - COIN, CScript([OP_TRUE] * 40)))
+        return tx
 
     def test_mutated_bodies(self):
         self.log.info("A mutated body does not condemn a good header")
