@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-DEBIAN := build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf python3-venv
+DEBIAN := build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf python3-venv valgrind
 STAMP := .venv/complete
 CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder; print(node_folder())')/src/.clang-format
 
@@ -61,6 +61,7 @@ if command -v apt-get > /dev/null; then \
   for package in $(DEBIAN); do \
     [ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2> /dev/null)" = installed ] || missing="$$missing $$package"; \
   done; \
+  command -v npm > /dev/null || missing="$$missing nodejs npm"; \
   if [ -n "$$missing" ]; then \
     echo "Installing Debian's packages:$$missing"; \
     sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
@@ -69,7 +70,7 @@ if command -v apt-get > /dev/null; then \
   fi; \
 else \
   missing=; \
-  for program in c++ cmake ninja patch pkg-config; do \
+  for program in c++ cmake ninja npm patch pkg-config; do \
     command -v $$program > /dev/null || missing="$$missing $$program"; \
   done; \
   [ -z "$$missing" ] || { echo "Not found, and no apt-get to install it with:$$missing" >&2; exit 1; }; \
