@@ -275,7 +275,7 @@ def test_a_node_that_is_not_built_is_told(tmp_path: Path) -> None:
     answer = subprocess.run([TRAINCERT, "node", "path"], check=False, capture_output=True, text=True, env=env)
     assert answer.returncode == 1
     assert answer.stderr.startswith("traincert: the node is not built yet")
-    assert answer.stderr.endswith("run traincert node build\n")
+    assert answer.stderr.endswith("run traincert node build, with the same options\n")
 
 
 def test_a_cache_that_cannot_be_written_is_told() -> None:
