@@ -13,7 +13,6 @@ from pathlib import Path
 
 from bench.blocks import WITHOUT_CHECKS
 from bench.rows import Row, row
-
 from traincert.regtest import Node
 
 REPEATS = 2

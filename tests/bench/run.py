@@ -22,10 +22,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench import instructions, reindex, submit, table
 from bench.blocks import certificate_blocks, stock_blocks
 from bench.rows import Row
-
-from bench import instructions, reindex, submit, table
 from traincert.regtest import NodeKind, RegtestError, build_node, node_folder
 
 ROOT = Path(__file__).parents[2]

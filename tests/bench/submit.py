@@ -11,10 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from coincurve import PrivateKey, PublicKeyXOnly
+
 from bench.blocks import OPTIONS, WITHOUT_CHECKS, one_client_node
 from bench.client import RawClient
 from bench.rows import Row, row
-from coincurve import PrivateKey, PublicKeyXOnly
 
 BLOCKS = 500
 STARTS = 4

@@ -20,12 +20,11 @@ from coincurve import PrivateKey
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training_chain import COORDINATORS, WRONG, WRONG_WITH_PARENT, TrainingChain, digest, made_table, with_certificate
-
 from traincert.bridge.block import read_payload, winner_sighash
 from traincert.bridge.certificate import Certificate
 from traincert.bridge.lottery import ContributionTable, Leaf, contribution_weight, draw_ticket
 from traincert.bridge.params import GENESIS_HASH, TrainingKeys, TrainingParams
+from training_chain import COORDINATORS, WRONG, WRONG_WITH_PARENT, TrainingChain, digest, made_table, with_certificate
 
 VECTORS = Path(__file__).parents[2] / "bitcoind-patch/src/test/data/training.json"
 U64_MAX = 2**64 - 1

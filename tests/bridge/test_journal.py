@@ -9,11 +9,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from training_chain import TrainingChain
 
 from traincert.bridge.certificate import Certificate
 from traincert.bridge.errors import JournalError
 from traincert.bridge.journal import Journal
+from training_chain import TrainingChain
 
 CHAIN_ID = bytes(32)
 

@@ -19,7 +19,6 @@ from threading import Event, Lock
 
 import pytest
 from bitcoin.core import CBlock
-from training_chain import COORDINATORS, PAYOUT_SCRIPT, digest
 
 from traincert.bridge import coordinator as coordinator_module
 from traincert.bridge import node as node_module
@@ -39,6 +38,7 @@ from traincert.trainer.datasets import Dataset, prepare_dataset
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.state import initial_state, state_hash
+from training_chain import COORDINATORS, PAYOUT_SCRIPT, digest
 
 MINERS = 6
 SLOTS = 30

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from bitcoin.core import CBlock
-from make_vectors import VECTORS, make
 
+from make_vectors import VECTORS, make
 from traincert.bridge.block import check_block
 from traincert.bridge.certificate import Certificate
 from traincert.bridge.chain import check_round, check_with_parent

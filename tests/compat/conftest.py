@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from bitcoin.core import CBlock
-from compat.made_chain import make_chain
-from training_chain import TrainingChain
 
+from compat.made_chain import make_chain
 from traincert.regtest import Node
+from training_chain import TrainingChain
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,14 @@ from bitcoin.core.script import OP_RETURN, CScript
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from traincert.bridge.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, check_block, payload_script, winner_sighash
+from traincert.bridge.certificate import Certificate, Draw
+from traincert.bridge.chain import check_round, check_with_parent
+from traincert.bridge.codec import compact_size
+from traincert.bridge.errors import CertificateError
+from traincert.bridge.lottery import U64_MAX, ContributionTable, Leaf, Node
+from traincert.bridge.params import GENESIS_HASH, TrainingParams
+from traincert.regtest import node_folder
 from training_chain import (
     AUX,
     MINERS,
@@ -34,15 +42,6 @@ from training_chain import (
     payload_of,
     with_scripts,
 )
-
-from traincert.bridge.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, check_block, payload_script, winner_sighash
-from traincert.bridge.certificate import Certificate, Draw
-from traincert.bridge.chain import check_round, check_with_parent
-from traincert.bridge.codec import compact_size
-from traincert.bridge.errors import CertificateError
-from traincert.bridge.lottery import U64_MAX, ContributionTable, Leaf, Node
-from traincert.bridge.params import GENESIS_HASH, TrainingParams
-from traincert.regtest import node_folder
 
 BATCH = 5000
 PARENT_TIME = 1_700_000_000
