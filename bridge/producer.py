@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bitcoin.core import CBlock, b2lx
 from coincurve import PrivateKey
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from traincert.bridge.block import build_block
 from traincert.bridge.certificate import Certificate
@@ -65,24 +65,31 @@ class Producer:
             raise BridgeError(f"{refused}: {answer}")
 
 
+class _TooEarlyError(BridgeError):
+    """The node's clock is behind the coordinator's."""
+
+
 def _wait_for_template(node: NodeClient, certificate: Certificate, params: TrainingParams) -> Mapping[str, Any]:
     """Return a template for the certificate's slot, at a time from which on its round is allowed."""
-    round_ = certificate.round
     parent_time: int = node.call("getblockheader", b2lx(certificate.prev_block))["time"]
-    earliest = parent_time + round_ * params.round_seconds if round_ else 0
-    deadline = time.monotonic() + CATCH_UP_TIME
-    while True:
-        template: Mapping[str, Any] = node.call("getblocktemplate", {"rules": ["segwit", "training"]})
-        if "training" not in template:
-            raise BridgeError(
-                f"{node.name} wants no certificate for block {template['height']}: it is on another network"
-            )
-        chain_id = template["training"]["chain_id"]
-        if chain_id != params.chain_id.hex():
-            raise BridgeError(f"{node.name} is on network {chain_id}, the certificate is for {params.chain_id.hex()}")
-        now = template["curtime"]
-        if now >= earliest:
-            return template
-        if time.monotonic() > deadline:
-            raise BridgeError(f"{node.name}'s time is {now}, but round {round_} is allowed from {earliest} on")
-        time.sleep(0.2)  # its clock is behind the coordinator's
+    earliest = parent_time + certificate.round * params.round_seconds if certificate.round else 0
+    retrying = Retrying(
+        retry=retry_if_exception_type(_TooEarlyError),
+        stop=stop_after_delay(CATCH_UP_TIME),
+        wait=wait_fixed(0.2),
+        reraise=True,
+    )
+    return retrying(_template, node, certificate.round, earliest, params)
+
+
+def _template(node: NodeClient, round_: int, earliest: int, params: TrainingParams) -> Mapping[str, Any]:
+    template: Mapping[str, Any] = node.call("getblocktemplate", {"rules": ["segwit", "training"]})
+    if "training" not in template:
+        raise BridgeError(f"{node.name} wants no certificate for block {template['height']}: it is on another network")
+    chain_id = template["training"]["chain_id"]
+    if chain_id != params.chain_id.hex():
+        raise BridgeError(f"{node.name} is on network {chain_id}, the certificate is for {params.chain_id.hex()}")
+    now = template["curtime"]
+    if now < earliest:
+        raise _TooEarlyError(f"{node.name}'s time is {now}, but round {round_} is allowed from {earliest} on")
+    return template
