@@ -12,6 +12,7 @@ from bitcoin.core import CBlock, CMutableTransaction, CTxOut, lx
 from bitcoin.core.script import OP_0, OP_RETURN, OP_TRUE, CScript
 from coincurve import PrivateKey
 
+from traincert import regtest
 from traincert.bridge.beacon import Beacon
 from traincert.bridge.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, build_block, payload_script, winner_sighash
 from traincert.bridge.certificate import Certificate, CoordinatorSignature, Draw
@@ -131,6 +132,18 @@ def draw_of(table: ContributionTable, index: int) -> tuple[bytes, Draw]:
     leaf = table.leaves[index]
     draw = Draw(leaf.update_hash, leaf.params, leaf.loss_reduction, leaf.weight, index, table.path(index))
     return leaf.miner_key, draw
+
+
+def template(node: regtest.Node) -> dict[str, Any]:
+    """What a producer asks its node for."""
+    answer: dict[str, Any] = node.rpc("getblocktemplate", {"rules": ["segwit", "training"]})
+    return answer
+
+
+def submit(node: regtest.Node, block: CBlock) -> str | None:
+    """The node's reason for refusing a block, or None."""
+    answer: str | None = node.rpc("submitblock", block.serialize().hex())
+    return answer
 
 
 def made_table(height: int, miners: Sequence[bytes] = tuple(MINERS)) -> ContributionTable:

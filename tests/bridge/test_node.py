@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from bitcoin.core import b2lx, lx
-from training_chain import MINERS, PAYOUT_SCRIPT, TrainingChain
 
 from traincert.bridge import node as node_module
 from traincert.bridge import producer as producer_module
@@ -20,6 +19,7 @@ from traincert.bridge.node import NodeClient
 from traincert.bridge.producer import Producer
 from traincert.regtest import Node, wait_for
 from traincert.regtest.plugin import NetworkFactory
+from training_chain import MINERS, PAYOUT_SCRIPT, TrainingChain, submit, template
 
 
 @pytest.fixture
@@ -66,8 +66,7 @@ def test_waiting_goes_on_over_a_restart(node: Node, client: NodeClient, chain: T
         came = pool.submit(client.wait_for_height, 1, 60)
         wait_for(lambda: any(c["method"] == "waitforblockheight" for c in active(node)), 30, "the wait to begin")
         node.restart()
-        with NodeClient.from_datadir(node.datadir) as other:
-            append(chain, other)
+        append(chain, node)
         assert came.result()
 
 
@@ -81,45 +80,40 @@ def test_waiting_ends_when_its_time_is_over(client: NodeClient) -> None:
     assert not client.wait_for_tip("00" * 32, 0.1)
 
 
-def template(client: NodeClient) -> dict[str, Any]:
-    answer: dict[str, Any] = client.call("getblocktemplate", {"rules": ["segwit", "training"]})
-    return answer
-
-
 def winner_of(certificate: Certificate, node: Node) -> Producer:
     return Producer(MINERS[certificate.winner_key].secret, node.datadir, PAYOUT_SCRIPT)
 
 
 def test_a_producer_appends_its_block(node: Node, client: NodeClient, chain: TrainingChain) -> None:
-    certificate = chain.next_certificate(template(client))
+    certificate = chain.next_certificate(template(node))
     block_hash = winner_of(certificate, node).produce(certificate, chain.params)
     assert client.call("getbestblockhash") == block_hash
 
 
 def test_a_producer_tells_why_its_node_refused_the_block(node: Node, client: NodeClient, chain: TrainingChain) -> None:
     # not what the coordinator signed
-    certificate = replace(chain.next_certificate(template(client)), loss_after=0)
+    certificate = replace(chain.next_certificate(template(node)), loss_after=0)
     with pytest.raises(BridgeError, match=r"node0 refused block 1 .*: bad-traincert-coordinator-sig"):
         winner_of(certificate, node).produce(certificate, chain.params)
     assert client.call("getblockcount") == 0
 
 
-def test_a_producer_does_not_use_anothers_certificate(node: Node, client: NodeClient, chain: TrainingChain) -> None:
-    certificate = chain.next_certificate(template(client))
+def test_a_producer_does_not_use_anothers_certificate(node: Node, chain: TrainingChain) -> None:
+    certificate = chain.next_certificate(template(node))
     other = next(secret for key, secret in MINERS.items() if key != certificate.winner_key)
     with pytest.raises(BridgeError, match="for another miner"):
         Producer(other.secret, node.datadir, PAYOUT_SCRIPT).produce(certificate, chain.params)
 
 
-def test_a_producer_makes_no_block_for_another_network(node: Node, client: NodeClient, chain: TrainingChain) -> None:
-    certificate = chain.next_certificate(template(client))
+def test_a_producer_makes_no_block_for_another_network(node: Node, chain: TrainingChain) -> None:
+    certificate = chain.next_certificate(template(node))
     other = replace(chain, round_seconds=61).params
     with pytest.raises(BridgeError, match=rf"is on network {chain.params.chain_id.hex()}, .* {other.chain_id.hex()}"):
         winner_of(certificate, node).produce(certificate, other)
 
 
 def test_a_producer_tells_that_its_node_is_on_no_training_network(bitcoind: Node, chain: TrainingChain) -> None:
-    certificate = chain.next_certificate(template_of(bitcoind))
+    certificate = chain.next_certificate(template(bitcoind))
     with pytest.raises(BridgeError, match="node0 wants no certificate for block 1: it is on another network"):
         winner_of(certificate, bitcoind).produce(certificate, chain.params)
 
@@ -127,7 +121,7 @@ def test_a_producer_tells_that_its_node_is_on_no_training_network(bitcoind: Node
 def test_a_certificate_for_an_old_slot_makes_no_block(
     node: Node, client: NodeClient, chain: TrainingChain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = chain.next_certificate(template(client))
+    old = chain.next_certificate(template(node))
     winner = winner_of(old, node)
     winner.produce(old, chain.params)
     with pytest.raises(BridgeError, match="the node's next block is 2"):
@@ -139,9 +133,9 @@ def test_a_certificate_for_an_old_slot_makes_no_block(
 
 def test_a_round_that_is_too_early_is_waited_for(node: Node, client: NodeClient) -> None:
     chain = TrainingChain(round_seconds=60)
-    slot = template(client)
-    append(chain, client)
-    slot = template(client)
+    slot = template(node)
+    append(chain, node)
+    slot = template(node)
     certificate = chain.next_certificate(slot, round_=1)
     parent_time = client.call("getblockheader", slot["previousblockhash"])["time"]
     client.call("setmocktime", parent_time + 59)
@@ -153,19 +147,19 @@ def test_a_round_that_is_too_early_is_waited_for(node: Node, client: NodeClient)
 
 
 def test_a_round_that_stays_too_early_is_told(
-    node: Node, client: NodeClient, chain: TrainingChain, monkeypatch: pytest.MonkeyPatch
+    node: Node, chain: TrainingChain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append(chain, client)
-    certificate = chain.next_certificate(template(client), round_=1000)
+    append(chain, node)
+    certificate = chain.next_certificate(template(node), round_=1000)
     monkeypatch.setattr(producer_module, "CATCH_UP_TIME", 0.1)
     with pytest.raises(BridgeError, match=r"node0's time is .*, but round 1000 is allowed from .* on"):
         winner_of(certificate, node).produce(certificate, chain.params)
 
 
-def append(chain: TrainingChain, client: NodeClient) -> None:
-    slot = template(client)
+def append(chain: TrainingChain, node: Node) -> None:
+    slot = template(node)
     certificate = chain.next_certificate(slot)
-    assert client.call("submitblock", chain.block(slot, certificate).serialize().hex()) is None
+    assert submit(node, chain.block(slot, certificate)) is None
     chain.advance(certificate)
 
 
@@ -174,13 +168,13 @@ def test_a_producer_builds_on_the_coordinators_block_where_a_rival_came_first(
 ) -> None:
     """Two blocks of one slot, of different rounds, have equal work: a node stays on the one that it heard of first."""
     ours, theirs = bitcoin_network(2, chain.params.node_options()).nodes
-    slot = template_of(ours)
+    slot = template(ours)
     ours.rpc("setnetworkactive", False)
     theirs.rpc("setnetworkactive", False)
     certificates = [chain.next_certificate(slot, round_=round_) for round_ in (0, 1)]
     for node, certificate in zip((ours, theirs), certificates, strict=True):
         # genesis is old enough for any round
-        assert node.rpc("submitblock", chain.block(slot, certificate).serialize().hex()) is None
+        assert submit(node, chain.block(slot, certificate)) is None
     tips = [node.rpc("getbestblockhash") for node in (ours, theirs)]
     assert tips[0] != tips[1]
     for node in (ours, theirs):
@@ -190,12 +184,7 @@ def test_a_producer_builds_on_the_coordinators_block_where_a_rival_came_first(
     assert theirs.rpc("getbestblockhash") == tips[1]
 
     chain.advance(certificates[0])
-    certificate = chain.next_certificate(template_of(ours))
+    certificate = chain.next_certificate(template(ours))
     block_hash = winner_of(certificate, theirs).produce(certificate, chain.params)
     wait_for(lambda: ours.rpc("getbestblockhash") == block_hash, 30, "the block to come back")
     assert theirs.rpc("getblockhash", 1) == tips[0]
-
-
-def template_of(node: Node) -> dict[str, Any]:
-    answer: dict[str, Any] = node.rpc("getblocktemplate", {"rules": ["segwit", "training"]})
-    return answer

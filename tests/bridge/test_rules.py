@@ -14,7 +14,6 @@ import pytest
 from bitcoin.core import CBlock, CMutableTransaction, COutPoint, CTxIn, CTxInWitness, CTxOut, CTxWitness, b2lx, lx
 from bitcoin.core.script import CScriptWitness
 from bitcoin.core.serialize import uint256_from_compact, uint256_from_str
-from training_chain import ANYONE_CAN_SPEND, PAYOUT_SCRIPT, WRONG, WRONG_WITH_PARENT, TrainingChain, draw_of, made_table
 
 from traincert.bridge.certificate import Certificate
 from traincert.bridge.chain import certificate_json, read_chain, read_params
@@ -22,19 +21,20 @@ from traincert.bridge.lottery import ContributionTable
 from traincert.bridge.node import NodeClient
 from traincert.regtest import Network, Node, NodeError, RpcError, wait_for
 from traincert.regtest.plugin import NetworkFactory
+from training_chain import (
+    ANYONE_CAN_SPEND,
+    PAYOUT_SCRIPT,
+    WRONG,
+    WRONG_WITH_PARENT,
+    TrainingChain,
+    draw_of,
+    made_table,
+    submit,
+    template,
+)
 
 ADDRESS = "bcrt1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqdku202"
 RPC_DOC_CHECK: dict[str, str | list[str]] = {"rpcdoccheck": "1"}  # the node compares its answers with its help texts
-
-
-def template(node: Node) -> dict[str, Any]:
-    answer: dict[str, Any] = node.rpc("getblocktemplate", {"rules": ["segwit", "training"]})
-    return answer
-
-
-def submit(node: Node, block: CBlock) -> str | None:
-    answer: str | None = node.rpc("submitblock", block.serialize().hex())
-    return answer
 
 
 def append(chain: TrainingChain, node: Node, table: ContributionTable | None = None) -> tuple[CBlock, Certificate]:

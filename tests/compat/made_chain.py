@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from bitcoin.core import CBlock, CMutableTransaction, COutPoint, CTransaction, CTxIn, CTxInWitness, CTxOut, CTxWitness
 from bitcoin.core.script import CScriptWitness
 from bitcoin.core.serialize import uint256_from_compact, uint256_from_str
-from training_chain import ANYONE_CAN_SPEND, PAYOUT_SCRIPT, TrainingChain
 
 from traincert.regtest import Node
+from training_chain import ANYONE_CAN_SPEND, PAYOUT_SCRIPT, TrainingChain, submit, template
 
 LENGTH = 200
 MATURITY = 100  # blocks until a coinbase can be spent
 FEE = 10_000
-
-
-def template(node: Node) -> dict[str, Any]:
-    answer: dict[str, Any] = node.rpc("getblocktemplate", {"rules": ["segwit", "training"]})
-    return answer
-
-
-def submit(node: Node, block: CBlock) -> str | None:
-    answer: str | None = node.rpc("submitblock", block.serialize().hex())
-    return answer
 
 
 def append(chain: TrainingChain, node: Node, *, compat_pow: bool = True, round_: int = 0) -> CBlock:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from bitcoin.core import CBlock
-from compat.made_chain import append, submit
-from training_chain import TrainingChain
 
+from compat.made_chain import append
 from traincert.regtest import Node
 from traincert.regtest.plugin import NetworkFactory
+from training_chain import TrainingChain, submit
 
 
 def test_two_bases_follow_one_chain(

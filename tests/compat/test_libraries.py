@@ -11,10 +11,10 @@ from pathlib import Path
 import bitcoin
 import pytest
 from bitcoin.core import CBlock, CheckBlock, CheckProofOfWorkError
-from compat.made_chain import LENGTH, first_without_work, submit
-from training_chain import TrainingChain
 
+from compat.made_chain import LENGTH, first_without_work
 from traincert.regtest import Node
+from training_chain import TrainingChain, submit
 
 SCRIPT_FILES = ("check_blocks.mjs", "package.json", "package-lock.json")
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import requests
 from bitcoin.core import CBlock, b2lx
-from compat.made_chain import MATURITY, spend, submit
-from training_chain import TrainingChain
 
+from compat.made_chain import MATURITY, spend
 from traincert.regtest import Node, RpcError, wait_for
+from training_chain import TrainingChain, submit, template
 
 OPTIONS = {"rest": "1", "txindex": "1", "coinstatsindex": "1", "blockfilterindex": "1", "rpcthreads": "4"}
 
@@ -168,7 +168,7 @@ def test_every_question_about_the_chain(
 
 
 def test_a_template_has_all_that_it_had(same_chain: tuple[Node, Node]) -> None:
-    answers = [node.rpc("getblocktemplate", {"rules": ["segwit", "training"]}) for node in same_chain]
+    answers = [template(node) for node in same_chain]
     comparison = Comparison()
     comparison.compare("", *answers)
     assert (comparison.wrong, comparison.added) == ([], ADDITIONS["getblocktemplate"])

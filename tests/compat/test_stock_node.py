@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from bitcoin.core import CBlock
-from compat.made_chain import LENGTH, append, first_without_work, submit
-from training_chain import TrainingChain
 
+from compat.made_chain import LENGTH, append, first_without_work
 from traincert.regtest import Node, RpcError, wait_for
 from traincert.regtest.plugin import NetworkFactory
+from training_chain import TrainingChain, submit
 
 
 @pytest.fixture
