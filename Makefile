@@ -6,9 +6,12 @@
 
 PYTHON ?= python3
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-DEBIAN := build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf python3-venv valgrind
+DEBIAN := build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf python3-venv
 STAMP := .venv/complete
 CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder; print(node_folder())')/src/.clang-format
+
+# Recipe line: installs Debian's packages $(2) if the program $(1) is missing. Elsewhere its user says that it is.
+if_missing = @command -v $(1) > /dev/null || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
 .PHONY: demo test test-upstream bench setup node lock
 
@@ -16,6 +19,7 @@ demo: setup
 	.venv/bin/traincert demo
 
 test: node
+	$(call if_missing,npm,nodejs npm)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy -p traincert
@@ -29,6 +33,7 @@ test-upstream: setup
 	.venv/bin/python tests/upstream/run.py
 
 bench: node
+	$(call if_missing,valgrind,valgrind)
 	.venv/bin/python tests/bench/run.py
 
 setup: $(STAMP)
@@ -55,22 +60,25 @@ lock:
 	@if grep -iE '^(nvidia|cuda|triton)' build/requirements.lock; then echo 'PyTorch for GPUs: set TORCH_INDEX' >&2; exit 1; fi
 	mv build/requirements.lock requirements.lock
 
+define apt_install
+echo "Installing Debian's packages: "$(1); \
+sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+$$sudo apt-get -qq update && \
+$$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $(1)
+endef
+
 define system_packages
 if command -v apt-get > /dev/null; then \
   missing=; \
   for package in $(DEBIAN); do \
     [ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2> /dev/null)" = installed ] || missing="$$missing $$package"; \
   done; \
-  command -v npm > /dev/null || missing="$$missing nodejs npm"; \
   if [ -n "$$missing" ]; then \
-    echo "Installing Debian's packages:$$missing"; \
-    sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
-    $$sudo apt-get -qq update && \
-    $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $$missing; \
+    $(call apt_install,$$missing); \
   fi; \
 else \
   missing=; \
-  for program in c++ cmake ninja npm patch pkg-config; do \
+  for program in c++ cmake ninja patch pkg-config; do \
     command -v $$program > /dev/null || missing="$$missing $$program"; \
   done; \
   [ -z "$$missing" ] || { echo "Not found, and no apt-get to install it with:$$missing" >&2; exit 1; }; \
