@@ -5,15 +5,15 @@ bitcoind-patch/upstream-results.txt. Exits 1 if they differ. Takes hours: each r
 that was interrupted goes on where it stopped. Tests that fail while others run beside them are run once more, alone,
 before they count.
 
-Results are kept in stock.jsonl and patched.jsonl, one object a line, of which the last for a test counts. "test" is
-"feature_block.py" or "test_bitcoin/<suite>/<case>", with its options if it has any; "status" is "passed", "skipped",
-"failed", "aborted", "passed alone" or "failed twice"; "why" says it of a skipped test.
+In the cache folder each node has a folder of its own, upstream/stock and upstream/patched, which begins anew when the
+source or the patch has changed: src/, build/, and results.jsonl, one object a line, of which the last for a test
+counts. "test" is "feature_block.py" or "test_bitcoin/<suite>/<case>", with its options if it has any; "status" is
+"passed", "skipped", "failed", "aborted", "passed alone" or "failed twice"; "why" says it of a skipped test.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -46,11 +46,20 @@ ENDED = re.compile(
 
 @dataclass
 class Half:
-    """One of the two nodes under test: its complete build, and what its tests said, by name."""
+    """One of the two nodes under test, and its folder."""
 
     name: str
-    build: Path
-    results: Path
+    folder: Path
+
+    @property
+    def build(self) -> Path:
+        """Where its complete build is."""
+        return self.folder / "build"
+
+    @property
+    def results(self) -> Path:
+        """What its tests said."""
+        return self.folder / "results.jsonl"
 
     def results_so_far(self) -> dict[str, str]:
         """Return each test's last result."""
@@ -69,23 +78,20 @@ class Half:
         return subprocess.check_output([self.build / "bin/bitcoind", "--version"], text=True).splitlines()[0]
 
 
-def build_all(kind: NodeKind, folder: Path) -> Path:
-    """Build a complete tree in the cache, unless it is there for this source and patch, and return the build folder."""
+def build_all(half: Half, kind: NodeKind) -> None:
+    """Build a complete tree, unless it is there for this source and patch; if not, former results go as well."""
     made_of = node_folder(kind).name
-    record = folder / "made_of"
+    record = half.folder / "made_of"
+    tree = half.folder / "src"
     if not record.exists() or record.read_text() != made_of:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        prepare_tree(kind, folder / "src", lambda step, _done, _total: print(step, flush=True))
-        for ours in (PATCH_FOLDER / "test/functional").glob(
-            "*.py"
-        ):  # test_runner.py refuses tests that it does not list
-            (folder / "src/test/functional" / ours.name).unlink(missing_ok=True)
+        shutil.rmtree(half.folder, ignore_errors=True)
+        half.folder.mkdir(parents=True)
+        prepare_tree(kind, tree, lambda step, _done, _total: print(f"{half.name}: {step}", flush=True))
+        for ours in (PATCH_FOLDER / "test/functional").glob("*.py"):  # test_runner.py refuses what it does not list
+            (tree / "test/functional" / ours.name).unlink(missing_ok=True)
         record.write_text(made_of)
-    build = folder / "build"
-    run(["cmake", "-S", str(folder / "src"), "-B", str(build), "-G", "Ninja", *CMAKE_FLAGS])
-    run(["ninja", "-C", str(build)])
-    return build
+    run(["cmake", "-S", str(tree), "-B", str(half.build), "-G", "Ninja", *CMAKE_FLAGS])
+    run(["ninja", "-C", str(half.build)])
 
 
 def run(command: list[str]) -> None:
@@ -171,15 +177,6 @@ def is_ours(test: str) -> bool:
     return test.startswith("test_bitcoin/training_")
 
 
-def take_over(half: Half, table: Path) -> None:
-    """Keep the results of a run of test_runner.py, from what its --resultsfile wrote."""
-    known = half.results_so_far()
-    with table.open() as file:
-        for row in csv.DictReader(file):
-            if row["test"] != "ALL" and row["test"] not in known:
-                half.keep(row["test"], row["status"].lower())
-
-
 def report(stock: Half, patched: Half, jobs: int) -> bool:
     """Write the comparison; return whether both say the same."""
     results = {half.name: half.results_so_far() for half in (stock, patched)}
@@ -223,29 +220,17 @@ def report(stock: Half, patched: Half, jobs: int) -> bool:
 
 
 def main() -> None:
-    """Run what is asked for."""
-    cache = cache_folder() / "upstream"
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stock", type=Path, metavar="BUILD", help="a complete build folder of the unpatched tree")
-    parser.add_argument("--patched", type=Path, metavar="BUILD", help="a complete build folder of the patched tree")
-    parser.add_argument("--results", type=Path, default=cache / "results", help="where results are kept (%(default)s)")
+    """Build both, run all, compare."""
+    parser = argparse.ArgumentParser(description="Runs upstream's complete tests on both nodes.")
     parser.add_argument("--jobs", type=int, default=(os.cpu_count() or 1) + 1, help="tests at a time (%(default)s)")
-    parser.add_argument("--stock-csv", type=Path, metavar="CSV", help="test_runner.py's own results of that half")
-    parser.add_argument("--patched-csv", type=Path, metavar="CSV", help="the same of the other")
-    parser.add_argument("--only", choices=["stock", "patched"], help="run this half, compare nothing")
-    given = parser.parse_args()
-    given.results.mkdir(parents=True, exist_ok=True)
-    halves = {}
-    for name in [given.only] if given.only else ["stock", "patched"]:
-        kind = NodeKind(stock=name == "stock")
-        build = getattr(given, name) or build_all(kind, cache / name)
-        half = halves[name] = Half(name, build.absolute(), given.results / f"{name}.jsonl")
-        if table := getattr(given, f"{name}_csv"):
-            take_over(half, table)
+    jobs = parser.parse_args().jobs
+    cache = cache_folder() / "upstream"
+    stock, patched = Half("stock", cache / "stock"), Half("patched", cache / "patched")
+    for half in (stock, patched):
+        build_all(half, NodeKind(stock=half is stock))
         run_unit_tests(half)
-        run_functional_tests(half, given.jobs)
-    if not given.only:
-        sys.exit(not report(halves["stock"], halves["patched"], given.jobs))
+        run_functional_tests(half, jobs)
+    sys.exit(not report(stock, patched, jobs))
 
 
 if __name__ == "__main__":
