@@ -10,15 +10,20 @@ DEBIAN := build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev 
 STAMP := .venv/complete
 CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder; print(node_folder())')/src/.clang-format
 
-# Recipe line: installs Debian's packages $(2) if the program $(1) is missing. Elsewhere its user says that it is.
-if_missing = @command -v $(1) > /dev/null || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
+# Recipe line: installs Debian's packages $(2) if the program or file $(1) is missing. Elsewhere its user says that it is.
+if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
-.PHONY: demo test test-upstream bench setup node lock
+.PHONY: demo data test test-upstream bench setup node lock
 
 demo: setup
 	.venv/bin/traincert demo
 
-test: node
+# The data of the jobs `fashion` and `text`.
+data:
+	$(call if_missing,/usr/share/datasets/fashion-mnist,dataset-fashion-mnist)
+	$(call if_missing,/usr/share/doc/python3.11/html/_sources,python3.11-doc)
+
+test: node data
 	$(call if_missing,npm,nodejs npm)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -32,7 +37,7 @@ test: node
 test-upstream: setup
 	.venv/bin/python tests/upstream/run.py
 
-bench: node
+bench: node data
 	$(call if_missing,valgrind,valgrind)
 	.venv/bin/python tests/bench/run.py
 

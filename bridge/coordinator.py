@@ -21,10 +21,7 @@ from traincert.bridge.lottery import ContributionTable, Leaf, draw_ticket
 from traincert.bridge.node import NodeClient
 from traincert.bridge.params import TrainingParams
 from traincert.bridge.producer import Producer
-from traincert.trainer.cycle import CycleResult, run_cycle
-from traincert.trainer.datasets import Dataset
-from traincert.trainer.engines.local import LocalEngine
-from traincert.trainer.state import State
+from traincert.trainer.cycle import CycleResult, RunState, Trainer
 
 MAX_ROUND = 2**16 - 1
 OWN_NODE_TIME = 30.0  # seconds for the coordinator's node to be again where it was, after a restart
@@ -42,8 +39,8 @@ class ClosedSlot:
 class Coordinator:
     """Runs cycles and certifies them.
 
-    `secrets` are its secret keys by their position among those in force: as many as must sign. `state` is the model
-    that the next cycle starts from, and `table` the one that the next winner is drawn from.
+    `secrets` are its secret keys by their position among those in force: as many as must sign. `state` is what the next
+    cycle starts from, and `table` the one that the next winner is drawn from.
     """
 
     def __init__(
@@ -53,9 +50,8 @@ class Coordinator:
         beacon: Beacon,
         journal: Journal,
         node: NodeClient,
-        dataset: Dataset,
-        state: State,
-        engine: LocalEngine,
+        trainer: Trainer,
+        state: RunState,
     ) -> None:
         self.params = params
         self.state = state
@@ -64,8 +60,7 @@ class Coordinator:
         self._beacon = beacon
         self._journal = journal
         self._node = node
-        self._dataset = dataset
-        self._engine = engine
+        self._trainer = trainer
         self._tip: str | None = None  # the block that closed the last slot
 
     def close_slot(
@@ -90,8 +85,8 @@ class Coordinator:
         prev_block: bytes = lx(tip)
         height: int = parent["height"] + 1
         # Nobody chooses who trains what: nobody knows the parent's hash before its winner has signed it.
-        seed = tagged_hash("traincert/assignment", self._dataset.job.seed.to_bytes(8, "little") + prev_block)
-        result = run_cycle(self._dataset, self.state, list(producers), self._engine, seed=seed, on_update=on_update)
+        seed = tagged_hash("traincert/assignment", self._trainer.job.seed.to_bytes(8, "little") + prev_block)
+        result = self._trainer.run_cycle(self.state, list(producers), seed=seed, on_update=on_update)
         table = ContributionTable(
             Leaf(each.miner, each.update_hash, each.params, each.loss_reduction, each.weight)
             for each in result.contributions
@@ -131,7 +126,7 @@ class Coordinator:
             raise BridgeError(f"block {height}: {MAX_ROUND + 1} winners were absent, and no round is left")
         self._tip = self._node.call("getblockhash", height)
         certificate = self._read_certificate(self._tip, certificates)
-        self.state, self.table = result.state, table
+        self.state, self.table = result.after, table
         return ClosedSlot(certificate, self._tip, result)
 
     def _wait_for_block(self, height: int, until: float) -> bool:

@@ -28,12 +28,11 @@ from traincert.bridge.picture import draw_picture
 from traincert.bridge.producer import Producer
 from traincert.regtest.network import Network
 from traincert.regtest.node import datadir_in_use
-from traincert.trainer.datasets import Dataset, prepare_dataset, read_examples
+from traincert.trainer.cycle import RunState, Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.models import build_model
-from traincert.trainer.scoring import Evaluation, evaluate
-from traincert.trainer.state import State, initial_state, state_hash
+from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
+from traincert.trainer.state import initial_state, state_hash
 
 WORKERS = 2
 COORDINATOR_KEYS = 3
@@ -102,7 +101,6 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     view.step("preparing the data")
     job = replace(TrainingJob.named("digits"), seed=plan.seed)
     dataset = prepare_dataset(job, directory / "dataset")
-    state = initial_state(job)
 
     keys = directory / "keys"
     coordinator_secrets = [create_secret(keys / f"coordinator{i}.key") for i in range(COORDINATOR_KEYS)]
@@ -110,7 +108,7 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     miner_secrets = [create_secret(keys / f"miner{i}.key") for i in range(plan.miners)]
     names = {xonly_key(secret): f"miner{i}" for i, secret in enumerate(miner_secrets)}
     coordinator_keys = TrainingKeys(THRESHOLD, tuple(map(xonly_key, coordinator_secrets)))
-    params = TrainingParams({1: coordinator_keys}, beacon.anchor, state_hash(state), plan.round_seconds)
+    params = TrainingParams({1: coordinator_keys}, beacon.anchor, state_hash(initial_state(job)), plan.round_seconds)
 
     view.step(f"starting {plan.nodes} nodes")
     network = Network(bitcoind, directory, plan.nodes, params.node_options(), keep=plan.keep)
@@ -119,7 +117,9 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
         with ExitStack() as stack:
             clients = [stack.enter_context(NodeClient.from_datadir(node.datadir)) for node in network.nodes]
             view.step(f"starting {WORKERS} worker processes")
-            engine = stack.enter_context(LocalEngine(job, directory / "work", workers=WORKERS))
+            engine = stack.enter_context(LocalEngine(job, directory / "store", workers=WORKERS))
+            trainer = stack.enter_context(Trainer(dataset, engine))
+            state = trainer.start()
             producers = {
                 xonly_key(secret): Producer(
                     secret,
@@ -131,7 +131,7 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
             }
             signers = {i: PrivateKey(coordinator_secrets[i]) for i in range(THRESHOLD)}
             journal = Journal(directory / "journal.sqlite")
-            coordinator = Coordinator(params, signers, beacon, journal, clients[0], dataset, state, engine)
+            coordinator = Coordinator(params, signers, beacon, journal, clients[0], trainer, state)
 
             def on_absent(certificate: Certificate, reason: str) -> None:
                 view.absent(certificate, names[certificate.winner_key], reason)
@@ -144,8 +144,8 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
 
             view.step("checking")
             network.wait_until_same_tip()
-            chain, claims = _check(clients, params, producers, dataset, coordinator.state, plan)
-            accuracies = [_test(dataset, state).accuracy, *(slot.result.accuracy for slot in slots)]
+            chain, claims = _check(clients, params, producers, trainer, coordinator.state, plan)
+            accuracies = [state.evaluation.metric, *(slot.result.metric for slot in slots)]
             draw_picture(directory / PICTURE, chain, accuracies, names)
     except BaseException:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
@@ -185,18 +185,18 @@ def _check(
     clients: Sequence[NodeClient],
     params: TrainingParams,
     producers: dict[bytes, Producer],
-    dataset: Dataset,
-    state: State,
+    trainer: Trainer,
+    state: RunState,
     plan: Plan,
 ) -> tuple[Sequence[CertifiedBlock], list[Claim]]:
     """Read the chain back and find out whether what the demo is about to say is true."""
     chain = read_chain(clients[0], params)
     tips = {client.call("getbestblockhash") for client in clients}
     before, after = chain[0].certificate.loss_before / 1e9, chain[-1].certificate.loss_after / 1e9
-    result = _test(dataset, state)
-    test = read_examples(dataset.directory, dataset.test)
-    job = dataset.job
-    bar = f" (bar: {job.target_accuracy})" if plan.cycles >= job.cycles else ""
+    accuracy = trainer.test(state.model).metric
+    job, target = trainer.job, trainer.job.target_metric
+    checked = target is not None and plan.cycles >= job.cycles
+    bar = f" (bar: {target})" if checked else ""
     pow_checked = "included" if plan.compat_pow else "aside"
     claims = [
         Claim(f"all {len(clients)} nodes have the same tip, block {len(chain)}", tips == {chain[-1].hash}),
@@ -220,11 +220,13 @@ def _check(
                 for each in chain
             ),
         ),
-        Claim("the model is the one that the tip commits to", state_hash(state) == chain[-1].certificate.model_after),
+        Claim(
+            "the model is the one that the tip commits to", state_hash(state.model) == chain[-1].certificate.model_after
+        ),
         Claim(f"held-out loss fell from {before:.4f} to {after:.4f} nats", after < before),
         Claim(
-            f"accuracy on {len(test.labels)} test images that no miner has: {result.accuracy:.4f}{bar}",
-            _is_unseen(dataset) and (not bar or result.accuracy >= job.target_accuracy),
+            f"accuracy on {job.test_examples} test images that no miner has: {accuracy:.4f}{bar}",
+            _is_unseen(trainer.dataset) and (not checked or target is None or accuracy >= target),
         ),
     ]
     return chain, claims
@@ -251,15 +253,12 @@ def _check_blocks(chain: Sequence[CertifiedBlock], *, check_pow: bool) -> bool:
     return True
 
 
-def _test(dataset: Dataset, state: State) -> Evaluation:
-    return evaluate(build_model(dataset.job), state, read_examples(dataset.directory, dataset.test))
-
-
 def _is_unseen(dataset: Dataset) -> bool:
     """Whether no test image is in any miner's shard."""
 
-    def images(digest: bytes) -> set[bytes]:
-        return {image.numpy().tobytes() for image in read_examples(dataset.directory, digest).inputs}
+    def images(folder: Path, digest: bytes) -> set[bytes]:
+        (inputs,) = read_examples(dataset.job, folder, digest).inputs
+        return {image.numpy().tobytes() for image in inputs}
 
-    trained = set[bytes]().union(*map(images, dataset.shards))
-    return trained.isdisjoint(images(dataset.test))
+    trained = set[bytes]().union(*(images(dataset.shard_folder, shard) for shard in dataset.shards))
+    return trained.isdisjoint(images(dataset.held_out_folder, dataset.test))

@@ -16,7 +16,7 @@ def draw_picture(
 ) -> None:
     """Write a PNG.
 
-    `accuracies` are those on test data (0 to 1) of the model before the first block and after each; `names` are the
+    `accuracies` are those on held-out data (0 to 1) of the model before the first block and after each; `names` are the
     winners' names by key.
     """
     certificates = [each.certificate for each in chain]
@@ -48,7 +48,7 @@ def draw_picture(
 
     accuracy_axis = loss_axis.twinx()
     accuracy_axis.plot([first, *heights], accuracies, color="black", linestyle="--", label="accuracy (right)")
-    accuracy_axis.set_ylabel("accuracy on test data")
+    accuracy_axis.set_ylabel("accuracy on held-out data")
     accuracy_axis.set_ylim(0, 1.02)
 
     handles, labels = loss_axis.get_legend_handles_labels()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -59,14 +60,16 @@ class BuildView:
                 self._said = line
 
 
-class CyclesView:
-    """The demo's cycles: a growing table and a bar, or a line for each step and block."""
+class _LiveTable:
+    """A growing table and a bar, or a line for each step and row. Use it as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Sequence[str]) -> None:
         self._console = _stderr_console()
         self._progress = _progress(self._console)
         self._task = self._progress.add_task("", total=None)
-        self._table = _cycles_table()
+        self._table = Table(box=None)
+        for name in columns:
+            self._table.add_column(name, no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._table, self._progress), console=self._console, transient=True)
 
     def __enter__(self) -> Self:
@@ -88,6 +91,18 @@ class CyclesView:
         """Show how many of the cycle's tasks are done."""
         self._progress.update(self._task, completed=done, total=total)
 
+    def _add(self, row: Sequence[str], line: str) -> None:
+        self._table.add_row(*row)
+        if not self._console.is_terminal:
+            self._console.print(line)
+
+
+class CyclesView(_LiveTable):
+    """The demo's cycles."""
+
+    def __init__(self) -> None:
+        super().__init__(("height", "winner", "updates taken", "held-out loss", "held-out accuracy", "block"))
+
     def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
         """Show that a winner's block did not come in its round's time."""
         text = f"block {certificate.height}: {winner} is absent, drawing again ({reason})"
@@ -96,17 +111,37 @@ class CyclesView:
     def closed(self, slot: ClosedSlot, winner: str) -> None:
         """Show a cycle whose block is in the chain."""
         certificate, result = slot.certificate, slot.result
-        accepted, refused = len(result.contributions), len(result.refusals)
+        updates = f"{len(result.contributions)} of {len(result.tasks)}"
         loss = f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}"
-        accuracy = f"{result.accuracy:.4f}"
+        accuracy = f"{result.metric:.4f}"
         winner += _in_round(certificate)
-        row = (str(certificate.height), winner, f"{accepted} of {accepted + refused}", loss, accuracy, slot.block_hash)
-        self._table.add_row(*row)
-        if not self._console.is_terminal:
-            height, winner, updates, loss, accuracy, block_hash = row
-            self._console.print(
-                f"block {height} by {winner}: {updates} updates, loss {loss}, accuracy {accuracy}, {block_hash}"
-            )
+        self._add(
+            (str(certificate.height), winner, updates, loss, accuracy, slot.block_hash),
+            f"block {certificate.height} by {winner}: {updates} updates, loss {loss}, accuracy {accuracy}, "
+            f"{slot.block_hash}",
+        )
+
+
+class JobView(_LiveTable):
+    """A job's cycles."""
+
+    def __init__(self) -> None:
+        super().__init__(("cycle", "updates taken", "refused", "bytes", "held-out loss", "held-out metric", "model"))
+
+    def cycle(self, record: Mapping[str, Any]) -> None:
+        """Show a cycle that is over, by its record."""
+        tasks = record["tasks"]
+        refused = Counter(task["refusal"] for task in tasks if task["refusal"])
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(refused.items()))
+        updates = f"{len(tasks) - refused.total()} of {len(tasks)}"
+        size = f"{sum(task['update_size'] for task in tasks):,}"
+        loss = f"{record['loss_before'] / 1e9:.4f} → {record['loss_after'] / 1e9:.4f}"
+        metric = f"{record['metric']:.4f}"
+        self._add(
+            (str(record["cycle"]), updates, reasons, size, loss, metric, record["model_after"]),
+            f"cycle {record['cycle']}: {updates} updates{f' ({reasons})' if reasons else ''}, {size} bytes, "
+            f"loss {loss}, metric {metric}, model {record['model_after'][:16]}",
+        )
 
 
 def _in_round(certificate: Certificate) -> str:
@@ -117,13 +152,6 @@ def _in_round(certificate: Certificate) -> str:
 def _progress(console: Console) -> Progress:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-
-
-def _cycles_table() -> Table:
-    table = Table(box=None)
-    for name in ("height", "winner", "updates taken", "held-out loss", "test accuracy", "block"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    return table
 
 
 def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | None = None) -> Table:

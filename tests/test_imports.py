@@ -13,7 +13,10 @@ MAY_IMPORT = {"trainer": {"trainer"}, "regtest": {"regtest"}, "bridge": {"bridge
 
 # In the order in which data meets them: a file imports only from those before it.
 ORDER = {
-    "trainer": "job datasets models state segments tasks training scoring aggregation engines.local cycle",
+    "trainer": (
+        "errors job store datasets preprocessing models state segments tasks updates training scoring aggregation "
+        "engines.local cycle records report run"
+    ),
     "bridge": (
         "errors codec params lottery certificate beacon keys node block producer journal coordinator chain picture "
         "demo view cli"

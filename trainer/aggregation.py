@@ -1,48 +1,70 @@
-"""Accepted updates → the next model, never worse than the last."""
+"""Accepted updates → the next model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from traincert.trainer.datasets import Examples
-from traincert.trainer.scoring import Contribution, add, evaluate
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.scoring import Contribution
+from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State
 from traincert.trainer.training import deterministic
+from traincert.trainer.updates import Update
 
-HALVINGS = 10
+
+@dataclass(frozen=True)
+class Accepted:
+    """An update that counts."""
+
+    contribution: Contribution
+    segment: Segment
+    update: Update
 
 
 @deterministic()
 def aggregate(
-    model: nn.Module,
+    job: TrainingJob,
+    layout: Layout,
     state: State,
-    validation: Examples,
-    loss_before: int,
-    accepted: Sequence[tuple[Contribution, State]],
-) -> tuple[State, int]:
-    """Combine updates into the next state; `state` itself is not changed.
+    velocity: torch.Tensor,
+    accepted: Sequence[Accepted],
+    *,
+    share: float = 1.0,
+) -> tuple[State, torch.Tensor]:
+    """Return the next state and velocity; those given are not changed.
 
-    Each parameter moves by the mean, weighted by the contributions' weights, of the updates that trained it. Since
-    updates that each help alone can hurt together, the move is halved, up to `HALVINGS` times, until the validation
-    loss is not above `loss_before`; if that never happens, the state stays as it is. Returns the next state and its
-    validation loss, nano-nats.
+    In each segment the updates' mean, weighted by the contributions' weights, is a step of the outer optimizer: SGD
+    with Nesterov momentum, as in DiLoCo (arXiv 2311.08105). A segment without updates stays as it is. `velocity` is
+    (all trainable parameters,) float32. Only `share` of the move is made, and remembered as velocity.
+
+    All is elementwise, in float64 and in the contributions' order, so that every machine gets the same bits.
     """
-    move = _weighted_mean(accepted)
-    for halvings in range(HALVINGS + 1):
-        candidate = add(state, {name: (tensor * 0.5**halvings).float() for name, tensor in move.items()})
-        loss = evaluate(model, candidate, validation).loss
-        if loss <= loss_before:
-            return candidate, loss
-    return state, loss_before
+    velocity = velocity.clone()
+    for segment in sorted({each.segment for each in accepted}, key=lambda segment: segment.start):
+        here = slice(segment.start, segment.end)
+        updates = sorted((each for each in accepted if each.segment == segment), key=lambda each: each.contribution)
+        mean = _weighted_mean([(each.contribution.weight, each.update.move) for each in updates])
+        momentum = (velocity[here].double() * job.outer_momentum + mean) * share
+        mean = mean * share
+        move = (momentum * job.outer_momentum + mean) * job.outer_learning_rate
+        buffers = {
+            name: _weighted_mean([(each.contribution.weight, each.update.buffers[name]) for each in updates])
+            for name in segment.buffers
+        }
+        rounded = {
+            name: mean.float() if state[name].is_floating_point() else mean.round().long()
+            for name, mean in buffers.items()
+        }
+        state = Update(move.float(), rounded).applied(layout, segment, state)
+        velocity[here] = momentum.float()
+    return state, velocity
 
 
-def _weighted_mean(accepted: Sequence[tuple[Contribution, State]]) -> dict[str, torch.Tensor]:
-    """Average in float64 and in the contributions' own order, so that the order they came in does not matter."""
-    total: dict[str, torch.Tensor] = {}
-    weight: dict[str, float] = {}
-    for contribution, update in sorted(accepted, key=lambda pair: pair[0]):
-        for name, tensor in update.items():
-            weight[name] = weight.get(name, 0) + float(contribution.weight)  # tensors take integers of 63 bits only
-            total[name] = total.get(name, 0) + float(contribution.weight) * tensor.double()
-    return {name: total[name] / weight[name] for name in total}
+def _weighted_mean(weighted: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    total = torch.zeros_like(weighted[0][1], dtype=torch.float64)
+    for weight, tensor in weighted:
+        # Two operations, not one that some processors would round once and others twice.
+        product = tensor.double() * float(weight)  # tensors take integers of 63 bits only
+        total = total + product
+    return total / float(sum(weight for weight, _ in weighted))

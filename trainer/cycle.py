@@ -1,16 +1,59 @@
-"""One cycle: tasks, updates, scores, and the next model."""
+"""Cycles: tasks, updates, scores, and the next model."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
-from traincert.trainer.aggregation import aggregate
-from traincert.trainer.datasets import Dataset, read_examples
-from traincert.trainer.engines.local import LocalEngine
+import numpy as np
+import torch
+
+from traincert.trainer.aggregation import Accepted, aggregate
+from traincert.trainer.engines.local import Answer, LocalEngine, Order
 from traincert.trainer.models import build_model
-from traincert.trainer.scoring import Contribution, Reason, Refusal, UpdateError, evaluate, read_update, score_update
-from traincert.trainer.segments import cut_segments
-from traincert.trainer.state import State, state_hash
+from traincert.trainer.preprocessing import Dataset, Examples, read_examples
+from traincert.trainer.scoring import Contribution, Evaluation, Refusal, Scorer, score
+from traincert.trainer.segments import Layout, cut_segments
+from traincert.trainer.state import State, save_state, state_hash, state_of
 from traincert.trainer.tasks import assign
+from traincert.trainer.training import build_optimizer
+from traincert.trainer.updates import Reason, Update, UpdateError, read_update
+
+HALVINGS = 4
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run has come to, and all that its next cycle needs."""
+
+    cycle: int
+    """How many cycles there have been."""
+    model: State
+    evaluation: Evaluation
+    """Of the model, on the validation examples."""
+    best_loss: int
+    """The lowest of the models so far, nano-nats."""
+    velocity: torch.Tensor
+    """Of the outer optimizer: (all trainable parameters,) float32."""
+    memories: Mapping[bytes, bytes] = field(default_factory=dict)
+    """For each miner that has one, the hash of what it keeps for its next task."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task, and what came of it."""
+
+    order: Order
+    contribution: Contribution | None
+    refusal: Refusal | None
+    """Either this or `contribution` is None."""
+    update_hash: bytes | None
+    """SHA-256 of the update's bytes, if there was one, refused or not."""
+    update_size: int
+    """Bytes."""
+    seconds: float
+    """That the training took; 0 if it came to no end."""
 
 
 @dataclass(frozen=True)
@@ -19,18 +62,25 @@ class CycleResult:
 
     model_before: bytes
     model_after: bytes
-    state: State
-    """The next model; its hash is `model_after`."""
+    after: RunState
+    """The next cycle's beginning; its model's hash is `model_after`."""
     dataset_root: bytes
     loss_before: int
     loss_after: int
-    """Never above `loss_before`."""
-    accuracy: float
-    """Of the next model, on the test examples; 0 to 1."""
-    contributions: tuple[Contribution, ...]
-    """Sorted by miner, then update_hash."""
-    refusals: tuple[Refusal, ...]
-    """Sorted by miner. Every miner is either here or in `contributions`."""
+    metric: float
+    """Of the next model, on the validation examples."""
+    tasks: tuple[TaskResult, ...]
+    """Sorted by miner."""
+
+    @property
+    def contributions(self) -> tuple[Contribution, ...]:
+        """Of the updates that were accepted, sorted by miner."""
+        return tuple(task.contribution for task in self.tasks if task.contribution)
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Of the other miners, sorted by miner."""
+        return tuple(task.refusal for task in self.tasks if task.refusal)
 
     @property
     def params_trained(self) -> int:
@@ -38,56 +88,170 @@ class CycleResult:
         return sum(contribution.params for contribution in self.contributions)
 
 
-def run_cycle(
-    dataset: Dataset,
-    state: State,
-    miners: Sequence[bytes],
-    engine: LocalEngine,
-    *,
-    seed: bytes,
-    on_update: Callable[[int, int], None] | None = None,
-) -> CycleResult:
-    """Let every miner train its part of `state`, which is `initial_state(job)` or the last cycle's result's.
+class Trainer:
+    """Runs a job's cycles. Use it as a context manager; the engine is the caller's."""
 
-    On one kind of machine the result is a function of dataset, state, the set of miners (32-byte ids; there may be
-    none) and seed (any bytes, new ones for each cycle), which decides who trains what, and on which examples first.
-    Neither the order of `miners` nor the engine's number of workers matters. `state` is not changed. `on_update` is
-    called with the number of tasks done and their total: at the start, and as tasks end.
+    def __init__(self, dataset: Dataset, engine: LocalEngine) -> None:
+        """Prepare for cycles.
 
-    Raises ValueError if a miner is there twice or the engine is of another job than the dataset, IntegrityError if
-    a stored split is missing or damaged, and EngineError if a task fails for a reason that is not its miner's.
-    """
-    job = dataset.job
-    if engine.job != job:
-        raise ValueError("the engine and the dataset are of different jobs")
-    model = build_model(job)
-    segments = cut_segments(model, job.segments)
-    validation = read_examples(dataset.directory, dataset.validation)
-    test = read_examples(dataset.directory, dataset.test)
-    loss_before = evaluate(model, state, validation).loss
+        Raises ValueError if the engine is of another job than the dataset, JobError if the job's model or optimizer
+        cannot be made, and IntegrityError if a stored split is missing or damaged.
+        """
+        self.job = dataset.job
+        if engine.job != self.job:
+            raise ValueError("the engine and the dataset are of different jobs")
+        self.dataset = dataset
+        self._engine = engine
+        self._model = build_model(self.job)
+        self.layout = Layout(self._model)
+        self.validation = read_examples(self.job, dataset.held_out_folder, dataset.validation)
+        self.segments = cut_segments(build_model(self.job), self.job, self.validation)
+        build_optimizer(self.job, list(self._model.parameters()), 0)
+        self._scorer = Scorer(self.job)
 
-    tasks = assign(seed, miners, job.segments, job.shards)
-    updates = engine.train(dataset, state, tasks, on_update)
-    accepted, refusals = [], []
-    for task, data in zip(tasks, updates, strict=True):
-        try:
-            if data is None:
-                raise UpdateError(Reason.WORKER_DIED, "the task's worker process died twice")
-            expected = {name: state[name] for name in segments[task.segment]}
-            update = read_update(data, expected, job.max_update_norm)
-            accepted.append((score_update(model, state, validation, loss_before, task.miner, update), update))
-        except UpdateError as error:
-            refusals.append(Refusal(task.miner, error.reason, error.detail))
+    def __enter__(self) -> Self:
+        return self
 
-    next_state, loss_after = aggregate(model, state, validation, loss_before, accepted)
-    return CycleResult(
-        model_before=state_hash(state),
-        model_after=state_hash(next_state),
-        state=next_state,
-        dataset_root=dataset.root,
-        loss_before=loss_before,
-        loss_after=loss_after,
-        accuracy=evaluate(model, next_state, test).accuracy,
-        contributions=tuple(contribution for contribution, _ in accepted),
-        refusals=tuple(refusals),
-    )
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._scorer.__exit__(kind, error, tb)
+
+    def start(self) -> RunState:
+        """Return the state that the first cycle begins with: a function of the job."""
+        model = state_of(self._model)
+        evaluation = self.evaluate(model)
+        return RunState(0, model, evaluation, evaluation.loss, torch.zeros(self.layout.params))
+
+    def evaluate(self, model: State) -> Evaluation:
+        """Measure a model on the validation examples."""
+        return self._scorer.evaluate([model], self.validation)[0]
+
+    def test(self, model: State) -> Evaluation:
+        """Measure a model on the test examples."""
+        examples = read_examples(self.job, self.dataset.held_out_folder, self.dataset.test)
+        return self._scorer.evaluate([model], examples)[0]
+
+    def run_cycle(
+        self,
+        before: RunState,
+        miners: Sequence[bytes],
+        *,
+        seed: bytes,
+        on_update: Callable[[int, int], None] | None = None,
+    ) -> CycleResult:
+        """Let every miner do a task.
+
+        On one kind of machine the result is a function of the dataset, the state before, the set of miners (32-byte
+        ids; there may be none) and seed (any bytes, new ones for each cycle), which decides who trains what, and on
+        which examples first. Neither the order of `miners` nor the engine's number of workers matters. `on_update` is
+        called with the number of tasks done and their total: at the start, and as tasks end.
+
+        Raises ValueError if a miner is there twice, and EngineError if a task fails for a reason that is not its
+        miner's.
+        """
+        model_before = save_state(self._engine.store, before.model)
+        orders = [
+            Order(
+                task,
+                self.segments[task.segment],
+                model_before,
+                self.dataset.shards[task.shard],
+                before.memories.get(task.miner),
+            )
+            for task in assign(seed, before.cycle, miners, len(self.segments), len(self.dataset.shards))
+        ]
+        answers = self._engine.train(self.dataset, orders, on_update)
+        tasks, accepted = self._judge(before, orders, answers, seed)
+        moved = self._aggregate(before, accepted) if accepted else None
+        # If the guard lets nothing through, it is as if nothing had been sent.
+        model, velocity, evaluation = moved or (before.model, torch.zeros_like(before.velocity), before.evaluation)
+        memories = _memories(tasks, answers) if moved else {}
+        after = RunState(
+            cycle=before.cycle + 1,
+            model=model,
+            evaluation=evaluation,
+            best_loss=min(before.best_loss, evaluation.loss),
+            velocity=velocity,
+            memories={**before.memories, **memories},
+        )
+        return CycleResult(
+            model_before=model_before,
+            model_after=state_hash(model),
+            after=after,
+            dataset_root=self.dataset.root,
+            loss_before=before.evaluation.loss,
+            loss_after=evaluation.loss,
+            metric=evaluation.metric,
+            tasks=tuple(tasks),
+        )
+
+    def _aggregate(
+        self, before: RunState, accepted: Sequence[Accepted]
+    ) -> tuple[State, torch.Tensor, Evaluation] | None:
+        """Return the next model, velocity and the model's evaluation: the guard halves a move that does harm."""
+        for halvings in range(HALVINGS + 1):
+            model, velocity = aggregate(
+                self.job, self.layout, before.model, before.velocity, accepted, share=0.5**halvings
+            )
+            evaluation = self.evaluate(model)
+            if evaluation.loss <= before.best_loss * (1 + self.job.guard):
+                return model, velocity, evaluation
+        return None
+
+    def _judge(
+        self, before: RunState, orders: Sequence[Order], answers: Sequence[Answer | Reason], seed: bytes
+    ) -> tuple[list[TaskResult], list[Accepted]]:
+        """Check and score what the miners sent."""
+        readable: list[Update | UpdateError] = []
+        for order, answer in zip(orders, answers, strict=True):
+            try:
+                if isinstance(answer, Reason):
+                    raise UpdateError(answer, _WHY[answer])
+                readable.append(read_update(answer.update, self.job, order.segment, before.model))
+            except UpdateError as error:
+                readable.append(error)
+        examples = self._score_examples(seed)
+        candidates = [
+            update.applied(self.layout, order.segment, before.model)
+            for order, update in zip(orders, readable, strict=True)
+            if isinstance(update, Update)
+        ]
+        loss_before, *losses = (each.loss for each in self._scorer.evaluate([before.model, *candidates], examples))
+
+        tasks, accepted = [], []
+        left = iter(losses)
+        for order, answer, update in zip(orders, answers, readable, strict=True):
+            contribution = refusal = None
+            data, seconds = (answer.update, answer.seconds) if isinstance(answer, Answer) else (b"", 0.0)
+            try:
+                if isinstance(update, UpdateError):
+                    raise update
+                contribution = score(order.task.miner, data, order.segment.params, loss_before, next(left))
+                accepted.append(Accepted(contribution, order.segment, update))
+            except UpdateError as error:
+                refusal = Refusal(order.task.miner, error.reason, error.detail)
+            update_hash = hashlib.sha256(data).digest() if isinstance(answer, Answer) else None
+            tasks.append(TaskResult(order, contribution, refusal, update_hash, len(data), seconds))
+        return tasks, accepted
+
+    def _score_examples(self, seed: bytes) -> Examples:
+        """Draw the examples that this cycle's updates are scored on."""
+        count, wanted = len(self.validation), self.job.score_examples
+        if not 0 < wanted < count:
+            return self.validation
+        draw = np.random.RandomState(np.frombuffer(hashlib.sha256(b"score" + seed).digest(), np.uint32))
+        return self.validation.batch(torch.from_numpy(np.sort(draw.permutation(count)[:wanted])))
+
+
+def _memories(tasks: Sequence[TaskResult], answers: Sequence[Answer | Reason]) -> dict[bytes, bytes]:
+    """Return what miners keep now; one whose update is refused goes on with what it had."""
+    return {
+        task.order.task.miner: answer.memory
+        for task, answer in zip(tasks, answers, strict=True)
+        if task.contribution and isinstance(answer, Answer) and answer.memory
+    }
+
+
+_WHY = {
+    Reason.WORKER_DIED: "the task's worker process died twice",
+    Reason.LATE: "the task was not done in time",
+}

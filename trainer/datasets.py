@@ -1,142 +1,100 @@
-"""A job's data: loaded, split, scaled, and stored as content-addressed files.
+"""Data as it comes: what a dataset function returns, and the functions that come with the trainer."""
 
-Every stored file is named by the SHA-256 of its bytes, in hex, and is checked against its name when it is read.
-"""
-
-import hashlib
-import json
-import os
-import tempfile
+import gzip
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.torch
-import torch
 
-from traincert.trainer.job import JobError, TrainerError, TrainingJob
+from traincert.trainer.errors import JobError
 
+Array = npt.NDArray[Any]
+Chunk = Mapping[str, Array]
+"""Consecutive examples: an array for each column, (N, ...), all with the same N."""
 
-class IntegrityError(TrainerError):
-    """A stored file is missing, or its bytes do not hash to its name."""
-
-
-class Examples(NamedTuple):
-    """Examples with their classes: a shard, the validation split or the test split."""
-
-    inputs: torch.Tensor  # (N, features) float32, scaled
-    labels: torch.Tensor  # (N,) int64
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
+PYTHON_DOCS = "/usr/share/doc/python3.11/html/_sources"  # Debian's package python3.11-doc
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A job's data as stored in a directory. Hashes are 32 raw bytes, each the name of a file there."""
+class RawDataset:
+    """A dataset before preprocessing, which need not fit into memory.
 
-    job: TrainingJob
-    directory: Path
-    shards: tuple[bytes, ...]
-    validation: bytes
-    test: bytes
-    root: bytes
-    """Hash of the manifest: the dataset's name and all the hashes above, as JSON."""
-
-
-def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
-    """Load and split the job's data and store it in `directory`, which is made if need be.
-
-    The split does not depend on `job.seed`, so that runs with other seeds are measured on the same examples. Inputs
-    are centred by each feature's mean and divided by the standard deviation over all features, both of the training
-    examples alone, so that nothing of the held-out data leaks. Equal jobs give the same `root`; files already there
-    are written again. Raises JobError if the job wants more examples than there are.
+    Each function is called several times, and must give the same chunks each time. Only one is in memory at a time.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    raw, labels = _load_digits()
-    held_out = job.validation_examples + job.test_examples
-    if held_out + job.shards > len(raw):
-        raise JobError(
-            f"validation_examples = {job.validation_examples}, test_examples = {job.test_examples}: must leave one "
-            f"example for each of {job.shards} shards, but {job.dataset} has {len(raw)} in all"
-        )
-    # Shuffled by a hash, because neighbours in the original order were written by the same hand.
-    order = np.array(sorted(range(len(raw)), key=lambda index: hashlib.sha256(index.to_bytes(8, "little")).digest()))
-    validation, test, train = np.split(order, [job.validation_examples, held_out])
-    inputs = _scale(raw, train)
 
-    def store(indices: npt.NDArray[np.int64]) -> bytes:
-        tensors = {"inputs": torch.from_numpy(inputs[indices]), "labels": torch.from_numpy(labels[indices])}
-        return write_blob(directory, safetensors.torch.save(tensors))
-
-    shards = tuple(store(indices) for indices in np.array_split(train, job.shards))
-    validation_hash, test_hash = store(validation), store(test)
-    manifest = {
-        "dataset": job.dataset,
-        "shards": [shard.hex() for shard in shards],
-        "test": test_hash.hex(),
-        "validation": validation_hash.hex(),
-    }
-    root = write_blob(directory, json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
-    return Dataset(job, directory, shards, validation_hash, test_hash, root)
+    train: Callable[[], Iterable[Chunk]]
+    test: Callable[[], Iterable[Chunk]] | None = None
+    """The split that the dataset's makers set aside, if they did."""
 
 
-def read_examples(directory: Path, digest: bytes) -> Examples:
-    """Read a shard or split that `prepare_dataset` stored; raises as `read_blob` does."""
-    tensors = safetensors.torch.load(read_blob(directory, digest))
-    # Cloned, because tensors inside a file start at any address, and vectorized sums may depend on alignment.
-    return Examples(tensors["inputs"].clone(), tensors["labels"].clone())
+def digits() -> RawDataset:
+    """Return scikit-learn's bundled digits: inputs (1797, 64) float32, 0 to 16; labels (1797,) int64, 0 to 9."""
+
+    def train() -> Iterator[Chunk]:
+        from sklearn.datasets import load_digits  # slow to import, and only needed here
+
+        inputs, labels = load_digits(return_X_y=True)
+        yield {"inputs": inputs.astype(np.float32), "labels": labels.astype(np.int64)}
+
+    return RawDataset(train)
 
 
-def write_blob(directory: Path, data: bytes) -> bytes:
-    """Store `data` in `directory` under its hash, durably and never half-written; return the hash, 32 bytes."""
-    digest = hashlib.sha256(data).digest()
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(directory / digest.hex())
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-    return digest
+def fashion_mnist(folder: str = FASHION_MNIST) -> RawDataset:
+    """Return Fashion-MNIST: inputs (N, 1, 28, 28) uint8; labels (N,) int64, 0 to 9; N 60,000 and 10,000 for the test.
 
-
-def read_blob(directory: Path, digest: bytes) -> bytes:
-    """Read the bytes that hash to `digest` (32 bytes) from `directory`.
-
-    Raises IntegrityError if the file is missing, or its bytes hash to something else.
+    Zalando Research, arXiv:1708.07747, MIT licence; Debian has it as dataset-fashion-mnist. Raises JobError if a file
+    is missing or is not what it should be.
     """
-    path = directory / digest.hex()
+
+    def split(name: str) -> Iterator[Chunk]:
+        images = _read_idx(Path(folder, f"{name}-images-idx3-ubyte.gz"))
+        labels = _read_idx(Path(folder, f"{name}-labels-idx1-ubyte.gz"))
+        yield {"inputs": images[:, None], "labels": labels.astype(np.int64)}
+
+    return RawDataset(lambda: split("train"), lambda: split("t10k"))
+
+
+def text(folder: str = PYTHON_DOCS, pattern: str = "**/*.txt", context: int = 128) -> RawDataset:
+    """Return the bytes of text files, in sorted order, as windows: inputs and labels (N, context) uint8.
+
+    The labels are the inputs' next bytes; windows do not overlap, but for that. By default it is Python's own
+    documentation (PSF licence, version 2), which Debian has as python3.11-doc.
+
+    Raises JobError if there is no such file.
+    """
+
+    def train() -> Iterator[Chunk]:
+        paths = sorted(Path(folder).glob(pattern))
+        if not paths:
+            raise JobError(f"no file {pattern!r} in {folder}; Debian's package python3.11-doc has the default ones")
+        rest = b""
+        for path in paths:
+            data = rest + path.read_bytes()
+            windows = max(0, len(data) - 1) // context
+            rest = data[windows * context :]
+            if windows:
+                raw = np.frombuffer(data, np.uint8, windows * context + 1)
+                yield {"inputs": raw[:-1].reshape(windows, context), "labels": raw[1:].reshape(windows, context)}
+
+    return RawDataset(train)
+
+
+def _read_idx(path: Path) -> npt.NDArray[np.uint8]:
+    """Read a gzipped file of unsigned bytes in the IDX format of http://yann.lecun.com/exdb/mnist."""
     try:
-        data = path.read_bytes()
+        data = gzip.decompress(path.read_bytes())
+        zeros, kind, dimensions = struct.unpack_from(">HBB", data)
+        shape = struct.unpack_from(f">{dimensions}I", data, 4)
     except FileNotFoundError:
-        raise IntegrityError(f"{path}: no such file") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest.hex():
-        raise IntegrityError(f"{path}: the file's SHA-256 is {found}, not its name")
-    return data
-
-
-def _load_digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """scikit-learn's bundled digits: inputs (1797, 64), whole numbers 0 to 16; labels (1797,), 0 to 9."""
-    from sklearn.datasets import load_digits  # slow to import, and only needed here
-
-    inputs, labels = load_digits(return_X_y=True)
-    return inputs.astype(np.float64), labels.astype(np.int64)
-
-
-def _scale(raw: npt.NDArray[np.float64], train: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Scale all examples (N, features) by the statistics of those at the indices `train`."""
-    mean = raw[train].mean(axis=0)  # (features,)
-    # Mean of squares less square of the mean: sums of small whole numbers are exact in float64, so that every
-    # machine gets the same bits, whatever the order in which it adds.
-    deviation = np.sqrt((raw[train] ** 2).mean() - raw[train].mean() ** 2)
-    scaled: npt.NDArray[np.float32] = ((raw - mean) / deviation).astype(np.float32)
-    return scaled
+        raise JobError(f"{path}: no such file; Debian's package dataset-fashion-mnist has it") from None
+    except (EOFError, OSError, zlib.error, struct.error) as error:
+        raise JobError(f"{path}: not an IDX file of unsigned bytes: {error}") from None
+    if (zeros, kind) != (0, 8) or len(data) != 4 + 4 * dimensions + np.prod(shape):
+        raise JobError(f"{path}: not an IDX file of unsigned bytes")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)

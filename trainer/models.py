@@ -1,27 +1,122 @@
-"""The models that come with the trainer."""
+"""The models, losses and metrics that come with the trainer, and building a job's model."""
 
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from traincert.trainer.job import TrainingJob
-
-FEATURES, CLASSES = 64, 10  # digits: 8 x 8 pixels
-
-
-class MLP(nn.Sequential):
-    """Linear layers with ReLU between them."""
-
-    def __init__(self, widths: list[int]) -> None:
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-        super().__init__(*layers[:-1])  # (N, widths[0]) -> (N, widths[-1]), logits
+from traincert.trainer.errors import JobError
+from traincert.trainer.job import TrainingJob, call
 
 
 def build_model(job: TrainingJob) -> nn.Module:
-    """Build the job's model, float32, its parameters set from `job.seed`; the global generator is left as it was."""
+    """Build the job's model on the CPU, its parameters set from `job.seed`; the global generator is left as it was.
+
+    Raises JobError if the job's function is not there, cannot be called so, or returns no module that can be trained.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
-        return MLP([FEATURES, *job.hidden, CLASSES])
+        model = call(job.model, job.model_options, "model")
+    if not isinstance(model, nn.Module):
+        raise JobError(f"model = {job.model!r}: returned {type(model).__name__}, not a torch.nn.Module")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise JobError(f"model = {job.model!r}: has no parameter to train")
+    return model
+
+
+def mlp(inputs: int, hidden: list[int], classes: int) -> nn.Module:
+    """Return linear layers with ReLU between them: (N, inputs) -> (N, classes), logits."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise([inputs, *hidden, classes]):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn(channels: tuple[int, int], hidden: int, classes: int, size: int) -> nn.Module:
+    """Return two convolutions, each halving the image, and two linear layers: (N, 1, size, size) -> (N, classes)."""
+    first, second = channels
+    return nn.Sequential(
+        nn.Conv2d(1, first, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(second * (size // 4) ** 2, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with causal attention and rotary positions (arXiv 2104.09864)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.projection = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        nn.init.normal_(self.qkv.weight, std=width**-0.5)
+        nn.init.normal_(self.up.weight, std=width**-0.5)
+        # So that each block begins as the identity, as in nanochat.
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Attend, then transform, (N, T, width). `rotation` are two tensors (T, width / heads / 2)."""
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, width / heads)
+        attended = nn.functional.scaled_dot_product_attention(
+            _rotate(query, *rotation), _rotate(key, *rotation), value, is_causal=True
+        )
+        x = x + self.projection(attended.transpose(1, 2).reshape(batch, length, width))
+        transformed: torch.Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return transformed
+
+
+def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    one, other = x.chunk(2, dim=-1)
+    return torch.cat([one * cosine - other * sine, one * sine + other * cosine], dim=-1)
+
+
+class Transformer(nn.Module):
+    """A byte-level language model: (N, T) bytes -> (N, T, 256) logits of each next byte; T at most `context`."""
+
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+    def __init__(self, width: int, depth: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(256, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 256, bias=False)
+        nn.init.normal_(self.token.weight, std=0.5)
+        nn.init.normal_(self.head.weight, std=0.02)
+        pairs = width // heads // 2
+        angles = torch.outer(torch.arange(context), 10000.0 ** (-torch.arange(pairs) / pairs))
+        self.register_buffer("cosine", angles.cos(), persistent=False)
+        self.register_buffer("sine", angles.sin(), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        x = self.token(tokens.long())
+        rotation = (self.cosine[: tokens.shape[1]], self.sine[: tokens.shape[1]])
+        for block in self.blocks:
+            x = block(x, rotation)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+def cross_entropy(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy, nats, of logits (..., classes) and class numbers (...)."""
+    return nn.functional.cross_entropy(outputs.flatten(0, -2), target.flatten().long())
+
+
+def accuracy(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return how often the greatest of the logits (..., classes) is the target's (...), 0 to 1."""
+    return (outputs.argmax(dim=-1) == target).double().mean()

@@ -6,18 +6,35 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import nn
 
-from traincert.trainer.datasets import read_blob, write_blob
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
+from traincert.trainer.store import read_blob, write_blob
 
 State = Mapping[str, torch.Tensor]
-"""Tensors by name; read, never changed in place."""
+"""Tensors by name, on the CPU; read, never changed in place."""
 
 
 def initial_state(job: TrainingJob) -> State:
     """Return the state that the job's first cycle starts from: a function of `job.seed`."""
-    return {name: tensor.detach().clone() for name, tensor in build_model(job).state_dict().items()}
+    return state_of(build_model(job))
+
+
+def state_of(model: nn.Module) -> State:
+    """Return a copy of a model's parameters and of the buffers that its state_dict has; tied ones are there once."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    tensors = dict[str, torch.Tensor](model.named_parameters()) | buffers
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def set_state(model: nn.Module, state: State) -> None:
+    """Copy a state that `state_of` gave into a model of the same job."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensors[name].copy_(tensor)
 
 
 def state_bytes(tensors: State) -> bytes:
@@ -35,7 +52,7 @@ def state_hash(tensors: State) -> bytes:
 
 
 def state_from_bytes(data: bytes) -> State:
-    """Decode `state_bytes` of a trusted source (see `scoring.read_update` for one that is not)."""
+    """Decode `state_bytes` of a trusted source (see `updates.read_update` for one that is not)."""
     # Cloned, because tensors inside a file start at any address, and vectorized sums may depend on alignment.
     return {name: tensor.clone() for name, tensor in sorted(safetensors.torch.load(data).items())}
 
@@ -46,5 +63,5 @@ def save_state(directory: Path, state: State) -> bytes:
 
 
 def load_state(directory: Path, digest: bytes) -> State:
-    """Read the state with this hash from `directory`; raises as `datasets.read_blob` does."""
+    """Read the state with this hash from `directory`; raises as `store.read_blob` does."""
     return state_from_bytes(read_blob(directory, digest))

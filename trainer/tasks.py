@@ -13,10 +13,11 @@ class Task:
     miner: bytes  # 32 bytes
     segment: int
     shard: int
-    seed: bytes  # 32 bytes; decides the order of the examples
+    seed: bytes  # 32 bytes; decides the order of the examples, and what else is random
+    cycle: int  # from 0; decides the learning rate
 
 
-def assign(seed: bytes, miners: Sequence[bytes], segments: int, shards: int) -> list[Task]:
+def assign(seed: bytes, cycle: int, miners: Sequence[bytes], segments: int, shards: int) -> list[Task]:
     """Give every miner a segment and a shard, both numbered from 0; the order of `miners` does not matter.
 
     Miners, segments and shards are each shuffled by sorting them by a hash of the seed. Going through the shuffled
@@ -40,6 +41,7 @@ def assign(seed: bytes, miners: Sequence[bytes], segments: int, shards: int) -> 
             segment=segment_order[place % segments],
             shard=shard_order[(place + place // period) % shards],
             seed=_hash(b"task", seed, miner),
+            cycle=cycle,
         )
         for place, miner in enumerate(shuffled)
     ]

@@ -1,17 +1,33 @@
 """One task → one update, deterministic on one kind of machine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
-from traincert.trainer.datasets import Examples
-from traincert.trainer.job import TrainingJob
+from traincert.trainer.errors import JobError
+from traincert.trainer.job import TrainingJob, resolve, takes
 from traincert.trainer.models import build_model
-from traincert.trainer.segments import cut_segments
-from traincert.trainer.state import State, state_bytes
+from traincert.trainer.preprocessing import Examples
+from traincert.trainer.segments import Layout, Segment
+from traincert.trainer.state import State, set_state, state_of
 from traincert.trainer.tasks import Task
+from traincert.trainer.updates import Update, encode_update
+
+_RESIDUAL = "residual"
+_OPTIMIZER = "optimizer."
+_TRAINED = "trained"  # 1 where the optimizer's state is one, 0 where it never was
+
+
+class Trained(NamedTuple):
+    """What a task gives: an update's bytes, and what the miner keeps for its next task."""
+
+    update: bytes
+    memory: State  # each (all trainable parameters,) float32
 
 
 @contextmanager
@@ -19,7 +35,7 @@ def deterministic() -> Iterator[None]:
     """Make what runs inside, or a function decorated with this, give the same bits each time; restored at the end.
 
     Not promised: the same bits on another kind of CPU, with another version of torch, or in another build of it,
-    each of which may add in another order. Randomness is not set here: every draw uses its own seeded generator.
+    each of which may add in another order. Randomness is not set here: every draw uses its own seed.
     """
     threads = torch.get_num_threads()
     strictness = torch.get_deterministic_debug_mode()
@@ -27,7 +43,6 @@ def deterministic() -> Iterator[None]:
     # The number of threads decides how sums are divided, and so how they are rounded.
     torch.set_num_threads(1)
     # An operation that has no deterministic implementation raises, instead of being a little different each time.
-    # (torch.use_deterministic_algorithms does the same, but first imports torch's compiler: a second in each worker.)
     torch.set_deterministic_debug_mode("error")
     # Lower settings let the CPU backend multiply in bfloat16 where it has the instructions.
     torch.set_float32_matmul_precision("highest")
@@ -39,30 +54,148 @@ def deterministic() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def build_optimizer(job: TrainingJob, trained: Sequence[nn.Parameter], cycle: int) -> torch.optim.Optimizer:
+    """Return the job's optimizer, with a cycle's learning rate.
+
+    Raises JobError if it does not take the job's options.
+    """
+    kind = getattr(torch.optim, job.optimizer)
+    try:
+        optimizer: torch.optim.Optimizer = kind(trained, lr=job.learning_rate_at(cycle), **job.optimizer_options)
+    except (TypeError, ValueError) as error:
+        raise JobError(f"optimizer_options = {job.optimizer_options}: {error}; it takes {takes(kind)}") from None
+    return optimizer
+
+
 @deterministic()
-def train_task(job: TrainingJob, state: State, shard: Examples, task: Task) -> bytes:
+def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples, task: Task, memory: State) -> Trained:
     """Train the task's segment, all else frozen, on `shard`, starting from `state`.
 
-    Returns the update: for each parameter of the segment, how much it changed, encoded by `state_bytes`.
+    `memory` is what the miner kept from its last task: empty at first, or if the job keeps nothing.
     """
-    model = build_model(job)
-    model.load_state_dict(dict(state))
-    model.train()
-    segment = cut_segments(model, job.segments)[task.segment]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in segment)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # What torch.optim.SGD does; making one of those, too, imports torch's compiler.
-    velocities = [torch.zeros_like(parameter) for parameter in trained]
-    generator = torch.Generator().manual_seed(int.from_bytes(task.seed[:8], "little", signed=True))
-    for _ in range(job.local_epochs):
-        order = torch.randperm(len(shard.labels), generator=generator)
-        for batch in torch.split(order, job.batch_size):
-            loss = nn.functional.cross_entropy(model(shard.inputs[batch]), shard.labels[batch])
-            gradients = torch.autograd.grad(loss, trained)
-            with torch.no_grad():
-                for parameter, velocity, gradient in zip(trained, velocities, gradients, strict=True):
-                    velocity.mul_(job.momentum).add_(gradient)
-                    parameter.sub_(velocity, alpha=job.learning_rate)
+    with torch.random.fork_rng():
+        torch.manual_seed(_seed(task))  # for dropout and the like
+        model = build_model(job)
+        layout = Layout(model)
+        waiting = _waiting(job, segment, memory)
+        # Begin where the miner would be if all had travelled: from the common state it would learn the same again.
+        begin = layout.add(state, segment, waiting)
+        set_state(model, begin)
+        model.to(job.device).train()
+        trained, forward = _freeze_all_but(model, layout, segment)
+        optimizer = build_optimizer(job, trained, task.cycle)
+        ranges = _ranges(trained, segment)
+        if job.keep_optimizer_state:
+            _restore(optimizer, ranges, memory)
+        loss_function = resolve(job.loss, "loss")
+        for inputs, target in _batches(job, shard, task):
+            optimizer.zero_grad()
+            loss_function(forward(*inputs), target).backward()
+            optimizer.step()
+        after = dict(state_of(model))
+    kept = dict(memory)
+    if job.keep_optimizer_state:
+        kept |= _saved(optimizer, ranges, memory, layout.params)
+    for piece, leaf in zip(layout.pieces(segment), trained, strict=True):
+        if leaf.numel() != after[piece.name].numel():
+            after[piece.name].view(-1)[piece.begin : piece.end] = leaf.detach().cpu()
+    move = layout.flatten(after, segment) - layout.flatten(begin, segment) + waiting
+    buffers = {name: _change(state[name], after[name]) for name in segment.buffers}
+    if job.density < 1:
+        data, sent = encode_update(Update(move, buffers), job.density)
+        residual = memory[_RESIDUAL].clone() if _RESIDUAL in memory else torch.zeros(layout.params)
+        residual[segment.start : segment.end] = move - sent
+        return Trained(data, kept | {_RESIDUAL: residual})
+    return Trained(encode_update(Update(move, buffers), 1)[0], kept)
+
+
+def _waiting(job: TrainingJob, segment: Segment, memory: State) -> torch.Tensor:
+    """Return what the miner still has to send of the segment, (params,) float32."""
+    if _RESIDUAL not in memory:
+        return torch.zeros(segment.params)
+    return memory[_RESIDUAL][segment.start : segment.end] * job.residual_decay
+
+
+def _freeze_all_but(
+    model: nn.Module, layout: Layout, segment: Segment
+) -> tuple[list[nn.Parameter], Callable[..., torch.Tensor]]:
+    """Return the leaves to train, one for each of the segment's pieces, and the model as a function.
+
+    Gradients are computed for these leaves only, so that the backward pass ends at the first of them.
+    """
     parameters = dict(model.named_parameters())
-    return state_bytes({name: parameters[name].detach() - state[name] for name in segment})
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    leaves: list[nn.Parameter] = []
+    cut: dict[str, tuple[torch.Tensor, nn.Parameter, torch.Tensor]] = {}
+    for name, begin, end in layout.pieces(segment):
+        parameter = parameters[name]
+        if end - begin == parameter.numel():
+            parameter.requires_grad_(True)
+            leaves.append(parameter)
+        else:  # a part of it: a leaf of its own, between two parts that stay
+            flat = parameter.detach().reshape(-1)
+            leaf = nn.Parameter(flat[begin:end].clone())
+            leaves.append(leaf)
+            cut[name] = (flat[:begin], leaf, flat[end:])
+    if not cut:
+        return leaves, model
+
+    def forward(*inputs: torch.Tensor) -> torch.Tensor:
+        joined = {name: torch.cat(parts).view_as(parameters[name]) for name, parts in cut.items()}
+        outputs: torch.Tensor = functional_call(model, joined, inputs)
+        return outputs
+
+    return leaves, forward
+
+
+def _ranges(trained: Sequence[nn.Parameter], segment: Segment) -> list[tuple[nn.Parameter, int, int]]:
+    """Return each leaf with its range of the flat vector."""
+    bounds = accumulate((leaf.numel() for leaf in trained), initial=segment.start)
+    return [(leaf, start, end) for leaf, (start, end) in zip(trained, pairwise(bounds), strict=True)]
+
+
+def _restore(optimizer: torch.optim.Optimizer, ranges: Sequence[tuple[nn.Parameter, int, int]], memory: State) -> None:
+    """Give the optimizer the state that it had when the miner last trained these parameters, if it ever did."""
+    for leaf, start, end in ranges:
+        for name, vector in memory.items():
+            if not name.startswith(_OPTIMIZER) or not memory[_TRAINED][start]:
+                continue
+            key, values = name.removeprefix(_OPTIMIZER), vector[start:end]
+            # A count of steps is the same for all of a tensor.
+            value = values[0].clone() if key == "step" else values.reshape(leaf.shape).to(leaf, copy=True)
+            optimizer.state[leaf][key] = value
+
+
+def _saved(
+    optimizer: torch.optim.Optimizer, ranges: Sequence[tuple[nn.Parameter, int, int]], memory: State, params: int
+) -> State:
+    """Return the optimizer's state as flat vectors, in which the other parameters' is as it was."""
+    saved = {name: vector.clone() for name, vector in memory.items() if name.startswith((_OPTIMIZER, _TRAINED))}
+    for leaf, start, end in ranges:
+        for key, value in {**optimizer.state[leaf], "": torch.ones(())}.items():
+            name = _OPTIMIZER + key if key else _TRAINED
+            vector = saved.setdefault(name, torch.zeros(params))
+            vector[start:end] = value.detach().cpu().float().reshape(-1)
+    return saved
+
+
+def _batches(job: TrainingJob, shard: Examples, task: Task) -> Iterator[Examples]:
+    """Draw the task's batches, all of one size: from a shuffled shard, and when that is at its end from a new one."""
+    generator = torch.Generator().manual_seed(_seed(task))
+    size = min(job.batch_size, len(shard))
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(job.local_steps):
+        if len(left) < size:
+            left = torch.randperm(len(shard), generator=generator)
+        batch, left = left[:size], left[size:]
+        yield shard.batch(batch, job.device)
+
+
+def _seed(task: Task) -> int:
+    return int.from_bytes(task.seed[:8], "little", signed=True)
+
+
+def _change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    kind = torch.float32 if before.is_floating_point() else torch.int64
+    return after.to(kind) - before.to(kind)

@@ -34,10 +34,11 @@ from traincert.bridge.params import TrainingKeys, TrainingParams
 from traincert.bridge.producer import Producer
 from traincert.regtest import Network, Node, wait_for
 from traincert.regtest.plugin import NetworkFactory
-from traincert.trainer.datasets import Dataset, prepare_dataset
+from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.state import initial_state, state_hash
+from traincert.trainer.preprocessing import prepare_dataset
+from traincert.trainer.state import state_hash
 from training_chain import COORDINATORS, PAYOUT_SCRIPT, digest
 
 MINERS = 6
@@ -74,27 +75,23 @@ class FaultyJournal(Journal):
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    job = replace(TrainingJob.named("digits"), hidden=(8,), local_epochs=1)
-    return prepare_dataset(job, tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def engine(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
-    with LocalEngine(dataset.job, tmp_path_factory.mktemp("engine"), workers=1) as engine:
-        yield engine
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """A small model, trained little, so that there is a contribution in every cycle, and it takes no time."""
+    options = {"inputs": 64, "hidden": [8], "classes": 10}
+    job = replace(TrainingJob.named("digits"), model_options=options, local_steps=9)
+    dataset = prepare_dataset(job, tmp_path_factory.mktemp("data"))
+    with LocalEngine(job, tmp_path_factory.mktemp("store"), workers=1) as engine, Trainer(dataset, engine) as trainer:
+        yield trainer
 
 
 class Trial:
     """A network whose first node is the coordinator's alone; the miners share the others. `fault` may be set."""
 
-    def __init__(
-        self, start: NetworkFactory, stack: ExitStack, dataset: Dataset, engine: LocalEngine, path: Path
-    ) -> None:
-        state = initial_state(dataset.job)
+    def __init__(self, start: NetworkFactory, stack: ExitStack, trainer: Trainer, path: Path) -> None:
+        state = trainer.start()
         beacon = Beacon(digest("beacon"))
         keys = TrainingKeys(2, tuple(key.public_key_xonly.format() for key in COORDINATORS))
-        self.params = TrainingParams({1: keys}, beacon.anchor, state_hash(state), round_seconds=1)
+        self.params = TrainingParams({1: keys}, beacon.anchor, state_hash(state.model), round_seconds=1)
         self.network: Network = start(4, self.params.node_options())
         self.nodes: dict[bytes, Node] = {}
         self.producers: dict[bytes, Producer] = {}
@@ -112,7 +109,7 @@ class Trial:
         client = stack.enter_context(NodeClient.from_datadir(self.network.nodes[0].datadir))
         secrets = {i: COORDINATORS[i] for i in (0, 2)}
         self.make_coordinator = partial(
-            Coordinator, self.params, secrets, beacon, node=client, dataset=dataset, state=state, engine=engine
+            Coordinator, self.params, secrets, beacon, node=client, trainer=trainer, state=state
         )
         self.coordinator = self.make_coordinator(journal=journal)
 
@@ -161,9 +158,9 @@ def certificates_of(node: Node) -> Iterator[Certificate]:
 
 
 @pytest.fixture
-def trial(bitcoin_network: NetworkFactory, dataset: Dataset, engine: LocalEngine, tmp_path: Path) -> Iterator[Trial]:
+def trial(bitcoin_network: NetworkFactory, trainer: Trainer, tmp_path: Path) -> Iterator[Trial]:
     with ExitStack() as stack:
-        yield Trial(bitcoin_network, stack, dataset, engine, tmp_path)
+        yield Trial(bitcoin_network, stack, trainer, tmp_path)
 
 
 def test_the_chain_grows_while_winners_are_killed_at_random(trial: Trial) -> None:

@@ -1,104 +1,157 @@
 """Whole cycles: the same hashes whatever the workers, and a model that learns."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from traincert.trainer.cycle import CycleResult, run_cycle
-from traincert.trainer.datasets import Dataset, prepare_dataset, read_examples
-from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.cycle import CycleResult, RunState, Trainer
+from traincert.trainer.engines.local import Answer, LocalEngine
+from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.scoring import Reason, evaluate
-from traincert.trainer.state import State, initial_state, state_bytes, state_hash
+from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
+from traincert.trainer.scoring import evaluate
+from traincert.trainer.state import initial_state, load_state, state_bytes, state_hash
+from traincert.trainer.updates import Reason
+
+WriteJob = Callable[..., Path]
+MakeTrainer = Callable[..., AbstractContextManager[Trainer]]
 
 
 def run(
-    dataset: Dataset, engine: LocalEngine, miners: Sequence[bytes], cycles: int, state: State | None = None
+    trainer: Trainer, miners: Sequence[bytes], cycles: int, state: RunState | None = None, seeds: int = 0
 ) -> list[CycleResult]:
     results: list[CycleResult] = []
-    state = state or initial_state(dataset.job)
+    state = state or trainer.start()
     for number in range(cycles):
-        seed = hashlib.sha256(bytes([number])).digest()
-        results.append(run_cycle(dataset, state, miners, engine, seed=seed))
-        state = results[-1].state
+        seed = hashlib.sha256(bytes([seeds + number])).digest()
+        results.append(trainer.run_cycle(state, miners, seed=seed))
+        state = results[-1].after
     return results
 
 
 def facts(result: CycleResult) -> tuple[object, ...]:
-    """All of a result that can be compared: `state` is tensors, but model_after is its hash."""
-    return tuple(value for name, value in vars(result).items() if name != "state")
+    """All of a result that can be compared: `after` is tensors, but model_after is its hash."""
+    tasks = [replace(task, seconds=0.0) for task in result.tasks]
+    others = {name: value for name, value in vars(result).items() if name not in ("after", "tasks")}
+    return (others, tasks, result.after.memories, state_hash({"velocity": result.after.velocity}))
 
 
-def test_the_number_of_workers_does_not_matter(
-    job: TrainingJob, dataset: Dataset, engine: LocalEngine, miners: list[bytes], tmp_path: Path
+def test_neither_workers_nor_the_miners_order_matter(
+    make_trainer: MakeTrainer, job: TrainingJob, trainer: Trainer, miners: list[bytes], tmp_path: Path
 ) -> None:
-    two_workers = [facts(result) for result in run(dataset, engine, miners, 3)]
-    assert [facts(result) for result in run(dataset, engine, miners[::-1], 3)] == two_workers
-    with LocalEngine(job, tmp_path, workers=1) as one_worker:
-        assert [facts(result) for result in run(dataset, one_worker, miners, 3)] == two_workers
+    with make_trainer(job, tmp_path) as without_workers:
+        expected = [facts(result) for result in run(without_workers, miners, 3)]
+    assert [facts(result) for result in run(trainer, miners[::-1], 3)] == expected
 
 
-def test_a_result_is_consistent(dataset: Dataset, engine: LocalEngine, miners: list[bytes]) -> None:
-    first, second = run(dataset, engine, miners, 2)
-    model, job = build_model(dataset.job), dataset.job
-    validation, test = (read_examples(dataset.directory, digest) for digest in (dataset.validation, dataset.test))
+def test_a_result_is_consistent(trainer: Trainer, miners: list[bytes]) -> None:
+    first, second = run(trainer, miners, 2)
+    model, job = build_model(trainer.job), trainer.job
     assert first.model_before == state_hash(initial_state(job))
-    assert first.model_after == second.model_before == state_hash(first.state)
-    assert first.dataset_root == dataset.root
-    assert first.loss_before == evaluate(model, initial_state(job), validation).loss
-    assert first.loss_after == second.loss_before == evaluate(model, first.state, validation).loss < first.loss_before
-    assert first.accuracy == evaluate(model, first.state, test).accuracy
-    assert list(first.contributions) == sorted(first.contributions)
-    assert {score.miner for score in first.contributions} | {no.miner for no in first.refusals} == set(miners)
+    assert first.model_after == second.model_before == state_hash(first.after.model)
+    assert first.dataset_root == trainer.dataset.root
+    assert first.loss_before == evaluate(model, job, initial_state(job), trainer.validation).loss
+    found = evaluate(model, job, first.after.model, trainer.validation)
+    assert first.loss_after == second.loss_before == found.loss < first.loss_before
+    assert first.metric == first.after.evaluation.metric == found.metric
+    assert [task.order.task.miner for task in first.tasks] == sorted(miners)
+    assert all((task.contribution is None) != (task.refusal is None) for task in first.tasks)
     assert first.params_trained == sum(score.params for score in first.contributions) > 0
+    assert (first.after.cycle, second.after.cycle) == (1, 2)
+    assert {task.order.segment for task in first.tasks} == set(trainer.segments)
+    assert {task.order.task.cycle for task in second.tasks} == {1}
 
 
-def test_the_seed_changes_the_outcome(dataset: Dataset, engine: LocalEngine, miners: list[bytes]) -> None:
-    state = initial_state(dataset.job)
-    one, other = (run_cycle(dataset, state, miners, engine, seed=seed) for seed in (b"one", b"other"))
-    assert one.model_before == other.model_before
-    assert one.model_after != other.model_after
+def test_the_seed_changes_the_outcome(trainer: Trainer, miners: list[bytes]) -> None:
+    one, other = run(trainer, miners, 1), run(trainer, miners, 1, seeds=1)
+    assert one[0].model_before == other[0].model_before
+    assert one[0].model_after != other[0].model_after
 
 
-def test_progress_is_reported(dataset: Dataset, engine: LocalEngine, miners: list[bytes]) -> None:
+def test_progress_is_reported(trainer: Trainer, miners: list[bytes]) -> None:
     reports: list[tuple[int, int]] = []
-    run_cycle(
-        dataset,
-        initial_state(dataset.job),
-        miners,
-        engine,
-        seed=b"",
-        on_update=lambda done, total: reports.append((done, total)),
-    )
+    trainer.run_cycle(trainer.start(), miners, seed=b"", on_update=lambda done, total: reports.append((done, total)))
     assert reports[0] == (0, 4)
     assert reports[-1] == (4, 4)
     assert reports == sorted(reports)
 
 
-def test_no_miners_leave_the_model_as_it_is(dataset: Dataset, engine: LocalEngine) -> None:
-    (result,) = run(dataset, engine, [], 1)
+def test_the_number_of_miners_may_change_between_cycles(trainer: Trainer, miners: list[bytes]) -> None:
+    state = trainer.start()
+    for count in (1, 4, 0, 3):
+        result = trainer.run_cycle(state, miners[:count], seed=bytes([count]))
+        assert len(result.tasks) == count
+        state = result.after
+    assert state.evaluation.loss < trainer.start().evaluation.loss
+
+
+def test_no_miners_leave_the_model_as_it_is(trainer: Trainer) -> None:
+    (result,) = run(trainer, [], 1)
     assert result.model_after == result.model_before
     assert result.contributions == ()
     assert result.refusals == ()
     assert result.params_trained == 0
 
 
+def test_a_cycle_in_which_nothing_helps_has_an_empty_table_and_the_same_model(
+    make_trainer: MakeTrainer, write_job: WriteJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    """A loss whose gradient has the wrong sign; the next cycle goes on."""
+    module = """
+        from torch.nn.functional import cross_entropy
+
+        def loss(outputs, target):
+            value = cross_entropy(outputs, target)
+            return 2 * value.detach() - value
+    """
+    job = TrainingJob.load(write_job(module, loss='"{module}:loss"', outer_momentum="0.9"))
+    with make_trainer(job, tmp_path) as trainer:
+        first, second = run(trainer, miners, 2)
+    for result in (first, second):
+        assert result.contributions == ()
+        assert [no.reason for no in result.refusals] == [Reason.NO_IMPROVEMENT] * 4
+        assert result.model_after == result.model_before
+        assert result.loss_after == result.loss_before
+        assert not result.after.velocity.any()
+
+
+@pytest.mark.parametrize("density", ["1.0", "0.1"])
+def test_numbers_that_are_none_are_refused_as_that(
+    make_trainer: MakeTrainer, write_job: WriteJob, miners: list[bytes], tmp_path: Path, density: str
+) -> None:
+    """A loss whose gradient is NaN."""
+    module = """
+        import torch
+
+        def loss(outputs, target):
+            return torch.sqrt(outputs.sum() * 0)
+    """
+    job = TrainingJob.load(write_job(module, loss='"{module}:loss"', density=density))
+    with make_trainer(job, tmp_path) as trainer:
+        (result,) = run(trainer, miners, 1)
+    assert [no.reason for no in result.refusals] == [Reason.NOT_FINITE] * 4
+    assert result.after.memories == {}
+    assert result.model_after == result.model_before
+
+
 def test_a_hostile_update_is_refused_and_the_others_count(
-    dataset: Dataset, engine: LocalEngine, miners: list[bytes], monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, engine: LocalEngine, miners: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real updates, except that on their way one is replaced by the whole model, and one is lost."""
     train = engine.train
 
-    def tampered(*arguments: object) -> list[bytes | None]:
-        updates = train(*arguments)  # type: ignore[arg-type]
-        return [state_bytes(initial_state(dataset.job)), None, *updates[2:]]
+    def tampered(*arguments: object) -> list[Answer | Reason]:
+        answers = train(*arguments)  # type: ignore[arg-type]
+        return [Answer(state_bytes(initial_state(trainer.job)), None, 0.0), Reason.WORKER_DIED, *answers[2:]]
 
     monkeypatch.setattr(engine, "train", tampered)
-    (result,) = run(dataset, engine, miners, 1)
+    (result,) = run(trainer, miners, 1)
     first, second, *others = sorted(miners)
     assert [(no.miner, no.reason) for no in result.refusals] == [
         (first, Reason.WRONG_NAMES),
@@ -106,20 +159,156 @@ def test_a_hostile_update_is_refused_and_the_others_count(
     ]
     assert [score.miner for score in result.contributions] == others
     assert result.loss_after < result.loss_before
+    assert result.tasks[0].update_hash is not None
+    assert result.tasks[1].update_hash is None
 
 
-def test_an_engine_of_another_job_is_an_error(
-    dataset: Dataset, engine: LocalEngine, miners: list[bytes], tmp_path: Path
+def test_a_move_that_makes_the_model_much_worse_is_halved_or_not_made(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each update helps, but nineteen times their mean does not."""
+    wild = replace(job, outer_learning_rate=10.0, outer_momentum=0.9, guard=0.2, density=0.5)
+    with make_trainer(replace(wild, guard=1e9), tmp_path) as trainer:
+        (unguarded,) = run(trainer, miners, 1)
+    assert unguarded.loss_after > 1.2 * unguarded.loss_before
+    with make_trainer(wild, tmp_path) as trainer:
+        (halved,) = run(trainer, miners, 1)
+        assert len(halved.contributions) == 4
+        assert halved.loss_after <= 1.2 * halved.loss_before
+        assert halved.model_after != halved.model_before
+        shares = halved.after.velocity / unguarded.after.velocity
+        (share,) = set(shares[unguarded.after.velocity != 0].tolist())
+        assert share in (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+        monkeypatch.setattr("traincert.trainer.cycle.HALVINGS", 0)
+        (refused,) = run(trainer, miners, 1)
+    assert len(refused.contributions) == 4
+    assert refused.model_after == refused.model_before
+    assert refused.loss_after == refused.loss_before
+    assert not refused.after.velocity.any()
+    assert refused.after.memories == {}  # as if nothing had been sent
+
+
+def test_a_norm_that_is_too_large_is_refused(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    with make_trainer(replace(job, max_update_norm=1e-6), tmp_path) as trainer:
+        (result,) = run(trainer, miners, 1)
+    assert {no.reason for no in result.refusals} == {Reason.NORM_TOO_LARGE}
+    assert result.model_after == result.model_before
+
+
+def test_a_refused_update_leaves_its_miners_residual_as_it_was(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    """In the second cycle all is refused: its learning rate is far too high. A miner that rests keeps its own, too."""
+    compressed = replace(job, density=0.1)
+    with make_trainer(compressed, tmp_path / "good") as trainer:
+        (first,) = run(trainer, miners, 1)
+        accepted = {score.miner for score in first.contributions}
+        assert accepted
+        assert first.after.memories.keys() == accepted
+        (again,) = run(trainer, miners[:1], 1, first.after, seeds=1)
+        for miner in set(miners[1:]) & accepted:
+            assert again.after.memories[miner] == first.after.memories[miner]
+        for digest in first.after.memories.values():
+            assert load_state(tmp_path / "good" / "store", digest)["residual"].shape == (trainer.layout.params,)
+    wild = replace(compressed, max_update_norm=1e-6)
+    with make_trainer(wild, tmp_path / "good") as trainer:
+        (second,) = run(trainer, miners, 1, first.after, seeds=1)
+    assert second.contributions == ()
+    assert second.after.memories == first.after.memories
+    assert {task.order.memory for task in second.tasks} >= set(first.after.memories.values())
+
+
+def test_residuals_change_what_is_sent(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    with make_trainer(replace(job, density=0.1), tmp_path) as trainer:
+        (first,) = run(trainer, miners, 1)
+        (second,) = run(trainer, miners, 1, first.after, seeds=1)
+        (without,) = run(trainer, miners, 1, replace(first.after, memories={}), seeds=1)
+    assert second.model_after != without.model_after
+
+
+def test_scoring_on_some_examples_does_not_change_what_the_model_is_measured_on(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    with make_trainer(replace(job, score_examples=50), tmp_path) as trainer:
+        (result,) = run(trainer, miners, 1)
+        found = evaluate(build_model(job), job, result.after.model, trainer.validation)
+    assert result.loss_after == found.loss
+    assert result.contributions
+
+
+def test_one_miner_with_all_data_and_segments_is_plain_training(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    plain = replace(
+        job, segments=1, shards=1, optimizer="AdamW", optimizer_options={}, learning_rate=0.003, max_update_norm=1e9
+    )
+    with make_trainer(plain, tmp_path) as trainer:
+        results = run(trainer, miners[:1], 2)
+        shard = read_examples(plain, trainer.dataset.shard_folder, trainer.dataset.shards[0])
+    model = build_model(plain)
+    for result in results:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+        seed = int.from_bytes(result.tasks[0].order.task.seed[:8], "little", signed=True)
+        order = torch.randperm(len(shard), generator=torch.Generator().manual_seed(seed))
+        for step in range(plain.local_steps):
+            batch = order[step * 32 : step * 32 + 32]
+            optimizer.zero_grad()
+            loss: torch.Tensor = torch.nn.functional.cross_entropy(model(shard.inputs[0][batch]), shard.target[batch])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(result.after.model[name], parameter.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_miner_twice_is_an_error(trainer: Trainer, miners: list[bytes]) -> None:
+    with pytest.raises(ValueError, match="only one task"):
+        run(trainer, [miners[0], miners[0]], 1)
+
+
+def test_an_engine_of_another_job_is_an_error(dataset: Dataset, engine: LocalEngine, tmp_path: Path) -> None:
     other = prepare_dataset(replace(dataset.job, seed=5), tmp_path)
     with pytest.raises(ValueError, match="different jobs"):
-        run_cycle(other, initial_state(other.job), miners, engine, seed=b"")
+        Trainer(other, engine)
 
 
-def test_the_shipped_job_reaches_its_target_accuracy(miners: list[bytes], tmp_path: Path) -> None:
-    job = TrainingJob.named("digits")
+def test_a_damaged_validation_split_is_an_error_that_names_it(
+    job: TrainingJob, engine: LocalEngine, tmp_path: Path
+) -> None:
     dataset = prepare_dataset(job, tmp_path)
-    with LocalEngine(job, tmp_path, workers=2) as engine:
-        results = run(dataset, engine, miners, job.cycles)
-    assert results[-1].accuracy >= job.target_accuracy
-    assert all(result.contributions for result in results)
+    path = dataset.held_out_folder / dataset.validation.hex()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(IntegrityError, match=f"^{path}: the file's SHA-256 is"):
+        Trainer(dataset, engine)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"optimizer_options": {"beta": 1}}, "optimizer_options = {'beta': 1}: "),
+        ({"model_options": {"width": 1}}, r"model_options = {'width': 1}: mlp\(\) got an unexpected"),
+        ({"model": "traincert.trainer.models:mpl"}, "has no function 'mpl'; did you mean 'mlp'"),
+        ({"model": "traincert.trainer.job:_hint", "model_options": {"name": "", "known": []}}, "returned str, not a"),
+        ({"segments": 4096}, "segments = 4096: must be at most"),
+        ({"loss": "traincert.trainer.models:entropy"}, "has no function 'entropy'"),
+        ({"metric": "traincert.trainer.models:recall"}, "has no function 'recall'"),
+    ],
+)
+def test_a_job_that_cannot_be_trained_is_refused_before_the_first_cycle(
+    make_trainer: MakeTrainer, job: TrainingJob, tmp_path: Path, changed: dict[str, object], words: str
+) -> None:
+    wrong = replace(job, **changed)  # type: ignore[arg-type]
+    with pytest.raises(JobError, match=words), make_trainer(wrong, tmp_path) as trainer:
+        trainer.start()
+
+
+def test_the_shipped_job_reaches_its_target(make_trainer: MakeTrainer, miners: list[bytes], tmp_path: Path) -> None:
+    job = TrainingJob.named("digits")
+    with make_trainer(job, tmp_path) as trainer:
+        results = run(trainer, miners, job.cycles)
+        assert job.target_metric is not None
+        assert trainer.test(results[-1].after.model).metric >= job.target_metric
+    assert results[-1].loss_after < results[0].loss_before / 5

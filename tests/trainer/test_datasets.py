@@ -1,87 +1,89 @@
-"""Data: how it is split, scaled, stored and verified."""
+"""Data as it comes, before anything is done to it."""
 
-from dataclasses import replace
+import gzip
+import struct
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 
-from traincert.trainer.datasets import (
-    Dataset,
-    IntegrityError,
-    prepare_dataset,
-    read_blob,
-    read_examples,
-    write_blob,
-)
-from traincert.trainer.job import JobError, TrainingJob
+from traincert.trainer.datasets import digits, fashion_mnist, text
+from traincert.trainer.errors import JobError
 
 
-def test_every_example_is_in_exactly_one_split_or_shard(dataset: Dataset) -> None:
-    parts = [read_examples(dataset.directory, digest) for digest in (*dataset.shards, dataset.validation, dataset.test)]
-    assert [len(part.labels) for part in parts] == [285, 284, 284, 284, 300, 360]
-    pooled = torch.cat([part.inputs for part in parts])
-    assert pooled.shape == (1797, 64)
-    assert len(torch.unique(pooled, dim=0)) == 1797  # no image is there twice in the original either
+def test_digits_are_1797_images() -> None:
+    (chunk,) = digits().train()
+    assert chunk["inputs"].shape == (1797, 64)
+    assert chunk["inputs"].dtype == np.float32
+    assert (chunk["inputs"].min(), chunk["inputs"].max()) == (0, 16)
+    assert chunk["labels"].dtype == np.int64
+    assert set(chunk["labels"].tolist()) == set(range(10))
+    assert len(np.unique(chunk["inputs"], axis=0)) == 1797  # no image is there twice
 
 
-def test_scaling_uses_the_training_examples_alone(dataset: Dataset) -> None:
-    train = torch.cat([read_examples(dataset.directory, shard).inputs for shard in dataset.shards]).double()
-    torch.testing.assert_close(train.mean(dim=0), torch.zeros(64, dtype=torch.float64), atol=1e-6, rtol=0)
-    test = read_examples(dataset.directory, dataset.test).inputs
-    assert test.mean(dim=0).abs().max() > 0.01
+def write_idx(path: Path, array: npt.NDArray[np.uint8], header: bytes | None = None) -> None:
+    shape = struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress((header or bytes([0, 0, 8, array.ndim])) + shape + array.tobytes()))
 
 
-def test_types_and_shapes(dataset: Dataset) -> None:
-    inputs, labels = read_examples(dataset.directory, dataset.shards[0])
-    assert inputs.dtype == torch.float32
-    assert labels.dtype == torch.int64
-    assert set(labels.tolist()) == set(range(10))
+@pytest.fixture
+def idx_folder(tmp_path: Path) -> Path:
+    for name, count in (("train", 5), ("t10k", 3)):
+        images = np.arange(count * 28 * 28).reshape(count, 28, 28).astype(np.uint8)
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte.gz", np.arange(count).astype(np.uint8))
+    return tmp_path
 
 
-def test_preparing_twice_and_with_another_seed_gives_the_same_root(
-    job: TrainingJob, dataset: Dataset, tmp_path: Path
-) -> None:
-    assert prepare_dataset(job, dataset.directory).root == dataset.root
-    assert prepare_dataset(replace(job, seed=99), tmp_path).root == dataset.root
+def test_fashion_mnist_is_read_from_its_files(idx_folder: Path) -> None:
+    raw = fashion_mnist(str(idx_folder))
+    (train,) = raw.train()
+    assert raw.test is not None
+    (test,) = raw.test()
+    assert train["inputs"].shape == (5, 1, 28, 28)
+    assert test["inputs"].shape == (3, 1, 28, 28)
+    assert train["inputs"].reshape(-1).tolist() == [number % 256 for number in range(5 * 28 * 28)]
+    assert test["labels"].tolist() == [0, 1, 2]
 
 
-def test_the_root_commits_to_the_split(job: TrainingJob, dataset: Dataset, tmp_path: Path) -> None:
-    assert prepare_dataset(replace(job, shards=5), tmp_path).root != dataset.root
-    manifest = read_blob(dataset.directory, dataset.root).decode()
-    for digest in (*dataset.shards, dataset.validation, dataset.test):
-        assert digest.hex() in manifest
+def test_a_missing_file_of_fashion_mnist_says_where_it_comes_from(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=f"^{tmp_path}/train-images.*: no such file; .*dataset-fashion-mnist has it"):
+        list(fashion_mnist(str(tmp_path)).train())
 
 
-def test_only_named_files_are_left(dataset: Dataset) -> None:
-    names = {digest.hex() for digest in (*dataset.shards, dataset.validation, dataset.test, dataset.root)}
-    assert {path.name for path in dataset.directory.iterdir()} == names
+@pytest.mark.parametrize("header", [bytes([0, 0, 9, 1]), bytes([1, 0, 8, 1]), bytes([0, 0, 8, 0])])
+def test_a_file_of_another_kind_is_refused(idx_folder: Path, header: bytes) -> None:
+    path = idx_folder / "train-labels-idx1-ubyte.gz"
+    write_idx(path, np.zeros(5, np.uint8), header)
+    with pytest.raises(JobError, match=f"^{path}: not an IDX file of unsigned bytes"):
+        list(fashion_mnist(str(idx_folder)).train())
 
 
-def test_a_flipped_byte_is_refused(job: TrainingJob, tmp_path: Path) -> None:
-    dataset = prepare_dataset(job, tmp_path)
-    path = tmp_path / dataset.shards[1].hex()
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+DAMAGED = [b"no gzip", gzip.compress(b"\0\0"), gzip.compress(b"\0\0\x08\x03\0"), b""]
+
+
+@pytest.mark.parametrize("data", DAMAGED, ids=range(4))
+def test_a_damaged_file_is_refused(idx_folder: Path, data: bytes) -> None:
+    path = idx_folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(data)
-    with pytest.raises(IntegrityError, match=f"{path}: the file's SHA-256 is [0-9a-f]{{64}}, not its name"):
-        read_examples(tmp_path, dataset.shards[1])
-    prepare_dataset(job, tmp_path)
-    read_examples(tmp_path, dataset.shards[1])
+    with pytest.raises(JobError, match=f"^{path}: not an IDX file of unsigned bytes"):
+        list(fashion_mnist(str(idx_folder)).train())
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(IntegrityError, match=f"{'00' * 32}: no such file"):
-        read_blob(tmp_path, bytes(32))
+def test_text_is_windows_whose_labels_are_the_next_bytes(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    contents = {"b.txt": bytes(range(50, 90)), "a.txt": b"", "sub/c.txt": bytes(range(90, 93)), "d.rst": b"x" * 100}
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    chunks = list(text(str(tmp_path), context=8).train())
+    inputs, labels = (np.concatenate([chunk[name] for chunk in chunks]) for name in ("inputs", "labels"))
+    assert inputs.shape == labels.shape == (5, 8)
+    assert inputs.dtype == labels.dtype == np.uint8
+    assert inputs.reshape(-1).tolist() == list(range(50, 90))
+    assert labels.reshape(-1).tolist() == list(range(51, 91))
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08").mkdir()  # in the way
-    with pytest.raises(IsADirectoryError):
-        write_blob(tmp_path, b"test")
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_more_held_out_examples_than_there_are_is_an_error(job: TrainingJob, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"validation_examples = 1500, test_examples = 360: .* has 1797 in all"):
-        prepare_dataset(replace(job, validation_examples=1500), tmp_path)
+def test_without_text_files_the_folder_and_the_package_are_named(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=rf"no file '\*\*/\*\.txt' in {tmp_path}; .*python3\.11-doc"):
+        list(text(str(tmp_path)).train())

@@ -1,24 +1,34 @@
-"""Worker processes: their deaths, their parent's death, and what they leave behind."""
+"""Worker processes: their deaths, their parent's death, and what they leave behind and never see."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 
-from traincert.trainer.datasets import Dataset, prepare_dataset
-from traincert.trainer.engines.local import EngineError, LocalEngine
+from traincert.trainer.cycle import Trainer
+from traincert.trainer.engines.local import Answer, LocalEngine, Order
+from traincert.trainer.errors import EngineError
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.state import initial_state
-from traincert.trainer.tasks import Task, assign
+from traincert.trainer.models import build_model
+from traincert.trainer.preprocessing import Dataset, prepare_dataset
+from traincert.trainer.segments import cut_segments
+from traincert.trainer.state import initial_state, save_state
+from traincert.trainer.tasks import assign
+from traincert.trainer.updates import Reason
+
+WriteJob = Callable[..., Path]
 
 TIMEOUT = 60  # seconds
+EXAMPLES = 1797 - 300 - 360  # that write_job's jobs have to train on, an odd number
 
 
 def is_running(pid: int) -> bool:
@@ -36,16 +46,29 @@ def wait_until(condition: Callable[[], bool], awaited: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture
-def tasks(job: TrainingJob, miners: list[bytes]) -> list[Task]:
-    return assign(b"", miners, job.segments, job.shards)
+def orders_of(dataset: Dataset, miners: Sequence[bytes], store: Path) -> list[Order]:
+    """The first cycle's, with its model in the store."""
+    job = dataset.job
+    store.mkdir(exist_ok=True)
+    model = save_state(store, initial_state(job))
+    segments = cut_segments(build_model(job), job)
+    return [
+        Order(task, segments[task.segment], model, dataset.shards[task.shard], None)
+        for task in assign(b"", 0, miners, job.segments, job.shards)
+    ]
+
+
+def results(answers: Sequence[Answer | Reason]) -> list[tuple[bytes, bytes | None] | Reason]:
+    """All of the answers but the time that they took."""
+    return [answer if isinstance(answer, Reason) else (answer.update, answer.memory) for answer in answers]
 
 
 def test_a_killed_worker_costs_nothing_but_time(
-    job: TrainingJob, dataset: Dataset, engine: LocalEngine, tasks: list[Task], tmp_path: Path
+    job: TrainingJob, dataset: Dataset, engine: LocalEngine, miners: list[bytes], tmp_path: Path
 ) -> None:
     """One of two workers is stopped, so that it never answers, and is killed once the other has answered."""
-    expected = engine.train(dataset, initial_state(job), tasks)
+    expected = results(engine.train(dataset, orders_of(dataset, miners, engine.store)))
+    orders = orders_of(dataset, miners, tmp_path)
     with LocalEngine(job, tmp_path, workers=2) as damaged:
         stopped = damaged.pids[0]
         os.kill(stopped, signal.SIGSTOP)
@@ -54,16 +77,18 @@ def test_a_killed_worker_costs_nothing_but_time(
             if done == 1 and stopped in damaged.pids:
                 os.kill(stopped, signal.SIGKILL)
 
-        assert damaged.train(dataset, initial_state(job), tasks, kill_after_an_answer) == expected
+        assert results(damaged.train(dataset, orders, kill_after_an_answer)) == expected
         assert stopped not in damaged.pids
         assert len(damaged.pids) == 2
-        assert damaged.train(dataset, initial_state(job), tasks) == expected
+        os.kill(damaged.pids[0], signal.SIGKILL)  # while it is idle
+        assert results(damaged.train(dataset, orders)) == expected
 
 
 def test_a_task_whose_worker_dies_twice_is_given_up(
-    job: TrainingJob, dataset: Dataset, tasks: list[Task], tmp_path: Path
+    job: TrainingJob, dataset: Dataset, miners: list[bytes], tmp_path: Path
 ) -> None:
     over = Event()
+    orders = orders_of(dataset, miners, tmp_path)[:1]
     with LocalEngine(job, tmp_path, workers=1) as engine:
 
         def kill_all() -> None:
@@ -75,64 +100,114 @@ def test_a_task_whose_worker_dies_twice_is_given_up(
         killer = Thread(target=kill_all)
         killer.start()
         try:
-            updates = engine.train(dataset, initial_state(job), tasks[:1])
+            answers = engine.train(dataset, orders)
         finally:
             over.set()
             killer.join()
-        assert updates == [None]
-        assert engine.train(dataset, initial_state(job), tasks[:1]) != [None]
+        assert answers == [Reason.WORKER_DIED]
+        assert isinstance(engine.train(dataset, orders)[0], Answer)
 
 
-def test_a_damaged_shard_is_an_error_that_shows_what_happened(
-    job: TrainingJob, tasks: list[Task], tmp_path: Path
+TROUBLE = """
+    import os, time
+    from pathlib import Path
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    MARKER = Path(__file__).with_suffix(".marker")
+
+    def loss(outputs, target):
+        if torch.is_grad_enabled() and MARKER.exists():
+            with MARKER.open() as file:
+                action, _, lost = file.read().rpartition(" ")
+            if lost == str(len(target)):
+                exec(action)
+        return cross_entropy(outputs, target)
+"""
+
+
+def trouble(write_job: WriteJob, **changed: str) -> tuple[TrainingJob, Path]:
+    """A job whose loss does what its marker file says, but only in batches of that size, and the marker.
+
+    Shards are of different sizes, and batches as large as they are, so that this is one shard's task.
+    """
+    path = write_job(TROUBLE, **{"loss": '"{module}:loss"', "batch_size": "9999", "local_steps": "2"} | changed)
+    job = TrainingJob.load(path)
+    return job, path.with_name(job.loss.partition(":")[0] + ".marker")
+
+
+@pytest.mark.parametrize(("action", "reason"), [("time.sleep(600)", Reason.LATE), ("os._exit(1)", Reason.WORKER_DIED)])
+def test_only_the_task_that_is_late_or_dies_is_lost_and_the_next_cycle_goes_on(
+    write_job: WriteJob, miners: list[bytes], tmp_path: Path, action: str, reason: Reason
 ) -> None:
+    # Time enough for the other task even on a busy machine, from when its worker begins.
+    job, marker = trouble(write_job, task_seconds="6.0" if reason is Reason.LATE else "600.0")
     dataset = prepare_dataset(job, tmp_path / "data")
-    damaged = dataset.shards[tasks[0].shard].hex()
-    (dataset.directory / damaged).write_bytes(b"")
-    with LocalEngine(job, tmp_path / "engine", workers=1) as engine:
-        with pytest.raises(EngineError, match=f"IntegrityError: .*{damaged}: the file's SHA-256 is"):
-            engine.train(dataset, initial_state(job), tasks)
+    marker.write_text(f"{action} {EXAMPLES // 2}")
+    with (
+        LocalEngine(job, tmp_path / "store", workers=2) as engine,
+        Trainer(dataset, engine) as trainer,
+    ):
+        first = trainer.run_cycle(trainer.start(), miners[:2], seed=b"first")
+        (refusal,) = first.refusals
+        assert refusal.reason == reason
+        assert refusal.detail
+        assert len(first.contributions) == 1
+        lost = next(task for task in first.tasks if task.refusal)
+        assert (lost.update_hash, lost.update_size, lost.seconds) == (None, 0, 0)
+        marker.unlink()
+        second = trainer.run_cycle(first.after, miners[:2], seed=b"second")
+        assert second.refusals == ()
+
+
+def test_a_damaged_shard_is_an_error_that_names_the_file(job: TrainingJob, miners: list[bytes], tmp_path: Path) -> None:
+    dataset = prepare_dataset(job, tmp_path / "data")
+    orders = orders_of(dataset, miners, tmp_path / "store")
+    damaged = dataset.shard_folder / orders[0].shard.hex()
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with LocalEngine(job, tmp_path / "store", workers=1) as engine:
+        with pytest.raises(EngineError, match=f"IntegrityError: {damaged}: the file's SHA-256 is"):
+            engine.train(dataset, orders)
         with pytest.raises(EngineError, match="the engine is closed"):
-            engine.train(dataset, initial_state(job), tasks)
+            engine.train(dataset, orders)
 
 
-def test_closing_leaves_no_process_and_no_file(
-    job: TrainingJob, dataset: Dataset, tasks: list[Task], tmp_path: Path
+def test_a_mistake_in_the_users_module_is_shown_with_its_traceback(
+    write_job: WriteJob, miners: list[bytes], tmp_path: Path
 ) -> None:
+    job, marker = trouble(write_job, shards="1")
+    dataset = prepare_dataset(job, tmp_path / "data")
+    marker.write_text(f"raise ArithmeticError('mine') {EXAMPLES}")
+    with LocalEngine(job, tmp_path / "store", workers=1) as engine:
+        with pytest.raises(EngineError, match=r"(?s)a task failed in its worker process:.*ArithmeticError: mine"):
+            engine.train(dataset, orders_of(dataset, miners, tmp_path / "store"))
+        assert engine.pids == []
+
+
+def test_closing_leaves_no_process(job: TrainingJob, dataset: Dataset, miners: list[bytes], tmp_path: Path) -> None:
     """Here closed by an exception in the middle of a task."""
 
     def interrupt(_done: int, _total: int) -> None:
         raise KeyboardInterrupt
 
+    orders = orders_of(dataset, miners, tmp_path)
     with LocalEngine(job, tmp_path, workers=2) as engine:
         pids = engine.pids
         assert all(is_running(pid) for pid in pids)
         with pytest.raises(KeyboardInterrupt):
-            engine.train(dataset, initial_state(job), tasks, interrupt)
+            engine.train(dataset, orders, interrupt)
     assert not any(is_running(pid) for pid in pids)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [orders[0].model.hex()]
     engine.close()
 
 
-def test_the_model_file_is_gone_after_the_cycle(
-    job: TrainingJob, dataset: Dataset, tasks: list[Task], tmp_path: Path
-) -> None:
-    files: list[list[str]] = []
-
-    def look(_done: int, _total: int) -> None:
-        files.append([path.name for path in tmp_path.rglob("*") if path.is_file()])
-
-    with LocalEngine(job, tmp_path, workers=1) as engine:
-        engine.train(dataset, initial_state(job), tasks, look)
-        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert len(files) == len(tasks) + 1
-    assert all(len(names) == 1 for names in files)
-
-
 def test_workers_leave_ctrl_c_to_their_parent(
-    job: TrainingJob, dataset: Dataset, tasks: list[Task], tmp_path: Path
+    job: TrainingJob, dataset: Dataset, miners: list[bytes], tmp_path: Path
 ) -> None:
     """From the first moment on, while they still import."""
+    orders = orders_of(dataset, miners, tmp_path)
     with LocalEngine(job, tmp_path, workers=1) as engine:
         pids = engine.pids
 
@@ -140,29 +215,58 @@ def test_workers_leave_ctrl_c_to_their_parent(
             for pid in pids:
                 os.kill(pid, signal.SIGINT)
 
-        assert None not in engine.train(dataset, initial_state(job), tasks, interrupt_workers)
+        answers = engine.train(dataset, orders, interrupt_workers)
+        assert all(isinstance(answer, Answer) for answer in answers)
         assert engine.pids == pids
+
+
+def test_a_worker_maps_its_shards_and_never_opens_what_is_held_out(
+    dataset: Dataset, engine: LocalEngine, miners: list[bytes]
+) -> None:
+    """After tasks on all shards: what is mapped and open in the workers' processes, and what they were told."""
+    orders = orders_of(dataset, miners, engine.store)
+    assert {order.shard for order in orders} == set(dataset.shards)
+    engine.train(dataset, orders)
+    mapped = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in engine.pids)
+    opened = [str(path.readlink()) for pid in engine.pids for path in Path(f"/proc/{pid}/fd").iterdir()]
+    found = set(re.findall(rf"{dataset.directory}/(\S+)/(\S+)", mapped + "\n".join(opened)))
+    assert found <= {("shards", shard.hex()) for shard in dataset.shards}
+    assert found
+    assert dataset.validation not in {each for order in orders for each in order}
+
+
+def test_workers_can_do_without_the_held_out_files(job: TrainingJob, miners: list[bytes], tmp_path: Path) -> None:
+    """Which are away while they train."""
+    dataset = prepare_dataset(job, tmp_path / "data")
+    orders = orders_of(dataset, miners, tmp_path / "store")
+    dataset.held_out_folder.rename(tmp_path / "away")
+    with LocalEngine(job, tmp_path / "store", workers=1) as engine:
+        assert all(isinstance(answer, Answer) for answer in engine.train(dataset, orders))
 
 
 PARENT = """
 import os
 import sys
 from pathlib import Path
-from traincert.trainer.datasets import prepare_dataset
-from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.engines.local import LocalEngine, Order
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.state import initial_state
+from traincert.trainer.models import build_model
+from traincert.trainer.preprocessing import prepare_dataset
+from traincert.trainer.segments import cut_segments
+from traincert.trainer.state import initial_state, save_state
 from traincert.trainer.tasks import Task
 
 if __name__ == "__main__":
     job = TrainingJob.named("digits")
     dataset = prepare_dataset(job, Path(sys.argv[1]))
-    shard = dataset.directory / dataset.shards[0].hex()
+    model = save_state(dataset.directory, initial_state(job))
+    shard = dataset.shard_folder / dataset.shards[0].hex()
     shard.unlink()
     os.mkfifo(shard)
+    task = Task(miner=bytes(32), segment=0, shard=0, seed=bytes(32), cycle=0)
     with LocalEngine(job, dataset.directory, workers=1) as engine:
         print(shard, *engine.pids, flush=True)
-        engine.train(dataset, initial_state(job), [Task(miner=bytes(32), segment=0, shard=0, seed=bytes(32))])
+        engine.train(dataset, [Order(task, cut_segments(build_model(job), job)[0], model, dataset.shards[0], None)])
 """
 
 
@@ -191,4 +295,4 @@ def test_workers_die_with_a_killed_parent_in_the_middle_of_a_task(tmp_path: Path
 
 def test_an_engine_needs_a_worker(job: TrainingJob, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workers = 0: must be at least 1"):
-        LocalEngine(job, tmp_path, workers=0)
+        LocalEngine(replace(job), tmp_path, workers=0)

@@ -1,145 +1,94 @@
-"""Scores: losses in fixed point, weights, and every way in which an update is refused."""
+"""Scores: losses in fixed point, and weights."""
 
-import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from traincert.trainer.datasets import Dataset, Examples, read_examples
+from traincert.trainer.cycle import Trainer
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.scoring import (
-    MAX_NANO_NATS,
-    Reason,
-    UpdateError,
-    add,
-    evaluate,
-    nano_nats,
-    read_update,
-    score_update,
-)
-from traincert.trainer.state import State, initial_state, state_bytes, state_from_bytes, state_hash
-from traincert.trainer.tasks import Task
-from traincert.trainer.training import train_task
+from traincert.trainer.preprocessing import Dataset, Examples, read_examples
+from traincert.trainer.scoring import MAX_NANO_NATS, Scorer, evaluate, nano_nats, score
+from traincert.trainer.state import initial_state, state_hash, state_of
+from traincert.trainer.updates import Reason, UpdateError
 
-EXPECTED: State = {"w": torch.zeros(3, 2), "b": torch.zeros(3)}
-GOOD: State = {"w": torch.ones(3, 2), "b": torch.ones(3)}
-MAX_NORM = 5.0
+WriteJob = Callable[..., Path]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def validation(dataset: Dataset) -> Examples:
-    return read_examples(dataset.directory, dataset.validation)
-
-
-def with_value(value: float) -> State:
-    changed = GOOD["b"].clone()
-    changed[1] = value
-    return {**GOOD, "b": changed}
-
-
-def with_header(change: Callable[[dict[str, object]], object]) -> bytes:
-    """Encode GOOD with a changed header."""
-    data = state_bytes(GOOD)
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    change(header)
-    encoded = json.dumps(header).encode()
-    return len(encoded).to_bytes(8, "little") + encoded + data[end:]
-
-
-HOSTILE: list[tuple[Reason, bytes]] = [
-    (Reason.TOO_LARGE, bytes(2 * len(state_bytes(EXPECTED)) + 1)),
-    (Reason.TOO_LARGE, state_bytes({**GOOD, "w": torch.ones(1000)})),
-    (Reason.MALFORMED, b""),
-    (Reason.MALFORMED, b"\xff" * 64),
-    (Reason.MALFORMED, state_bytes(GOOD)[:-1]),
-    (Reason.MALFORMED, state_bytes(GOOD) + b"\0"),
-    (Reason.MALFORMED, with_header(lambda header: header.pop("b"))),
-    (Reason.WRONG_NAMES, state_bytes({"w": GOOD["w"]})),
-    (Reason.WRONG_NAMES, state_bytes({**GOOD, "v": torch.ones(1)})),
-    (Reason.WRONG_NAMES, state_bytes({"w": GOOD["w"], "\n" * 9: GOOD["b"]})),
-    (Reason.WRONG_DTYPE, state_bytes({**GOOD, "b": GOOD["b"].double()})),
-    (Reason.WRONG_DTYPE, state_bytes({**GOOD, "b": torch.ones(3, dtype=torch.int32)})),
-    (Reason.WRONG_SHAPE, state_bytes({**GOOD, "w": torch.ones(2, 3)})),
-    (Reason.WRONG_SHAPE, state_bytes({**GOOD, "w": torch.ones(6)})),
-    (Reason.WRONG_SHAPE, state_bytes({**GOOD, "w": torch.ones(0, 2)})),
-    (Reason.NOT_CANONICAL, with_header(lambda header: header.update(__metadata__={"a": "b"}))),
-    (Reason.NOT_CANONICAL, with_header(lambda _: None)),  # the same header with other spaces
-    (Reason.NOT_FINITE, state_bytes(with_value(math.nan))),
-    (Reason.NOT_FINITE, state_bytes(with_value(math.inf))),
-    (Reason.NOT_FINITE, state_bytes(with_value(-math.inf))),
-    (Reason.NORM_TOO_LARGE, state_bytes(with_value(5.0))),
-    (Reason.NORM_TOO_LARGE, state_bytes(with_value(3e38))),
-]
-
-
-@pytest.mark.parametrize(("reason", "data"), HOSTILE)
-def test_a_hostile_update_is_refused_with_its_reason(reason: Reason, data: bytes) -> None:
-    assert read_update(state_bytes(GOOD), EXPECTED, MAX_NORM).keys() == GOOD.keys()
-    with pytest.raises(UpdateError) as caught:
-        read_update(data, EXPECTED, MAX_NORM)
-    assert caught.value.reason == reason
-    assert len(str(caught.value)) < 500
-
-
-def test_every_reason_about_an_updates_form_has_a_case() -> None:
-    others = {Reason.WORKER_DIED, Reason.NO_IMPROVEMENT}
-    assert {reason for reason, _ in HOSTILE} == set(Reason) - others
-
-
-def test_the_norm_is_over_all_tensors_and_may_reach_its_bound() -> None:
-    assert read_update(state_bytes(GOOD), EXPECTED, 3.0)  # √9 ones
-    with pytest.raises(UpdateError, match=r"L2 norm 3, at most 2\.9"):
-        read_update(state_bytes(GOOD), EXPECTED, 2.9)
-
-
-@given(st.binary(max_size=300))
-def test_any_bytes_are_refused_and_nothing_else_happens(data: bytes) -> None:
-    with pytest.raises(UpdateError):
-        read_update(data, EXPECTED, MAX_NORM)
-
-
-@given(st.integers(8, len(state_bytes(GOOD)) - 1), st.integers(1, 255))
-def test_any_changed_byte_is_refused_or_is_another_canonical_update(position: int, change: int) -> None:
-    data = bytearray(state_bytes(GOOD))
-    data[position] ^= change
-    try:
-        update = read_update(bytes(data), EXPECTED, 1e30)
-    except UpdateError:
-        return
-    assert state_bytes(update) == data
+    return read_examples(dataset.job, dataset.held_out_folder, dataset.validation)
 
 
 def test_losses_are_summed_not_averaged_over_batches(job: TrainingJob, dataset: Dataset) -> None:
-    examples = read_examples(dataset.directory, dataset.shards[0])
+    examples = read_examples(job, dataset.shard_folder, dataset.shards[0])
     model, state = build_model(job), initial_state(job)
-    one, thousand = (evaluate(model, state, examples, batch_size=size) for size in (1, 1000))
+    one, thousand = (evaluate(model, job, state, examples, batch_size=size) for size in (1, 1000))
     assert abs(one.loss - thousand.loss) <= 100  # nano-nats
-    uneven = evaluate(model, state, examples, batch_size=len(examples.labels) - 1)  # a last batch of one
+    uneven = evaluate(model, job, state, examples, batch_size=len(examples) - 1)  # a last batch of one
     assert abs(uneven.loss - one.loss) <= 100
-    assert one.accuracy == thousand.accuracy == uneven.accuracy
+    assert one.metric == pytest.approx(thousand.metric)
+    assert uneven.metric == pytest.approx(thousand.metric)
 
 
 def test_evaluation_is_cross_entropy_and_changes_nothing(job: TrainingJob, validation: Examples) -> None:
     model, state = build_model(job), initial_state(job)
     before = state_hash(state)
-    found = evaluate(model, state, validation)
+    found = evaluate(model, job, state, validation)
     with torch.no_grad():
-        logits = model(validation.inputs)
-    assert found.loss == pytest.approx(float(torch.nn.CrossEntropyLoss()(logits, validation.labels)) * 1e9, rel=1e-6)
-    assert found.accuracy == pytest.approx(float((logits.argmax(1) == validation.labels).float().mean()))
-    assert state_hash(state) == state_hash(model.state_dict()) == before
+        logits = model(*validation.inputs)
+    assert found.loss == pytest.approx(float(torch.nn.CrossEntropyLoss()(logits, validation.target)) * 1e9, rel=1e-6)
+    assert found.metric == pytest.approx(float((logits.argmax(1) == validation.target).double().mean()))
+    assert state_hash(state) == state_hash(state_of(model)) == before
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm1d(64)", "Dropout(0.5)"])
+def test_a_model_is_measured_in_evaluation_mode(write_job: WriteJob, validation: Examples, kind: str) -> None:
+    """So that neither the batch size nor chance matters, and no buffer changes."""
+    module = f"""
+        from torch import nn
+
+        def model():
+            return nn.Sequential(nn.{kind}, nn.Linear(64, 10))
+    """
+    job = TrainingJob.load(write_job(module, model='"{module}:model"', model_options=None))
+    model, state = build_model(job).train(), initial_state(job)
+    first, second = (evaluate(model, job, state, validation, batch_size=size) for size in (7, 300))
+    assert abs(first.loss - second.loss) <= 100
+    assert state_hash(state_of(model)) == state_hash(state)
+
+
+def test_threads_do_not_matter(job: TrainingJob, validation: Examples) -> None:
+    states = [initial_state(replace(job, seed=seed)) for seed in range(5)]
+    expected = [evaluate(build_model(job), job, state, validation) for state in states]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            with Scorer(job) as scorer:
+                assert scorer.evaluate(states, validation) == expected
+                assert scorer.evaluate(states[::-1], validation) == expected[::-1]
+            assert evaluate(build_model(job), job, states[0], validation) == expected[0]
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_error_in_the_users_metric_is_not_hidden(write_job: WriteJob, validation: Examples) -> None:
+    job = TrainingJob.load(write_job("def metric(outputs, target): return 1 / 0", metric='"{module}:metric"'))
+    with Scorer(job) as scorer, pytest.raises(ZeroDivisionError):
+        scorer.evaluate([initial_state(job)], validation)
 
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
         (0.0, 0),
+        (-1.0, 0),
         (4e-10, 0),
         (6e-10, 1),
         (2.302585093, 2302585093),
@@ -154,28 +103,34 @@ def test_losses_are_rounded_to_nano_nats(loss: float, expected: int) -> None:
     assert nano_nats(loss) == expected
 
 
-def test_the_weight_is_the_root_of_params_times_reduction(
-    job: TrainingJob, dataset: Dataset, validation: Examples
-) -> None:
-    model, state = build_model(job), initial_state(job)
-    task = Task(miner=b"m" * 32, segment=1, shard=0, seed=bytes(32))
-    data = train_task(job, state, read_examples(dataset.directory, dataset.shards[0]), task)
-    update = state_from_bytes(data)
-    before, after = (evaluate(model, tensors, validation).loss for tensors in (state, add(state, update)))
-    score = score_update(model, state, validation, before, task.miner, update)
-    assert score.miner == task.miner
-    assert score.update_hash == state_hash(update)
-    assert score.params == sum(tensor.numel() for tensor in update.values())
-    assert score.loss_reduction == before - after
-    assert score.weight**2 <= score.params * score.loss_reduction < (score.weight + 1) ** 2
+def test_a_model_of_no_numbers_has_the_greatest_loss(job: TrainingJob, validation: Examples) -> None:
+    state = {name: torch.full_like(tensor, math.nan) for name, tensor in initial_state(job).items()}
+    assert evaluate(build_model(job), job, state, validation).loss == MAX_NANO_NATS
 
 
-def test_an_update_that_does_not_help_is_refused(job: TrainingJob, validation: Examples) -> None:
-    model, state = build_model(job), initial_state(job)
-    loss = evaluate(model, state, validation).loss
-    nothing = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    overflow = {name: torch.full_like(tensor, 1e38) for name, tensor in state.items()}
-    for update in (nothing, overflow):
-        with pytest.raises(UpdateError) as caught:
-            score_update(model, state, validation, loss, bytes(32), update)
-        assert caught.value.reason == Reason.NO_IMPROVEMENT
+@pytest.mark.parametrize(("params", "reduction"), [(1, 1), (3, 5), (17098, 123456789), (2**32, 2**63)])
+def test_the_weight_is_the_root_of_params_times_reduction(params: int, reduction: int) -> None:
+    contribution = score(b"m" * 32, b"update", params, 10 + reduction, 10)
+    assert (contribution.miner, contribution.params, contribution.loss_reduction) == (b"m" * 32, params, reduction)
+    assert contribution.weight**2 <= params * reduction < (contribution.weight + 1) ** 2
+
+
+@pytest.mark.parametrize("after", [10, 11, MAX_NANO_NATS])
+def test_an_update_that_does_not_help_is_refused(after: int) -> None:
+    with pytest.raises(UpdateError, match=f"loss 10 before and {after} after") as caught:
+        score(bytes(32), b"", 100, 10, after)
+    assert caught.value.reason == Reason.NO_IMPROVEMENT
+
+
+def test_the_examples_to_score_on_are_drawn_by_the_seed(trainer: Trainer, job: TrainingJob) -> None:
+    """The draw has no repetition, and other seeds draw others; with 0 it is all of them."""
+    drawing = Trainer.__new__(Trainer)
+    vars(drawing).update(vars(trainer) | {"job": replace(job, score_examples=50)})
+    first, again, other = (drawing._score_examples(seed) for seed in (b"a", b"a", b"b"))
+    assert len(first) == len(other) == 50
+    assert torch.equal(first.inputs[0], again.inputs[0])
+    assert not torch.equal(first.inputs[0], other.inputs[0])
+    assert len(torch.unique(first.inputs[0], dim=0)) == 50
+    everything = {image.numpy().tobytes() for image in trainer.validation.inputs[0]}
+    assert {image.numpy().tobytes() for image in first.inputs[0]} <= everything
+    assert trainer._score_examples(b"a") is trainer.validation

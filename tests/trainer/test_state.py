@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from traincert.trainer.datasets import IntegrityError
+from traincert.trainer.errors import IntegrityError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.state import (
     initial_state,
     load_state,
     save_state,
+    set_state,
     state_bytes,
     state_from_bytes,
     state_hash,
+    state_of,
 )
 
 
@@ -67,3 +70,51 @@ def test_a_stored_state_is_verified(job: TrainingJob, tmp_path: Path) -> None:
         file.write(b"\0")
     with pytest.raises(IntegrityError, match=digest.hex()):
         load_state(tmp_path, digest)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(3)
+        self.brief = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+
+def test_a_state_has_parameters_once_and_the_buffers_that_are_kept() -> None:
+    model = Model()
+    state = state_of(model)
+    assert set(state) == {
+        "first.weight",
+        "norm.weight",
+        "norm.bias",
+        "brief",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    }
+    assert state["brief"].dtype == torch.bfloat16
+    assert state["norm.num_batches_tracked"].dtype == torch.int64
+    with torch.no_grad():
+        model.brief.add_(1)
+    assert state["brief"].tolist() == [1, 1]  # a copy
+
+
+def test_a_state_that_is_set_and_read_again_is_the_same_and_leaves_ties() -> None:
+    model, other = Model(), Model()
+    nn.init.ones_(model.first.weight)
+    model.norm(torch.rand(5, 3))
+    state = state_from_bytes(state_bytes(state_of(model)))
+    set_state(other, state)
+    assert state_hash(state_of(other)) == state_hash(state)
+    assert other.second.weight is other.first.weight
+    assert other.second.weight.sum() == 9
+
+
+def test_a_nan_keeps_its_bits_and_zeros_their_sign() -> None:
+    bits = torch.tensor([0x7FC00001, 0x7F800001, -0x80000000], dtype=torch.int32)
+    values = {"x": bits.view(torch.float32)}
+    assert torch.equal(state_from_bytes(state_bytes(values))["x"].view(torch.int32), bits)
+    assert state_hash({"x": torch.tensor(0.0)}) != state_hash({"x": torch.tensor(-0.0)})

@@ -4,10 +4,11 @@ Not `concurrent.futures.ProcessPoolExecutor`: there one killed worker breaks the
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
-import tempfile
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -20,26 +21,36 @@ from threading import Thread
 from types import TracebackType
 from typing import NamedTuple, cast
 
-from traincert.trainer.datasets import Dataset, read_examples
-from traincert.trainer.job import TrainerError, TrainingJob
+import torch
+
+from traincert.trainer.errors import EngineError, JobError
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.preprocessing import Dataset, Examples, read_examples
+from traincert.trainer.segments import Segment
 from traincert.trainer.state import State, load_state, save_state
 from traincert.trainer.tasks import Task
 from traincert.trainer.training import train_task
+from traincert.trainer.updates import Reason
 
 _SPAWN = multiprocessing.get_context("spawn")  # forking a process in which torch has run is not safe
 
 
-class EngineError(TrainerError):
-    """A task could not be run, or the engine is closed."""
+class Order(NamedTuple):
+    """A task, and the hashes of the files that it needs."""
 
-
-class _Order(NamedTuple):
-    """What a worker is sent: hashes of the files to read, and the task."""
-
-    model: bytes
-    directory: Path
-    shard: bytes
     task: Task
+    segment: Segment
+    model: bytes
+    shard: bytes
+    memory: bytes | None  # what the miner kept from its last task; None: nothing
+
+
+class Answer(NamedTuple):
+    """What came of a task."""
+
+    update: bytes
+    memory: bytes | None  # hash of what the miner keeps for its next task; None: nothing
+    seconds: float  # that the training took
 
 
 @dataclass(eq=False)
@@ -47,10 +58,13 @@ class _Worker:
     process: SpawnProcess
     connection: Connection
     task: int | None = None  # the number of the task it is at
+    began: float | None = None  # when it began with that, by the monotonic clock
 
 
 class LocalEngine:
     """Runs tasks in `workers` processes, each on one thread, that stay for many cycles.
+
+    `store` is the folder of models and miners' memories, which is made if need be.
 
     Use it as a context manager, or call `close`. Workers die with the process that made them, even if that is
     killed, and leave Ctrl-C to it. A task whose worker dies is tried once more, in a new worker. As always with
@@ -59,16 +73,18 @@ class LocalEngine:
     Not safe for use from several threads at once.
     """
 
-    def __init__(self, job: TrainingJob, directory: Path, *, workers: int) -> None:
+    def __init__(self, job: TrainingJob, store: Path, *, workers: int) -> None:
         if workers < 1:
             raise ValueError(f"workers = {workers}: must be at least 1")
+        if job.device == "cuda" and not torch.cuda.is_available():
+            raise JobError("device = 'cuda': PyTorch finds no such device here; must be 'cpu'")
         self.job = job
-        directory.mkdir(parents=True, exist_ok=True)
-        self._models = tempfile.TemporaryDirectory(dir=directory, prefix=".models-")
+        self.store = store
+        store.mkdir(parents=True, exist_ok=True)
         self._workers: list[_Worker] = []
         try:
-            for _ in range(workers):
-                self._workers.append(self._start())
+            for number in range(workers):
+                self._workers.append(self._start(number))
         except BaseException:
             self.close()
             raise
@@ -87,24 +103,20 @@ class LocalEngine:
         return [worker.process.pid for worker in self._workers if worker.process.pid is not None]
 
     def close(self) -> None:
-        """End the workers at once and remove what the engine wrote. Closing twice is fine."""
+        """End the workers at once. Closing twice is fine."""
         for worker in self._workers:
             _end(worker)  # by force: a worker owns nothing that it would have to leave in order
         self._workers = []
-        self._models.cleanup()
 
     def train(
         self,
         dataset: Dataset,
-        state: State,
-        tasks: Sequence[Task],
+        orders: Sequence[Order],
         on_update: Callable[[int, int], None] | None = None,
-    ) -> list[bytes | None]:
-        """Run all tasks from `state`, and return their updates in the order of `tasks`.
+    ) -> list[Answer | Reason]:
+        """Carry out all orders, and return what came of each, or why nothing did.
 
-        An update is as `training.train_task` returns it, or None if the task's worker died twice. `state` is
-        written to a file once, and read by each worker once. `on_update` is called with the number
-        of tasks done and their total: at the start, and after each answer or death of a worker.
+        `on_update` is called with the number of tasks done and their total: at the start, and after each.
 
         Raises EngineError if a task failed otherwise; the message has the worker's traceback. This, and any other
         exception on the way, closes the engine, because some workers are still busy.
@@ -112,49 +124,63 @@ class LocalEngine:
         if not self._workers:
             raise EngineError("the engine is closed")
         try:
-            model = save_state(Path(self._models.name), state)
-            updates = self._run(dataset, model, tasks, on_update or (lambda _done, _total: None))
-            (Path(self._models.name) / model.hex()).unlink()
+            return self._run(dataset, orders, on_update or (lambda _done, _total: None))
         except BaseException:
             self.close()
             raise
-        return updates
 
     def _run(
-        self, dataset: Dataset, model: bytes, tasks: Sequence[Task], on_update: Callable[[int, int], None]
-    ) -> list[bytes | None]:
-        updates: list[bytes | None] = [None] * len(tasks)
-        waiting = deque(range(len(tasks)))
+        self, dataset: Dataset, orders: Sequence[Order], on_update: Callable[[int, int], None]
+    ) -> list[Answer | Reason]:
+        answers: dict[int, Answer | Reason] = {}
+        waiting = deque(range(len(orders)))
         deaths: Counter[int] = Counter()
-        done = 0
         while True:
             for worker in self._workers:
                 if worker.task is None and waiting:
                     worker.task = waiting.popleft()
-                    task = tasks[worker.task]
-                    _send(worker, _Order(model, dataset.directory, dataset.shards[task.shard], task))
-            on_update(done, len(tasks))
-            if done == len(tasks):
-                return updates
-            busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
-            for ready in connection.wait(list(busy)):
-                worker = busy[cast(Connection, ready)]
-                number, worker.task = cast(int, worker.task), None
+                    _send(worker, (dataset.shard_folder, orders[worker.task]))
+            on_update(len(answers), len(orders))
+            if len(answers) == len(orders):
+                return [answers[number] for number in range(len(orders))]
+            for worker in self._wait():
+                number = cast(int, worker.task)
                 try:
-                    updates[number] = _receive(worker)
+                    message = _receive(worker)
                 except (EOFError, OSError):  # the worker died, between two messages or inside one
-                    _end(worker)
-                    self._workers[self._workers.index(worker)] = self._start()
+                    self._replace(worker)
                     deaths[number] += 1
                     if deaths[number] == 1:
                         waiting.appendleft(number)
-                        continue
-                done += 1
+                    else:
+                        answers[number] = Reason.WORKER_DIED
+                    continue
+                if message is None:
+                    worker.began = time.monotonic()
+                else:
+                    answers[number] = message
+                    worker.task = worker.began = None
+            for worker in self._workers:
+                if worker.began is not None and time.monotonic() >= worker.began + self.job.task_seconds:
+                    answers[cast(int, worker.task)] = Reason.LATE
+                    self._replace(worker)
 
-    def _start(self) -> _Worker:
+    def _wait(self) -> list[_Worker]:
+        """Wait until busy workers have something to say, or the first of them is late."""
+        busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
+        begun = [worker.began for worker in busy.values() if worker.began is not None]
+        timeout = max(0, min(begun) + self.job.task_seconds - time.monotonic()) if begun else None
+        return [busy[cast(Connection, ready)] for ready in connection.wait(list(busy), timeout)]
+
+    def _replace(self, worker: _Worker) -> None:
+        _end(worker)
+        number = self._workers.index(worker)
+        self._workers[number] = self._start(number)
+
+    def _start(self, number: int) -> _Worker:
         ours, theirs = _SPAWN.Pipe()
         process = _SPAWN.Process(
-            target=_work, args=(theirs, self.job, Path(self._models.name)), name="traincert-worker", daemon=True
+            target=_work, args=(theirs, self.job, self.store, number), name="traincert-worker", daemon=True
         )
         resource_tracker.ensure_running()  # starting it later would unblock SIGINT too early
         # Inherited by the worker, which would otherwise answer a Ctrl-C during its imports with a traceback.
@@ -167,17 +193,18 @@ class LocalEngine:
         return _Worker(process, ours)
 
 
-def _send(worker: _Worker, order: _Order) -> None:
+def _send(worker: _Worker, order: tuple[Path, Order]) -> None:
     # A worker that died while it was idle shows below, where its answer is awaited.
     with contextlib.suppress(OSError):
         worker.connection.send(order)
 
 
-def _receive(worker: _Worker) -> bytes:
-    answer: bytes | str = worker.connection.recv()
-    if isinstance(answer, str):
-        raise EngineError(f"a task failed in its worker process:\n{answer}")
-    return answer
+def _receive(worker: _Worker) -> Answer | None:
+    """Return a worker's answer, or None if it says that it begins."""
+    message: Answer | str | None = worker.connection.recv()
+    if isinstance(message, str):
+        raise EngineError(f"a task failed in its worker process:\n{message}")
+    return message
 
 
 def _end(worker: _Worker) -> None:
@@ -186,26 +213,55 @@ def _end(worker: _Worker) -> None:
     worker.connection.close()
 
 
-def _work(engine: Connection, job: TrainingJob, models: Path) -> None:
-    """Answer orders until the engine is gone: an update's bytes, or a traceback as text."""
+class Executor:
+    """Carries out orders: reads what they name, trains, and stores what the miner keeps."""
+
+    def __init__(self, job: TrainingJob, store: Path) -> None:
+        self._job = job
+        self._store = store
+        self._model: bytes = b""
+        self._state: State = {}
+        self._shards: dict[bytes, Examples] = {}  # memory-mapped
+
+    def execute(self, shards: Path, order: Order) -> Answer:
+        """Train, and return the update; each shard is checked against its hash when it is first used.
+
+        Raises IntegrityError if a file is missing or damaged.
+        """
+        if order.model != self._model:
+            self._model, self._state = order.model, load_state(self._store, order.model)
+        if order.shard not in self._shards:
+            self._shards[order.shard] = read_examples(self._job, shards, order.shard)
+        memory = load_state(self._store, order.memory) if order.memory else {}
+        begin = time.perf_counter()
+        trained = train_task(self._job, self._state, order.segment, self._shards[order.shard], order.task, memory)
+        seconds = time.perf_counter() - begin
+        kept = save_state(self._store, trained.memory) if trained.memory else None
+        return Answer(trained.update, kept, seconds)
+
+
+def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> None:
+    """Answer orders until the engine is gone: None at the beginning; at the end an Answer, or a traceback as text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     Thread(target=_exit_with_parent, daemon=True).start()
-    model: bytes = b""
-    state: State = {}
+    if job.device == "cuda":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic matrix products need
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    executor = Executor(job, store)
+    importlib.import_module("torch._dynamo")  # now, because the first optimizer would, in its task's time
     while True:
         try:
-            order: _Order = engine.recv()
+            shards, order = engine.recv()
         except EOFError:
             return
-        answer: bytes | str
+        engine.send(None)
+        message: Answer | str
         try:
-            if order.model != model:
-                model, state = order.model, load_state(models, order.model)
-            answer = train_task(job, state, read_examples(order.directory, order.shard), order.task)
+            message = executor.execute(shards, order)
         except Exception:  # whatever it is, the engine raises it again, with its traceback
-            answer = traceback.format_exc()
-        engine.send(answer)
+            message = traceback.format_exc()
+        engine.send(message)
 
 
 def _exit_with_parent() -> None:

@@ -1,0 +1,284 @@
+"""`traincert job run` and `traincert job replay` as a user runs them: killed, interrupted, resumed, and refused."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import matplotlib.image
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from traincert.trainer.errors import RunError
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.records import Run
+from traincert.trainer.run import run_job
+
+TRAINCERT = str(Path(sys.executable).parent / "traincert")
+TIMEOUT = 120  # seconds
+CYCLES = 8
+
+JOB = f"""
+cycles = {CYCLES}
+dataset = "traincert.trainer.datasets:digits"
+normalize = {{ inputs = "all" }}
+validation_examples = 300
+test_examples = 360
+shards = 4
+model = "traincert.trainer.models:mlp"
+model_options = {{ inputs = 64, hidden = [16], classes = 10 }}
+segments = 2
+optimizer_options = {{ momentum = 0.9 }}
+learning_rate = 0.05
+batch_size = 32
+local_steps = 60
+outer_momentum = 0.3
+density = 0.25
+"""
+
+
+class Silent:
+    def step(self, text: str) -> None: ...
+
+    def update(self, done: int, total: int) -> None: ...
+
+    def cycle(self, record: dict[str, Any]) -> None: ...
+
+
+def traincert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [TRAINCERT, *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def head(shown: str) -> str:
+    found = re.search(r"^last record ([0-9a-f]{64})$", shown, re.MULTILINE)
+    assert found, shown
+    return found[1]
+
+
+def records(folder: Path) -> list[Any]:
+    return [json.loads(path.read_text()) for path in sorted((folder / "cycles").glob("*.json"))]
+
+
+@pytest.fixture(scope="module")
+def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("job") / "small.toml"
+    path.write_text(JOB, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(job_file: Path) -> tuple[Path, str]:
+    """A run from its beginning to its end, and what it printed."""
+    folder = job_file.parent / "finished"
+    answer = traincert("job", "run", job_file, "--out", folder)
+    assert answer.returncode == 0, answer.stderr
+    return folder, answer.stdout
+
+
+def running(mark: str) -> list[str]:
+    """The processes whose environment has a mark, as all those that a marked one starts do."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            if mark.encode() in (process / "environ").read_bytes() and state not in "ZX":
+                found.append(process.name)
+        except OSError:  # it ended, or is not ours
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], awaited: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {TIMEOUT} s: {awaited}"
+        time.sleep(0.005)
+
+
+@contextmanager
+def started(job_file: Path, folder: Path, workers: int, mark: str) -> Iterator[subprocess.Popen[str]]:
+    command = [TRAINCERT, "job", "run", str(job_file), "--out", str(folder), "--workers", str(workers)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"TEST_MARK": mark},
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def test_a_run_that_is_killed_and_interrupted_comes_to_the_same_end(
+    job_file: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """First in its preparation, then twice in its cycles (all processes; the main one alone), then by Ctrl-C."""
+    random = Random(int.from_bytes(os.urandom(4)))  # noqa: S311 - a test
+    folder = tmp_path / "run"
+    mark = f"run in {tmp_path}"
+
+    def cycles(least: int) -> Callable[[], bool]:
+        return lambda: (folder / "cycles" / f"{least:08}.json").exists()
+
+    def prepares() -> bool:
+        return (folder / "data" / "shards").exists()
+
+    for workers, moment, kill_all, number in [
+        (1, prepares, True, signal.SIGKILL),
+        (1, cycles(1), True, signal.SIGKILL),
+        (2, cycles(3), False, signal.SIGKILL),
+        (1, cycles(5), True, signal.SIGINT),
+    ]:
+        with started(job_file, folder, workers, mark) as process:
+            wait_until(lambda moment=moment, process=process: moment() or process.poll() is not None, "the moment")  # type: ignore[misc]
+            if moment is not prepares and number == signal.SIGKILL and not kill_all:
+                with pytest.raises(RunError, match="is in use by another process"):
+                    Run(folder)
+            time.sleep(random.uniform(0, 0.1))
+            assert process.poll() is None, process.communicate()
+            if kill_all:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            _, errors = process.communicate(timeout=TIMEOUT)
+        if number == signal.SIGINT:
+            assert process.returncode == 130, errors
+            assert errors.splitlines()[-1] == "traincert: interrupted"
+            assert "Traceback" not in errors
+        wait_until(lambda: not running(mark), "the end of the workers")
+        assert not (folder / "report").exists()
+    answer = traincert("job", "run", job_file, "--out", folder, "--workers", 4)
+    assert answer.returncode == 0, answer.stderr
+    assert head(answer.stdout) == head(finished[1])
+    assert records(folder) == records(finished[0])
+    assert cycles_of_tensorboard(folder) == cycles_of_tensorboard(finished[0])
+
+
+def cycles_of_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    (path,) = (folder / "tensorboard").iterdir()
+    events = EventAccumulator(str(path))
+    events.Reload()
+    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_each_cycle_once(finished: tuple[Path, str]) -> None:
+    found = cycles_of_tensorboard(finished[0])
+    written = records(finished[0])
+    steps, losses = zip(*found["held-out/loss (nats)"], strict=True)
+    assert steps == tuple(record["cycle"] for record in written)
+    assert losses == pytest.approx([record["loss_after"] / 1e9 for record in written])
+    assert [step for step, _ in found["held-out/metric"]] == list(range(CYCLES + 1))
+    assert [step for step, _ in found["updates/accepted"]] == list(range(1, CYCLES + 1))
+    sizes = [(record["cycle"], sum(task["update_size"] for task in record["tasks"])) for record in written[1:]]
+    assert found["updates/bytes"] == sizes
+
+
+def test_the_report_agrees_with_the_records(finished: tuple[Path, str]) -> None:
+    folder, shown = finished
+    written = records(folder)
+    summary = json.loads((folder / "report" / "report.json").read_text())
+    tasks = [task for record in written for task in record["tasks"]]
+    assert summary["cycles"] == CYCLES == len(written) - 1
+    assert summary["held_out_loss_first"] == written[0]["loss_after"] / 1e9
+    assert summary["held_out_loss"] == written[-1]["loss_after"] / 1e9
+    assert summary["held_out_metric"] == written[-1]["metric"]
+    assert summary["model"] == written[-1]["model_after"]
+    assert summary["updates"] == len(tasks) == 4 * CYCLES
+    assert summary["update_bytes"] == sum(task["update_size"] for task in tasks)
+    assert sum(summary["refusals"].values()) == sum(bool(task["refusal"]) for task in tasks)
+    assert f"test accuracy {summary['test_metric']:.4f} (target: 0.95), test loss" in shown
+    assert f"test loss {summary['test_loss']:.4f} nats" in shown
+    assert str(folder / "report" / "report.html") in shown.replace("\n", "")
+    page = (folder / "report" / "report.html").read_text()
+    assert summary["model"] in page
+    names = re.findall(r'<img src="([^"]+)"', page)
+    assert set(names) == {"loss.png", "miners.png", "segments.png"}
+    for name in names:
+        assert (folder / "report" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        height, width, _ = matplotlib.image.imread(folder / "report" / name).shape
+        assert height > 300
+        assert width > 600
+
+
+def test_a_run_that_is_over_is_not_run_again(job_file: Path, finished: tuple[Path, str]) -> None:
+    """It only writes its report again; and miners may be others then."""
+    shutil.rmtree(finished[0] / "report")
+    answer = run_job(TrainingJob.load(job_file), finished[0], 9, 1, Silent())
+    assert answer.head.hex() == head(finished[1])
+    assert answer.path.is_file()
+
+
+def test_replaying_finds_that_all_updates_are_the_same(finished: tuple[Path, str]) -> None:
+    answer = traincert("job", "replay", finished[0])
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.splitlines()
+    assert lines[-1] == f"all {4 * CYCLES} updates are the same"
+    assert len(lines) == 4 * CYCLES + 1
+    assert all(line.endswith(": same") for line in lines[:-1])
+
+
+def test_replaying_finds_a_record_that_was_tampered_with(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "tampered"
+    shutil.copytree(finished[0], folder)
+    path = folder / "cycles" / f"{CYCLES:08}.json"
+    record = json.loads(path.read_text())
+    genuine = record["tasks"][2]["update_hash"]
+    record["tasks"][2]["update_hash"] = "00" * 32
+    path.write_text(json.dumps(record, sort_keys=True, indent=1) + "\n")
+    answer = traincert("job", "replay", folder, "--cycle", CYCLES)
+    assert answer.returncode == 1
+    assert answer.stderr == "traincert: 1 of 4 updates are different\n"
+    assert f"update {'00' * 32}: DIFFERENT, now {genuine}" in answer.stdout
+
+
+def test_a_folder_that_is_no_runs_is_refused_in_one_line(job_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    for command in (["run", job_file, "--out", tmp_path], ["replay", tmp_path]):
+        answer = traincert("job", *command)
+        assert answer.returncode == 1
+        assert re.fullmatch(rf"traincert: {tmp_path} .*no run's.*", answer.stderr.splitlines()[-1])
+        assert "Traceback" not in answer.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
+    folder.mkdir()
+    mount = ["/bin/mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("making a small disk needs root, and a kernel that lets it")
+    try:
+        yield
+    finally:
+        subprocess.run(["/bin/umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kilobytes", [200, 680])
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(
+    job_file: Path, finished: tuple[Path, str], tmp_path: Path, kilobytes: int
+) -> None:
+    """Full while the data is prepared, or in the cycles."""
+    disk = tmp_path / "disk"
+    with small_disk(disk, kilobytes):
+        answer = traincert("job", "run", job_file, "--out", disk / "run", "--workers", 1)
+        assert answer.returncode == 1, answer.stderr
+        assert re.match(r"traincert: .*No space left on device", answer.stderr.splitlines()[-1]), answer.stderr
+        assert "Traceback" not in answer.stderr
+        subprocess.run(["/bin/mount", "-o", "remount,size=50m", str(disk)], check=True)
+        done = run_job(TrainingJob.load(job_file), disk / "run", 4, 1, Silent())
+    assert done.head.hex() == head(finished[1])

@@ -1,0 +1,423 @@
+"""A job's data, made ready: shuffled, split, normalized, hashed, and stored as content-addressed, memory-mapped files.
+
+No step holds more than a chunk of the raw data in memory, besides some bytes for each example.
+"""
+
+import hashlib
+import hmac
+import json
+import math
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+
+from traincert.trainer.datasets import Array, Chunk, RawDataset
+from traincert.trainer.errors import IntegrityError, JobError
+from traincert.trainer.job import TrainingJob, call
+from traincert.trainer.store import read_blob, sync_folder, verify_blob, write_blob, write_file
+
+# What a prepared column may hold, as safetensors calls it.
+_DTYPES = {
+    np.dtype(name): short
+    for name, short in {
+        "float64": "F64",
+        "float32": "F32",
+        "float16": "F16",
+        "int64": "I64",
+        "int32": "I32",
+        "int16": "I16",
+        "int8": "I8",
+        "uint8": "U8",
+        "bool": "BOOL",
+    }.items()
+}
+_PREPARED = "prepared.json"
+_KEY_BYTES = 32
+_BLOCK = 2**22  # bytes of a column that are preprocessed at once
+# The fields of a job that decide what is stored.
+_FIELDS = [
+    "dataset",
+    "dataset_options",
+    "inputs",
+    "target",
+    "drop",
+    "normalize",
+    "hash",
+    "shuffle_seed",
+    "validation_examples",
+    "test_examples",
+    "shards",
+]
+
+
+class Examples(NamedTuple):
+    """A shard, the validation split or the test split. Tensors may be memory-mapped: take batches, which are copies."""
+
+    inputs: tuple[torch.Tensor, ...]  # each (N, ...)
+    target: torch.Tensor  # (N, ...)
+
+    def __len__(self) -> int:
+        """Return the number of examples, N."""
+        return len(self.target)
+
+    def batch(self, index: torch.Tensor | slice, device: str = "cpu") -> "Examples":
+        """Return a copy of some examples."""
+
+        def take(tensor: torch.Tensor) -> torch.Tensor:
+            # Tensors inside a file start at any address, and vectorized sums may depend on alignment.
+            return (tensor[index].clone() if isinstance(index, slice) else tensor[index]).to(device)
+
+        return Examples(tuple(map(take, self.inputs)), take(self.target))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A job's data as stored in a directory. Hashes are 32 raw bytes, each the name of a file."""
+
+    job: TrainingJob
+    directory: Path
+    shards: tuple[bytes, ...]
+    """Files in `shard_folder`, which is all that miners see."""
+    validation: bytes
+    """A file in `held_out_folder`, like `test`."""
+    test: bytes
+    root: bytes
+    """Hash of the manifest: what was done to which dataset, and all the hashes above, as JSON."""
+
+    @property
+    def shard_folder(self) -> Path:
+        """Where the shards are."""
+        return self.directory / "shards"
+
+    @property
+    def held_out_folder(self) -> Path:
+        """Where the validation and the test split are."""
+        return self.directory / "held-out"
+
+
+def read_examples(job: TrainingJob, directory: Path, digest: bytes) -> Examples:
+    """Check a stored shard or split against its hash, and map it into memory.
+
+    Raises IntegrityError if it is missing or damaged.
+    """
+    path = verify_blob(directory, digest)
+    with safe_open(path, framework="pt") as file:
+        return Examples(tuple(file.get_tensor(name) for name in job.inputs), file.get_tensor(job.target))
+
+
+def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
+    """Preprocess the job's data and store it in `directory`, which is made if need be.
+
+    Equal jobs give the same `root`. If `directory` has the data of an equal job already, it is used as it is; files
+    are checked when they are read. The split does not depend on `job.seed`, so that runs with other seeds are measured
+    on the same examples.
+
+    Raises JobError if the dataset cannot be loaded, or not be used as the job says.
+    """
+    for folder in (directory, directory / "shards", directory / "held-out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _clean(folder)  # of what a process left that was killed
+    key = _hash_key(Path(job.hash_key)) if job.hash_key else b""
+    facts = {name: getattr(job, name) for name in _FIELDS} | {"hash_key": hashlib.sha256(key).hexdigest()}
+    preparation = json.dumps(facts, sort_keys=True)
+    try:
+        prepared = json.loads((directory / _PREPARED).read_text())
+        if prepared["preparation"] == preparation:
+            return _read_manifest(job, directory, bytes.fromhex(prepared["root"]))
+    except (OSError, ValueError, IntegrityError):
+        pass  # not prepared yet, or not wholly
+    root = write_blob(directory, json.dumps(_Preparation(job, key).run(directory, facts), sort_keys=True).encode())
+    write_file(directory / _PREPARED, json.dumps({"preparation": preparation, "root": root.hex()}).encode())
+    return _read_manifest(job, directory, root)
+
+
+def _read_manifest(job: TrainingJob, directory: Path, root: bytes) -> Dataset:
+    manifest = json.loads(read_blob(directory, root))
+    shards = tuple(map(bytes.fromhex, manifest["shards"]))
+    dataset = Dataset(
+        job, directory, shards, bytes.fromhex(manifest["validation"]), bytes.fromhex(manifest["test"]), root
+    )
+    for folder, digest in [
+        *((dataset.shard_folder, shard) for shard in shards),
+        (dataset.held_out_folder, dataset.validation),
+        (dataset.held_out_folder, dataset.test),
+    ]:
+        if not (folder / digest.hex()).is_file():
+            raise IntegrityError(f"{folder / digest.hex()}: no such file")
+    return dataset
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What every chunk's array must be like."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]  # of one example
+
+
+class _Preparation:
+    """The passes over a job's data."""
+
+    def __init__(self, job: TrainingJob, key: bytes) -> None:
+        self.job = job
+        self.key = key
+        raw = call(job.dataset, job.dataset_options, "dataset")
+        if not isinstance(raw, RawDataset):
+            raise JobError(f"dataset = {job.dataset!r}: returned {type(raw).__name__}, not a datasets.RawDataset")
+        self.raw = raw
+        self.names = list(dict.fromkeys([*job.inputs, job.target]))
+        self.columns: dict[str, _Column] = {}
+
+    def run(self, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        """Store everything, and return the manifest."""
+        job = self.job
+        count = self._count(self.raw.train, "train")
+        test_count = self._count(self.raw.test, "test") if self.raw.test else 0
+        if bool(test_count) == bool(job.test_examples):
+            has = (
+                f"brings a test split of {test_count}: must be 0"
+                if test_count
+                else "brings no test split: must not be 0"
+            )
+            raise JobError(f"test_examples = {job.test_examples}: {job.dataset} {has}")
+        held_out = job.validation_examples + job.test_examples
+        if held_out + job.shards > count:
+            raise JobError(
+                f"validation_examples = {job.validation_examples}, test_examples = {job.test_examples}: must leave one "
+                f"example for each of {job.shards} shards, but {job.dataset} has {count} in all"
+            )
+        # RandomState, because numpy promises that its numbers stay the same.
+        order = np.random.RandomState(job.shuffle_seed).permutation(count)
+        validation, test, train = np.split(order, [job.validation_examples, held_out])
+        statistics = self._statistics(count, train)
+
+        shard_folder, held_out_folder = directory / "shards", directory / "held-out"
+        cuts = np.array_split(train, job.shards)
+        folders = [shard_folder] * job.shards + [held_out_folder] * (1 + bool(job.test_examples))
+        cuts += [validation] + ([test] if job.test_examples else [])
+        stored = self._store(self.raw.train, count, cuts, folders, statistics)
+        if self.raw.test:
+            stored += self._store(self.raw.test, test_count, [np.arange(test_count)], [held_out_folder], statistics)
+        return facts | {
+            "statistics": {name: [each.tolist() for each in pair] for name, pair in statistics.items()},
+            "shards": [digest.hex() for digest in stored[: job.shards]],
+            "validation": stored[job.shards].hex(),
+            "test": stored[job.shards + 1].hex(),
+        }
+
+    def _chunks(self, split: Callable[[], Iterable[Chunk]]) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Go through a split block by block: the number of examples before each, and its columns, those used.
+
+        A block is a part of a chunk, so that what is computed from it is small.
+        """
+        start = 0
+        for chunk in split():
+            count = len(chunk[self.names[0]])
+            rows = max(1, min(_BLOCK // max(1, chunk[name][:1].nbytes) for name in self.names))
+            for first in range(0, count, rows):
+                block = {name: chunk[name][first : first + rows] for name in self.names}
+                yield start + first, block
+            start += count
+
+    def _count(self, split: Callable[[], Iterable[Chunk]], name: str) -> int:
+        """Count a split's examples, and check that its chunks are all alike."""
+        count = 0
+        for chunk in split():
+            self._check(chunk, name)
+            count += len(chunk[self.names[0]])
+        if not count:
+            raise JobError(f"dataset = {self.job.dataset!r}: its {name} split is empty")
+        return count
+
+    def _check(self, chunk: Chunk, split: str) -> None:
+        job = self.job
+        where = f"dataset = {job.dataset!r}: its {split} split"
+        for name in [*self.names, *job.drop]:
+            if name not in chunk:
+                raise JobError(f"{where} has no column {name!r}; it has {', '.join(chunk)}")
+        for name in chunk:
+            if name not in self.names and name not in job.drop:
+                raise JobError(
+                    f"{where} has a column {name!r}, which is neither in inputs, nor the target, nor in drop"
+                )
+        if len({len(chunk[name]) for name in self.names}) != 1:
+            raise JobError(f"{where} has columns of different lengths in a chunk")
+        for name in self.names:
+            array = chunk[name]
+            column = self.columns.setdefault(name, _Column(array.dtype, array.shape[1:]))
+            same_kind = array.dtype == column.dtype or name in job.hash  # strings are as wide as a chunk's widest
+            if not same_kind or array.shape[1:] != column.shape:
+                raise JobError(f"{where} has a column {name!r} of different types or shapes in its chunks")
+            if array.dtype not in _DTYPES and name not in job.hash:
+                raise JobError(f"{where} has a column {name!r} of {array.dtype}: hash it or drop it")
+            if name in job.normalize and array.dtype.kind not in "fiu":
+                raise JobError(f"normalize: {name!r} is of {array.dtype}, not numbers")
+
+    def _statistics(self, count: int, train: npt.NDArray[np.int64]) -> dict[str, tuple[Array, Array]]:
+        """Return mean and standard deviation, float64, of the columns to normalize, of the training examples alone."""
+        if not self.job.normalize:
+            return {}
+        trained = np.zeros(count, np.bool_)
+        trained[train] = True
+
+        def total(term: Callable[[str, Array], Array]) -> dict[str, Array]:
+            sums: dict[str, Array] = {}
+            for start, chunk in self._chunks(self.raw.train):
+                for name in self.job.normalize:
+                    array = chunk[name]
+                    rows = array[trained[start : start + len(array)]].reshape(-1, math.prod(array.shape[1:]))
+                    sums[name] = sums.get(name, np.float64(0)) + _sum_rows(term(name, rows.astype(np.float64)))
+            return sums
+
+        def mean(name: str, sums: Array, each: bool) -> Array:
+            if each:
+                return (sums / len(train)).reshape(self.columns[name].shape)
+            return np.array(math.fsum(sums) / (len(train) * len(sums)))
+
+        kind = self.job.normalize
+        means = {name: mean(name, sums, kind[name] != "all") for name, sums in total(lambda _name, rows: rows).items()}
+        squares = total(lambda name, rows: (rows - means[name].reshape(-1)) ** 2)
+        deviations = {name: np.sqrt(mean(name, sums, kind[name] == "each")) for name, sums in squares.items()}
+        return {name: (means[name], np.where(deviations[name] > 0, deviations[name], 1.0)) for name in means}
+
+    def _store(
+        self,
+        split: Callable[[], Iterable[Chunk]],
+        count: int,
+        cuts: list[npt.NDArray[np.int64]],
+        folders: list[Path],
+        statistics: dict[str, tuple[Array, Array]],
+    ) -> list[bytes]:
+        """Write the examples numbered in each cut to a file of its own; return the files' hashes."""
+        cut_of = np.empty(count, np.int32)
+        place_of = np.empty(count, np.int64)
+        for number, cut in enumerate(cuts):
+            cut_of[cut], place_of[cut] = number, np.arange(len(cut))
+        try:
+            files = [_File(folder, len(cut), self._stored()) for folder, cut in zip(folders, cuts, strict=True)]
+            for start, chunk in self._chunks(split):
+                ready = {name: self._prepare(name, array, statistics) for name, array in chunk.items()}
+                here = slice(start, start + len(ready[self.names[0]]))
+                for number, file in enumerate(files):
+                    rows = np.flatnonzero(cut_of[here] == number)
+                    if len(rows):
+                        file.write(place_of[here][rows], {name: array[rows] for name, array in ready.items()})
+            return [file.finish() for file in files]
+        except BaseException:
+            for folder in set(folders):
+                _clean(folder)
+            raise
+
+    def _stored(self) -> dict[str, _Column]:
+        """Return what the columns are like in the end."""
+
+        def dtype(name: str) -> np.dtype[Any]:
+            if name in self.job.hash:
+                return np.dtype(np.int64)
+            return np.dtype(np.float32) if name in self.job.normalize else self.columns[name].dtype
+
+        return {name: _Column(dtype(name), self.columns[name].shape) for name in self.names}
+
+    def _prepare(self, name: str, array: Array, statistics: dict[str, tuple[Array, Array]]) -> Array:
+        if name in self.job.hash:
+            values, inverse = np.unique(array, return_inverse=True)
+            buckets = [_bucket(self.key, name, value, self.job.hash[name]) for value in values.tolist()]
+            return np.array(buckets, np.int64)[inverse].reshape(array.shape)
+        if name in statistics:
+            mean, deviation = statistics[name]
+            return ((array - mean) / deviation).astype(np.float32)
+        return array
+
+
+def _clean(folder: Path) -> None:
+    for path in folder.glob(".writing-*"):
+        path.unlink()
+
+
+class _File:
+    """A safetensors file that is written row by row, in any order, without being in memory.
+
+    The format is that of https://huggingface.co/docs/safetensors: the header's length (u64, little-endian), the header
+    (JSON, padded with spaces), and the tensors' bytes, here as the library orders them.
+    """
+
+    def __init__(self, folder: Path, count: int, columns: dict[str, _Column]) -> None:
+        header: dict[str, Any] = {}
+        end = 0
+        ordered = sorted(columns.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+        for name, column in ordered:
+            start, end = end, end + count * math.prod(column.shape) * column.dtype.itemsize
+            shape = [count, *column.shape]
+            header[name] = {"dtype": _DTYPES[column.dtype], "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
+        self.path = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.flush()
+            # Reserved now, because writing to a map of a file that the disk has no room for kills the process.
+            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+        self._arrays = {
+            name: (column.dtype, 8 + len(text) + header[name]["data_offsets"][0], (count, *column.shape))
+            for name, column in ordered
+        }
+
+    def write(self, places: npt.NDArray[np.int64], rows: dict[str, Array]) -> None:
+        """Write rows of all columns to their places."""
+        for name, (dtype, offset, shape) in self._arrays.items():
+            # Mapped only for now, so that what was written is no more in this process's memory afterwards.
+            array: Array = np.memmap(self.path, dtype, "r+", offset, shape)
+            array[places] = rows[name]
+
+    def finish(self) -> bytes:
+        """Name the file by its hash, durably; return the hash, 32 bytes."""
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+            os.fsync(file.fileno())
+        self.path.replace(self.path.parent / digest.hex())
+        sync_folder(self.path.parent)
+        return digest
+
+
+def _sum_rows(rows: Array) -> Array:
+    """Add rows (N, features) in their order, so that every machine gets the same bits."""
+    if rows.shape[1] == 1:  # numpy would add a single column in an order that depends on the processor
+        return np.array([math.fsum(rows[:, 0])])
+    total: Array = rows.sum(axis=0)
+    return total
+
+
+def _bucket(key: bytes, column: str, value: object, buckets: int) -> int:
+    data = value if isinstance(value, bytes) else str(value).encode()
+    digest = hmac.digest(key, column.encode() + b"\0" + data, "sha256")
+    return int.from_bytes(digest[:8], "little") % buckets
+
+
+def _hash_key(path: Path) -> bytes:
+    """Read the secret key of a job's hashes, or make it."""
+    try:
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            pass
+        else:
+            with os.fdopen(handle, "wb") as file:
+                file.write(os.urandom(_KEY_BYTES))
+        key, mode = path.read_bytes(), path.stat().st_mode
+    except OSError as error:
+        raise JobError(f"hash_key = {str(path)!r}: {error.strerror}") from None
+    if stat.S_IMODE(mode) & 0o077:
+        raise JobError(f"hash_key = {str(path)!r}: others may read it: chmod 600")
+    if len(key) != _KEY_BYTES:
+        raise JobError(f"hash_key = {str(path)!r}: has {len(key)} bytes, must have {_KEY_BYTES}")
+    return key

@@ -1,0 +1,248 @@
+"""A run in a folder: its records, one for each cycle, and its store; it goes on wherever it was interrupted.
+
+job.toml            the job, with all its keys
+data/               shards/ and held-out/: content-addressed files
+store/              models, velocities and miners' memories: content-addressed files
+cycles/00000012.json  what cycle 12 did; it names the record before by its hash
+"""
+
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from traincert.trainer.cycle import CycleResult, RunState, TaskResult
+from traincert.trainer.engines.local import Executor, Order
+from traincert.trainer.errors import IntegrityError, RunError
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.models import build_model
+from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
+from traincert.trainer.scoring import Evaluation
+from traincert.trainer.segments import cut_segments
+from traincert.trainer.state import load_state, save_state
+from traincert.trainer.store import prune, write_file
+from traincert.trainer.tasks import Task
+
+Record = dict[str, Any]
+"""A cycle's record, as in its JSON file; record 0 is the run's beginning. Hashes are in hex."""
+
+
+class Run:
+    """A run's folder, locked while this is open. Use it as a context manager."""
+
+    def __init__(self, folder: Path, job: TrainingJob | None = None) -> None:
+        """Open a folder, and make it if `job` is given and it is not there.
+
+        Raises RunError if it is of another job, in use by another process, or no run's.
+        """
+        self.folder = folder
+        self.store = folder / "store"
+        self._cycles = folder / "cycles"
+        described = folder / "job.toml"
+        if job is None and not described.is_file():
+            raise RunError(f"{folder} has no job.toml: it is no run's folder")
+        if job and folder.exists() and any(folder.iterdir()) and not (folder / ".lock").exists():
+            raise RunError(f"{folder} is not empty, and no run's: choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder / ".lock")  # before anything else, because it says that the folder is a run's
+        try:
+            for each in (self.store, self._cycles):
+                each.mkdir(exist_ok=True)
+            if not described.exists() and job:
+                write_file(described, job.to_toml().encode())
+            self.job = TrainingJob.load(described)
+            if job and job.digest() != self.job.digest():
+                raise RunError(f"{folder} is a run of another job, see {described}: choose another folder")
+            self.records = _read_records(self._cycles)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._lock.close()
+
+    @property
+    def cycles(self) -> int:
+        """How many cycles there have been."""
+        return max(0, len(self.records) - 1)
+
+    @property
+    def head(self) -> bytes:
+        """Hash of the last record, 32 bytes: equal for runs in which everything was equal."""
+        return _digest(self.records[-1])
+
+    def seed(self) -> bytes:
+        """Return the next cycle's seed: nobody knows it before the last cycle is over."""
+        return hashlib.sha256(b"cycle" + self.job.seed.to_bytes(8, "little") + self.head).digest()
+
+    def dataset(self) -> Dataset:
+        """Return the job's data; prepare it if that was not done yet."""
+        return prepare_dataset(self.job, self.folder / "data")
+
+    def begin(self, state: RunState, dataset: Dataset) -> None:
+        """Write record 0."""
+        model = save_state(self.store, state.model).hex()
+        self._append(
+            {"cycle": 0, "dataset_root": dataset.root.hex(), "model_after": model, **_evaluation(state), "tasks": []},
+            state,
+        )
+
+    def load(self) -> RunState:
+        """Return what the last cycle left; raises IntegrityError if it is damaged."""
+        last = self.records[-1]
+        return RunState(
+            cycle=last["cycle"],
+            model=load_state(self.store, bytes.fromhex(last["model_after"])),
+            evaluation=Evaluation(last["loss_after"], last["metric"]),
+            best_loss=min(record["loss_after"] for record in self.records),
+            velocity=load_state(self.store, bytes.fromhex(last["velocity"]))["velocity"],
+            memories={bytes.fromhex(miner): bytes.fromhex(kept) for miner, kept in last["memories"].items()},
+        )
+
+    def save(self, result: CycleResult) -> None:
+        """Write a cycle's record, durably; before it whatever it names, and after it remove what is too old."""
+        save_state(self.store, result.after.model)
+        self._append(
+            {
+                "cycle": result.after.cycle,
+                "parent": self.head.hex(),
+                "dataset_root": result.dataset_root.hex(),
+                "model_before": result.model_before.hex(),
+                "model_after": result.model_after.hex(),
+                "loss_before": result.loss_before,
+                **_evaluation(result.after),
+                "tasks": [_task_record(task) for task in result.tasks],
+            },
+            result.after,
+        )
+        self._prune()
+
+    def _append(self, record: Record, state: RunState) -> None:
+        record["velocity"] = save_state(self.store, {"velocity": state.velocity}).hex()
+        record["memories"] = {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())}
+        write_file(self._cycles / f"{record['cycle']:08}.json", _encode(record))
+        self.records.append(record)
+
+    def _prune(self) -> None:
+        last = self.records[-1]
+        kept = {last["model_after"], last["velocity"], *last["memories"].values()}
+        for record in self.records[1:][-self.job.history :]:
+            kept |= {record["model_before"], *(task["memory"] for task in record["tasks"] if task["memory"])}
+        prune(self.store, [bytes.fromhex(digest) for digest in kept])
+
+    def replay(self, cycle: int | None = None) -> Iterator["Replayed"]:
+        """Do the tasks of a cycle again, or of all those whose models are still there, and compare.
+
+        Raises RunError if the cycle is not there, and IntegrityError if a file that it needs is missing or damaged.
+        """
+        if cycle is not None and not 1 <= cycle <= self.cycles:
+            raise RunError(f"{self.folder} has no cycle {cycle}; it has 1 to {self.cycles}")
+        first = max(1, self.cycles + 1 - self.job.history)
+        if cycle is not None and cycle < first:
+            raise RunError(
+                f"the store has the models of cycles {first} to {self.cycles} only: history = {self.job.history}"
+            )
+        dataset = self.dataset()
+        validation = read_examples(self.job, dataset.held_out_folder, dataset.validation)
+        segments = cut_segments(build_model(self.job), self.job, validation)
+        executor = Executor(self.job, self.store)
+        for number in [cycle] if cycle else range(first, self.cycles + 1):
+            record = self.records[number]
+            for task in record["tasks"]:
+                if task["update_hash"] is None:
+                    continue  # it came to no end
+                order = Order(
+                    Task(
+                        miner=bytes.fromhex(task["miner"]),
+                        segment=task["segment"],
+                        shard=dataset.shards.index(bytes.fromhex(task["shard"])),
+                        seed=bytes.fromhex(task["seed"]),
+                        cycle=number - 1,
+                    ),
+                    segments[task["segment"]],
+                    bytes.fromhex(record["model_before"]),
+                    bytes.fromhex(task["shard"]),
+                    bytes.fromhex(task["memory"]) if task["memory"] else None,
+                )
+                found = hashlib.sha256(executor.execute(dataset.shard_folder, order).update).hexdigest()
+                yield Replayed(number, task["miner"], task["update_hash"], found)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A task that was done again; ids and hashes in hex."""
+
+    cycle: int
+    miner: str
+    recorded: str
+    found: str
+
+    @property
+    def same(self) -> bool:
+        """Whether it gave the same update."""
+        return self.recorded == self.found
+
+
+def _lock(path: Path) -> IO[str]:
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunError(f"{path.parent} is in use by another process") from None
+    return file
+
+
+def _read_records(folder: Path) -> list[Record]:
+    """Read all records, each checked against the hash in the next one."""
+    paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{8}\.json", path.name))
+    records: list[Record] = []
+    for number, path in enumerate(paths):
+        data = path.read_bytes()
+        try:
+            record = json.loads(data)
+        except ValueError:
+            raise IntegrityError(f"{path}: not JSON") from None
+        is_next = isinstance(record, dict) and path.name == f"{number:08}.json" and record.get("cycle") == number
+        if not is_next or (number and record.get("parent") != _digest(records[-1]).hex()):
+            raise IntegrityError(f"{path}: does not follow the record before it")
+        records.append(record)
+    return records
+
+
+def _encode(record: Record) -> bytes:
+    return json.dumps(record, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def _digest(record: Record) -> bytes:
+    return hashlib.sha256(_encode(record)).digest()
+
+
+def _evaluation(state: RunState) -> Record:
+    return {"loss_after": state.evaluation.loss, "metric": state.evaluation.metric}
+
+
+def _task_record(result: TaskResult) -> Record:
+    order, scored, refused = result.order, result.contribution, result.refusal
+    return {
+        "miner": order.task.miner.hex(),
+        "segment": order.task.segment,
+        "shard": order.shard.hex(),
+        "seed": order.task.seed.hex(),
+        "memory": order.memory.hex() if order.memory else None,
+        "update_hash": result.update_hash.hex() if result.update_hash else None,
+        "update_size": result.update_size,
+        "params": order.segment.params,
+        "loss_reduction": scored.loss_reduction if scored else 0,
+        "weight": scored.weight if scored else 0,
+        "refusal": str(refused.reason) if refused else None,
+        "detail": refused.detail if refused else None,
+    }

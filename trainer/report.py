@@ -1,0 +1,151 @@
+"""What a run did, for people: TensorBoard's logs, and a report with plots."""
+
+import json
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+from torch.utils.tensorboard import SummaryWriter
+
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.records import Record
+from traincert.trainer.scoring import Evaluation
+from traincert.trainer.store import write_file
+
+MAX_NAMED = 10  # miners that a plot tells apart
+
+
+class TensorBoard:
+    """Writes a run's records as TensorBoard's scalars. Use it as a context manager."""
+
+    def __init__(self, folder: Path, records: Sequence[Record]) -> None:
+        """Write the records so far anew, so that nothing of an interrupted process is missing or there twice."""
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+        for record in records:
+            self.add(record)
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._writer.close()
+
+    def add(self, record: Record) -> None:
+        """Write one record."""
+        scalars = {"held-out/loss (nats)": record["loss_after"] / 1e9, "held-out/metric": record["metric"]}
+        if record["cycle"]:
+            tasks = record["tasks"]
+            scalars |= {
+                "updates/accepted": sum(not task["refusal"] for task in tasks),
+                "updates/refused": sum(bool(task["refusal"]) for task in tasks),
+                "updates/bytes": sum(task["update_size"] for task in tasks),
+                "updates/params trained": sum(task["params"] for task in tasks if not task["refusal"]),
+            }
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, record["cycle"])
+        self._writer.flush()
+
+
+def write_report(folder: Path, job: TrainingJob, records: Sequence[Record], test: Evaluation) -> Path:
+    """Write report.html, its plots (PNG) and report.json to `folder`; return the path of report.html."""
+    folder.mkdir(exist_ok=True)
+    summary = _summary(job, records, test)
+    plots = {
+        "loss.png": _plot_loss(records, summary["metric"]),
+        "miners.png": _plot_miners(records),
+        "segments.png": _plot_segments(records),
+    }
+    for name, figure in plots.items():
+        figure.savefig(folder / name, dpi=120)
+    template = Environment(loader=PackageLoader("traincert.trainer"), autoescape=True).get_template("report.html")
+    write_file(folder / "report.json", json.dumps(summary, indent=2).encode() + b"\n")
+    write_file(folder / "report.html", template.render(summary=summary, job=job.to_toml(), plots=plots).encode())
+    return folder / "report.html"
+
+
+def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> dict[str, Any]:
+    tasks = [task for record in records for task in record["tasks"]]
+    sent = [task for task in tasks if task["update_hash"]]
+    size = sum(task["update_size"] for task in sent)
+    return {
+        "cycles": len(records) - 1,
+        "metric": job.metric.partition(":")[2],
+        "held_out_loss_first": records[0]["loss_after"] / 1e9,
+        "held_out_loss": records[-1]["loss_after"] / 1e9,
+        "held_out_metric": records[-1]["metric"],
+        "test_loss": test.loss / 1e9,
+        "test_metric": test.metric,
+        "target_metric": job.target_metric,
+        "model": records[-1]["model_after"],
+        "dataset_root": records[-1]["dataset_root"],
+        "updates": len(sent),
+        "update_bytes": size,
+        "times_smaller_than_float32": sum(4 * task["params"] for task in sent) / size if size else None,
+        "refusals": dict(sorted(Counter(task["refusal"] for task in tasks if task["refusal"]).items())),
+    }
+
+
+def _plot_loss(records: Sequence[Record], name: str) -> Figure:
+    figure, axis = _figure(f"Held-out loss and {name} of the model", "loss (nats)")
+    cycles = [record["cycle"] for record in records]
+    axis.plot(cycles, [record["loss_after"] / 1e9 for record in records], color="C0", label="loss")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    axis.grid(axis="y", which="both", alpha=0.2)
+    metric = axis.twinx()
+    metric.plot(cycles, [record["metric"] for record in records], color="C1", linestyle="--", label=f"{name} (right)")
+    metric.set_ylabel(name)
+    handles, labels = axis.get_legend_handles_labels()
+    more_handles, more_labels = metric.get_legend_handles_labels()
+    axis.legend(handles + more_handles, labels + more_labels, loc="center right")
+    return figure
+
+
+def _plot_miners(records: Sequence[Record]) -> Figure:
+    figure, axis = _figure("Contribution of each miner", "weight, summed up")
+    totals: dict[str, int] = defaultdict(int)
+    lines: dict[str, list[int]] = defaultdict(list)
+    miners = sorted({task["miner"] for record in records for task in record["tasks"]})
+    for record in records:
+        for task in record["tasks"]:
+            totals[task["miner"]] += task["weight"]
+        for miner in miners:
+            lines[miner].append(totals[miner])
+    for number, miner in enumerate(miners):
+        label = miner[:8] if number < MAX_NAMED else None
+        axis.plot([record["cycle"] for record in records], lines[miner], color=f"C{number % 10}", label=label)
+    if miners:
+        axis.legend(title="miner")
+    return figure
+
+
+def _plot_segments(records: Sequence[Record]) -> Figure:
+    figure, axis = _figure("What an update of each segment took off the loss, alone", "mean loss reduction (nats)")
+    for segment in sorted({task["segment"] for record in records for task in record["tasks"]}):
+        points = []
+        for record in records[1:]:
+            found = [task["loss_reduction"] / 1e9 for task in record["tasks"] if task["segment"] == segment]
+            if any(found):
+                points.append((record["cycle"], sum(found) / len(found)))
+        cycles, means = zip(*points, strict=True) if points else ((), ())
+        axis.plot(cycles, means, marker=".", color=f"C{segment % 10}", label=f"segment {segment}")
+    if axis.lines:
+        axis.set_yscale("log")
+        axis.legend()
+    return figure
+
+
+def _figure(title: str, label: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axis = figure.add_subplot()
+    axis.set_title(title)
+    axis.set_xlabel("cycle")
+    axis.set_ylabel(label)
+    return figure, axis

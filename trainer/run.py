@@ -1,0 +1,71 @@
+"""Training a job from its beginning, or from where it was interrupted, to its end."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from traincert.trainer.cycle import Trainer
+from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.records import Record, Run
+from traincert.trainer.report import TensorBoard, write_report
+from traincert.trainer.scoring import Evaluation
+
+
+class View(Protocol):
+    """Shows how a run is getting on."""
+
+    def step(self, text: str) -> None:
+        """Say what is being done now."""
+
+    def update(self, done: int, total: int) -> None:
+        """Show how many of the cycle's tasks are done."""
+
+    def cycle(self, record: Record) -> None:
+        """Show a cycle that is over."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run came to."""
+
+    head: bytes
+    """Hash of the last record, 32 bytes."""
+    test: Evaluation
+    path: Path
+    """The report's."""
+
+
+def run_job(job: TrainingJob, folder: Path, miners: int, workers: int, view: View) -> Finished:
+    """Train until the job's last cycle is over, and write the report.
+
+    Killed at any moment and started again, it comes to the same hashes as if nothing had happened.
+
+    Raises TrainerError if it cannot be run to its end.
+    """
+    ids = [hashlib.sha256(b"miner" + number.to_bytes(8, "little")).digest() for number in range(miners)]
+    with Run(folder, job) as run:
+        view.step("preparing the data")
+        dataset = run.dataset()
+        view.step(f"starting {workers} worker processes")
+        with (
+            LocalEngine(job, run.store, workers=workers) as engine,
+            Trainer(dataset, engine) as trainer,
+        ):
+            if not run.records:
+                run.begin(trainer.start(), dataset)
+            with TensorBoard(folder / "tensorboard", run.records) as board:
+                for record in run.records[1:]:
+                    view.cycle(record)
+                state = run.load()
+                while run.cycles < job.cycles:
+                    view.step(f"cycle {run.cycles + 1} of {job.cycles}")
+                    result = trainer.run_cycle(state, ids, seed=run.seed(), on_update=view.update)
+                    run.save(result)
+                    state = result.after
+                    board.add(run.records[-1])
+                    view.cycle(run.records[-1])
+            view.step("testing")
+            test = trainer.test(state.model)
+        return Finished(run.head, test, write_report(folder / "report", job, run.records, test))

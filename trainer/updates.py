@@ -1,0 +1,215 @@
+"""A miner's update: the change of one segment, as bytes; and reading bytes that a stranger sent.
+
+As float32 all values travel. Compressed, only the greatest do, each as its sign, and the miner keeps the rest for its
+next task (error feedback): top-k as in DeMo (arXiv 2411.19870) and SparseLoCo (arXiv 2508.15706), signs with a common
+magnitude as in EF-SGD (arXiv 1901.09847). Unlike there, a task begins at the model plus what waits to be sent.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import torch
+
+from traincert.trainer.errors import TrainerError
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.segments import Layout, Segment
+from traincert.trainer.state import State, state_bytes, state_from_bytes
+
+CHUNK = 4096  # values that share a magnitude
+_SKIP = 255  # a gap's byte that says: so many values on, and no end yet
+_BUFFER = "buffer."
+
+
+class Reason(StrEnum):
+    """Why a miner's update is not in a cycle's contributions."""
+
+    WORKER_DIED = "worker-died"
+    LATE = "late"
+    TOO_LARGE = "too-large"
+    MALFORMED = "malformed"
+    WRONG_NAMES = "wrong-names"
+    WRONG_DTYPE = "wrong-dtype"
+    WRONG_SHAPE = "wrong-shape"
+    NOT_CANONICAL = "not-canonical"
+    NOT_FINITE = "not-finite"
+    NORM_TOO_LARGE = "norm-too-large"
+    NO_IMPROVEMENT = "no-improvement"
+
+
+class UpdateError(TrainerError):
+    """An update is refused; `reason` says why, the message what was expected and found."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Update:
+    """The change of a segment."""
+
+    move: torch.Tensor  # (params,) float32
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float32, or int64 for buffers of integers
+
+    def applied(self, layout: Layout, segment: Segment, state: State) -> State:
+        """Return a new state: `state`, changed."""
+        changed = dict(layout.add(state, segment, self.move))
+        for name, delta in self.buffers.items():
+            changed[name] = (state[name].to(delta.dtype) + delta).to(state[name].dtype)
+        return changed
+
+
+def encode_update(update: Update, density: float) -> tuple[bytes, torch.Tensor]:
+    """Return an update's bytes, and the move (params,) float32 that reading them gives.
+
+    With a density below 1, that share of the move's values travels.
+    """
+    buffers = {_BUFFER + name: delta for name, delta in update.buffers.items()}
+    if density == 1:
+        return state_bytes({"move": update.move, **buffers}), update.move
+    values = update.move.numpy()
+    # A value that is no number counts as the greatest, so that whoever reads the update sees it.
+    magnitudes = np.nan_to_num(np.abs(values), nan=np.inf, posinf=np.inf)
+    kept = _greatest(magnitudes, _kept(len(values), density))
+    chunks = kept // CHUNK
+    count = -(-len(values) // CHUNK)
+    # Summed one by one, in order, so that every machine gets the same magnitudes from the same values.
+    sums = np.bincount(chunks, magnitudes[kept].astype(np.float64), count)
+    scales = (sums / np.maximum(np.bincount(chunks, minlength=count), 1)).astype(np.float32)
+    positive = values[kept] > 0
+    tensors = {
+        "gaps": torch.frombuffer(bytearray(_pack_gaps(kept)), dtype=torch.uint8),
+        "signs": torch.from_numpy(np.packbits(positive)),
+        "scales": torch.from_numpy(scales),
+    }
+    return state_bytes(tensors | buffers), torch.from_numpy(_unpack(len(values), kept, positive, scales))
+
+
+def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -> Update:
+    """Check and decode `data`, the bytes that a miner sent as its update of a segment; cheap checks come first.
+
+    It must have the names, dtypes and shapes that the job asks for, be encoded as `encode_update` does, be finite, and
+    its move must have an L2 norm of at most `job.max_update_norm`. Raises UpdateError if not.
+    """
+    expected = _expected(job, segment, state)
+    # Twice, so that one with other names or wider values is still refused for what it is.
+    limit = 1024 + 2 * sum(math.prod(shape) * _SIZES[dtype] for dtype, shape in expected.values())
+    if len(data) > limit:
+        raise UpdateError(Reason.TOO_LARGE, f"{len(data)} bytes, at most {limit} are read")
+    try:
+        found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in safetensors.deserialize(data)}  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        raise UpdateError(Reason.MALFORMED, str(error)[:200]) from None
+    if found.keys() != expected.keys():
+        raise UpdateError(Reason.WRONG_NAMES, f"expected {sorted(expected)}, found {repr(sorted(found))[:200]}")
+    for name, (dtype, shape) in expected.items():
+        if found[name][0] != dtype:
+            raise UpdateError(Reason.WRONG_DTYPE, f"{name}: expected {dtype}, found {found[name][0]}")
+        right = (
+            len(found[name][1]) == 1 and found[name][1][0] <= shape[0] if name == "gaps" else found[name][1] == shape
+        )
+        if not right:
+            raise UpdateError(Reason.WRONG_SHAPE, f"{name}: expected {shape}, found {str(found[name][1])[:200]}")
+    tensors = state_from_bytes(data)
+    if state_bytes(tensors) != data:
+        raise UpdateError(Reason.NOT_CANONICAL, "the same tensors have another encoding")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UpdateError(Reason.NOT_FINITE, f"{name} has a value that is NaN or infinite")
+    move = tensors["move"] if job.density == 1 else _read_compressed(tensors, segment.params, job.density)
+    buffers = {name.removeprefix(_BUFFER): each for name, each in tensors.items() if name.startswith(_BUFFER)}
+    norm = float(move.double().norm())
+    if norm > job.max_update_norm:
+        raise UpdateError(Reason.NORM_TOO_LARGE, f"L2 norm {norm:g}, at most {job.max_update_norm:g}")
+    return Update(move, buffers)
+
+
+_SIZES = {"F32": 4, "I64": 8, "U8": 1}
+
+
+def _expected(job: TrainingJob, segment: Segment, state: State) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype and shape of each tensor that an update must have; of the gaps, the greatest shape."""
+    tensors: dict[str, tuple[str, list[int]]]
+    if job.density == 1:
+        tensors = {"move": ("F32", [segment.params])}
+    else:
+        kept = _kept(segment.params, job.density)
+        tensors = {
+            "gaps": ("U8", [_most_bytes(segment.params, kept)]),
+            "signs": ("U8", [-(-kept // 8)]),
+            "scales": ("F32", [-(-segment.params // CHUNK)]),
+        }
+    for name in segment.buffers:
+        dtype = "F32" if state[name].is_floating_point() else "I64"
+        tensors[_BUFFER + name] = (dtype, list(state[name].shape))
+    return tensors
+
+
+def _read_compressed(tensors: State, params: int, density: float) -> torch.Tensor:
+    kept_count = _kept(params, density)
+    kept = _unpack_gaps(tensors["gaps"].numpy().tobytes(), params, kept_count)
+    signs = np.unpackbits(tensors["signs"].numpy())
+    if signs[kept_count:].any():
+        raise UpdateError(Reason.NOT_CANONICAL, "signs: bits after the last value")
+    scales = tensors["scales"].numpy()
+    if (scales < 0).any():
+        raise UpdateError(Reason.NOT_CANONICAL, "scales: a magnitude below 0")
+    return torch.from_numpy(_unpack(params, kept, signs[:kept_count].astype(np.bool_), scales))
+
+
+def _kept(params: int, density: float) -> int:
+    """How many of a segment's values travel."""
+    return max(1, math.floor(density * params))
+
+
+def _greatest(magnitudes: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """Return the places of the `count` greatest values, rising; of equal ones the first are taken."""
+    least = np.partition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count]
+    above = np.flatnonzero(magnitudes > least)
+    equal = np.flatnonzero(magnitudes == least)[: count - len(above)]
+    return np.sort(np.concatenate([above, equal]))
+
+
+def _unpack(
+    params: int, kept: npt.NDArray[np.int64], positive: npt.NDArray[np.bool_], scales: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    values = np.zeros(params, np.float32)
+    values[kept] = np.where(positive, scales[kept // CHUNK], -scales[kept // CHUNK])
+    return values
+
+
+def _pack_gaps(kept: npt.NDArray[np.int64]) -> bytes:
+    """Encode rising places: a byte for the distance between two, with Huffman's code, which is near the entropy."""
+    gaps = np.diff(kept, prepend=-1) - 1
+    ends = np.cumsum(gaps // _SKIP + 1) - 1
+    symbols = np.full(ends[-1] + 1, _SKIP, np.uint8)
+    symbols[ends] = gaps % _SKIP
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    return packer.compress(symbols.tobytes()) + packer.flush()
+
+
+def _unpack_gaps(data: bytes, params: int, count: int) -> npt.NDArray[np.int64]:
+    """Decode `_pack_gaps`: `count` rising places below `params`. Raises UpdateError if it is not that."""
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        symbols = np.frombuffer(unpacker.decompress(data, count + params // _SKIP + 1), np.uint8)
+    except zlib.error as error:
+        raise UpdateError(Reason.MALFORMED, f"gaps: {error}") from None
+    ends = np.flatnonzero(symbols != _SKIP)
+    whole = unpacker.eof and not unpacker.unused_data and len(ends) == count and ends[-1] == len(symbols) - 1
+    places = np.cumsum(symbols, dtype=np.int64)[ends] + np.arange(len(ends))
+    if not whole or places[-1] >= params:
+        raise UpdateError(Reason.MALFORMED, f"gaps: not {count} places among {params}")
+    return places
+
+
+def _most_bytes(params: int, kept: int) -> int:
+    """How long `_pack_gaps` can be: deflate makes nothing much longer (RFC 1951, stored blocks)."""
+    return 64 + 2 * (kept + params // _SKIP + 1)
