@@ -22,7 +22,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import instructions, reindex, submit, table
+from bench import instructions, reindex, submit, table, training
 from bench.blocks import certificate_blocks, stock_blocks
 from bench.rows import Row
 from traincert.regtest import NodeKind, RegtestError, build_node, node_folder
@@ -45,16 +45,17 @@ def measure(patched: Path, stock: Path) -> list[Row]:
         rows += submit.measure(patched, stock, folder / "submit", ours, theirs)
         rows += reindex.measure(patched, stock, folder / "reindex", ours, theirs)
         rows += instructions.measure(patched, stock, folder / "instructions")
+        rows += training.measure(folder / "training")
     return rows
 
 
 def show(rows: list[Row]) -> None:
     shown = Table(box=None)
-    for name in ("what", "value", "unit", "bar (at most)", "holds"):
+    for name in ("what", "value", "unit", "bar", "holds"):
         shown.add_column(name, justify="right" if name == "value" else "left")
     for each in rows:
-        bar = "" if each["bar"] is None else str(each["bar"])
-        shown.add_row(each["name"], f"{each['value']:.3f}", each["unit"], bar, "yes" if each["holds"] else "NO")
+        holds = "" if each["bar"] is None else "yes" if each["holds"] else "NO"
+        shown.add_row(each["name"], f"{each['value']:.3f}", each["unit"], each["bar"], holds)
     Console().print(shown)
 
 

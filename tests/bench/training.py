@@ -1,0 +1,148 @@
+"""Jobs of the trainer against plain PyTorch, with the same model, data, number of samples and seed, in the same run.
+
+Everything runs in processes of its own. Learning is compared by two that run side by side; speed by two plain
+single-thread processes, because the cycle loop has two workers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.rows import Row, row
+from traincert.trainer.job import TrainingJob
+
+MINERS = 4
+SPEED_STEPS = 400
+Numbers = dict[str, Any]
+
+
+def measure(folder: Path) -> list[Row]:
+    """Run all jobs, one after the other."""
+    digits, fashion, text = map(TrainingJob.named, ("digits", "fashion", "text"))
+    bench = _Bench(folder)
+    accuracy = bench.run("digits", digits)["test_metric"]
+    rows = [row("digits, 4 miners: test accuracy", accuracy, "", at_least=0.95)]
+    rows += _fashion(bench, fashion)
+    rows += _text(bench, text)
+    return rows + _miners(bench, digits)
+
+
+def _fashion(bench: _Bench, job: TrainingJob) -> list[Row]:
+    plain = bench.plain("fashion", job)
+    whole = bench.run("fashion", job)
+    segments = replace(
+        job,
+        segments=4,
+        cycles=2 * job.cycles,  # shorter, because segments that move at once know less of each other
+        local_steps=job.local_steps // 2,
+        outer_learning_rate=0.7,
+        outer_momentum=0.5,
+        keep_optimizer_state=True,
+    )
+    same = bench.run("fashion", segments)
+    more = bench.run("fashion", replace(segments, cycles=3 * segments.cycles))
+
+    def behind(found: Numbers) -> float:
+        return 100 * float(plain["test_metric"] - found["test_metric"])
+
+    return [
+        row("fashion, plain PyTorch: test accuracy", plain["test_metric"], ""),
+        row("fashion, whole model, 4 miners: test accuracy", whole["test_metric"], "", at_least=0.90),
+        row("the same: behind plain PyTorch", behind(whole), "points", 1),
+        row("fashion, 4 segments, 4 miners, same samples: behind plain PyTorch", behind(same), "points", 3),
+        row("the same, three times the samples", behind(more), "points", 1.5),
+        *_compression(bench, "fashion", job, whole),
+        *_speed(bench, "fashion", job, whole),
+        row("fashion: peak memory of coordinator and 2 workers", whole["gigabytes"], "GB", 2.5),
+    ]
+
+
+def _text(bench: _Bench, job: TrainingJob) -> list[Row]:
+    plain = bench.plain("text", job)
+    whole = bench.run("text", job)
+    return [
+        row("text, plain PyTorch: held-out loss", plain["loss"], "nats"),
+        row("text, whole model, 4 miners: held-out loss", whole["loss"], "nats"),
+        row("the same, against plain PyTorch", whole["loss"] / plain["loss"], "ratio", 1.03),
+        *_compression(bench, "text", job, whole),
+        *_speed(bench, "text", job, whole),
+    ]
+
+
+def _compression(bench: _Bench, name: str, job: TrainingJob, whole: Numbers) -> list[Row]:
+    rows = []
+    for density, times, gap in ((0.11, 50, 1.01), (0.042, 100, 1.03)):
+        found = bench.run(name, replace(job, density=density))
+        rows += [
+            row(f"{name}, density {density}: smaller than float32", found["times_smaller"], "times", at_least=times),
+            row("the same: held-out loss against uncompressed", found["loss"] / whole["loss"], "ratio", gap),
+        ]
+    return rows
+
+
+def _speed(bench: _Bench, name: str, job: TrainingJob, found: Numbers) -> list[Row]:
+    plain = sum(bench.plain_side_by_side(name, job))
+    speed = found["samples_per_second"]
+    return [
+        row(f"{name}: samples per second of the cycle loop, 2 workers", speed, "1/s"),
+        row("the same, against two plain PyTorch processes side by side", speed / plain, "ratio", at_least=0.9),
+        row(f"{name}: share of a cycle that is not training", 100 * found["outside_training"], "%", 10),
+    ]
+
+
+def _miners(bench: _Bench, job: TrainingJob) -> list[Row]:
+    """The same total work by 2 miners and by 64."""
+    per_task = {}
+    for miners in (2, 64):
+        steps = 64 * job.local_steps // miners
+        each = replace(job, local_steps=steps, cycles=6)
+        per_task[miners] = bench.run("digits", each, miners)["overhead_per_task"]
+    return [
+        row("digits, 2 miners: a cycle's overhead for each task", 1000 * per_task[2], "ms"),
+        row("digits, 64 miners: a cycle's overhead for each task", 1000 * per_task[64], "ms"),
+        row("the same, against 2 miners", per_task[64] / per_task[2], "ratio", 1.3),
+    ]
+
+
+class _Bench:
+    """Runs programs on jobs; the data are prepared once for each name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def run(self, name: str, job: TrainingJob, miners: int = MINERS) -> Numbers:
+        """Run a job's cycles."""
+        return _result(self._start("run_job.py", name, job, "--miners", miners))
+
+    def plain(self, name: str, job: TrainingJob) -> Numbers:
+        """Train as many samples as the job's miners, in as many steps, in one process."""
+        steps = job.cycles * job.local_steps
+        return _result(self._start("plain.py", name, job, "--steps", steps, "--batch-size", MINERS * job.batch_size))
+
+    def plain_side_by_side(self, name: str, job: TrainingJob) -> list[float]:
+        """Measure two processes that do a miner's steps at the same time: samples per second of each."""
+        options = ("--steps", SPEED_STEPS, "--batch-size", job.batch_size)
+        processes = [self._start("plain.py", name, job, *options) for _ in range(2)]
+        return [float(_result(process)["samples_per_second"]) for process in processes]
+
+    def _start(self, program: str, name: str, job: TrainingJob, *options: object) -> subprocess.Popen[str]:
+        folder = self._folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        described = folder / "job.toml"
+        described.write_text(job.to_toml())
+        command = [sys.executable, str(Path(__file__).parent / program), str(described), str(folder)]
+        print(f"{program} {name} {' '.join(map(str, options))}", flush=True)
+        return subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True)
+
+
+def _result(process: subprocess.Popen[str]) -> Numbers:
+    output, _ = process.communicate()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    numbers: Numbers = json.loads(output)
+    return numbers
