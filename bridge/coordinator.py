@@ -127,6 +127,7 @@ class Coordinator:
         self._tip = self._node.call("getblockhash", height)
         certificate = self._read_certificate(self._tip, certificates)
         self.state, self.table = result.after, table
+        self._trainer.prune(result.after)
         return ClosedSlot(certificate, self._tip, result)
 
     def _wait_for_block(self, height: int, until: float) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +17,7 @@ from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.scoring import Contribution, Evaluation, Refusal, Scorer, score
 from traincert.trainer.segments import Layout, cut_segments
 from traincert.trainer.state import State, save_state, state_hash, state_of
+from traincert.trainer.store import prune
 from traincert.trainer.tasks import assign
 from traincert.trainer.training import build_optimizer
 from traincert.trainer.updates import Reason, Update, UpdateError, read_update
@@ -161,10 +163,12 @@ class Trainer:
         ]
         answers = self._engine.train(self.dataset, orders, on_update)
         tasks, accepted = self._judge(before, orders, answers, seed)
-        moved = self._aggregate(before, accepted) if accepted else None
-        # If the guard lets nothing through, it is as if nothing had been sent.
-        model, velocity, evaluation = moved or (before.model, torch.zeros_like(before.velocity), before.evaluation)
-        memories = _memories(tasks, answers) if moved else {}
+        model, velocity, evaluation, memories = before.model, before.velocity, before.evaluation, {}
+        if accepted:
+            moved = self._aggregate(before, accepted)
+            # If the guard lets nothing through, it is as if nothing had been sent, and the outer optimizer begins anew.
+            model, velocity, evaluation = moved or (model, torch.zeros_like(velocity), evaluation)
+            memories = _memories(tasks, answers) if moved else {}
         after = RunState(
             cycle=before.cycle + 1,
             model=model,
@@ -183,6 +187,10 @@ class Trainer:
             metric=evaluation.metric,
             tasks=tuple(tasks),
         )
+
+    def prune(self, state: RunState) -> None:
+        """Remove from the engine's store what cycles from `state` on do not need."""
+        prune(self._engine.store, [state_hash(state.model), *state.memories.values()])
 
     def _aggregate(
         self, before: RunState, accepted: Sequence[Accepted]
@@ -210,12 +218,13 @@ class Trainer:
             except UpdateError as error:
                 readable.append(error)
         examples = self._score_examples(seed)
-        candidates = [
+        candidates = (
             update.applied(self.layout, order.segment, before.model)
             for order, update in zip(orders, readable, strict=True)
             if isinstance(update, Update)
-        ]
-        loss_before, *losses = (each.loss for each in self._scorer.evaluate([before.model, *candidates], examples))
+        )
+        evaluations = self._scorer.evaluate(chain([before.model], candidates), examples)
+        loss_before, *losses = (each.loss for each in evaluations)
 
         tasks, accepted = [], []
         left = iter(losses)

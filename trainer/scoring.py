@@ -5,7 +5,7 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -57,9 +57,8 @@ class Scorer:
         self._job = job
         self._models = threading.local()
         # What deterministic() sets is partly each thread's own: setting it at the start leaves nothing to restore.
-        self._pool = ThreadPoolExecutor(
-            os.cpu_count() if job.device == "cpu" else 1, "scoring", lambda: torch.set_num_threads(1)
-        )
+        self._threads = os.cpu_count() or 1 if job.device == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self._threads, "scoring", lambda: torch.set_num_threads(1))
 
     def __enter__(self) -> "Scorer":
         return self
@@ -68,13 +67,16 @@ class Scorer:
         self._pool.shutdown(cancel_futures=True)
 
     @deterministic()
-    def evaluate(self, states: Sequence[State], examples: Examples) -> list[Evaluation]:
-        """Measure each state on `examples`, with the same result as `evaluate`."""
+    def evaluate(self, states: Iterable[State], examples: Examples) -> list[Evaluation]:
+        """Measure each state on `examples`, with the same result as `evaluate`. Few of them are in memory at a time."""
         batches = _batches(self._job, examples)
-        totals = list(self._pool.map(self._measure, itertools.product(states, batches)))
-        return [
-            _evaluation(totals[start : start + len(batches)], examples) for start in range(0, len(totals), len(batches))
-        ]
+        left = iter(states)
+        found: list[Evaluation] = []
+        while group := list(itertools.islice(left, self._threads)):
+            totals = list(self._pool.map(self._measure, itertools.product(group, batches)))
+            starts = range(0, len(totals), len(batches))
+            found += [_evaluation(totals[start : start + len(batches)], examples) for start in starts]
+        return found
 
     def _measure(self, pair: tuple[State, Examples]) -> tuple[float, float]:
         state, batch = pair

@@ -15,7 +15,6 @@ from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import prepare_dataset
-from traincert.trainer.store import prune
 
 WORKERS = 2
 
@@ -29,8 +28,7 @@ def main() -> None:
     job = TrainingJob.load(arguments.job)
     dataset = prepare_dataset(job, arguments.folder / "data")
     miners = [number.to_bytes(32, "big") for number in range(arguments.miners)]
-    store = arguments.folder / "store"
-    with LocalEngine(job, store, workers=WORKERS) as engine, Trainer(dataset, engine) as trainer:
+    with LocalEngine(job, arguments.folder / "store", workers=WORKERS) as engine, Trainer(dataset, engine) as trainer:
         state = trainer.start()
         seconds = training = 0.0
         size = values = accepted = 0
@@ -39,7 +37,7 @@ def main() -> None:
             result = trainer.run_cycle(state, miners, seed=number.to_bytes(8, "big"))
             elapsed = time.perf_counter() - begin
             state = result.after
-            prune(store, [result.model_after, *state.memories.values()])
+            trainer.prune(state)
             size += sum(task.update_size for task in result.tasks)
             values += sum(task.order.segment.params for task in result.tasks)
             accepted += len(result.contributions)

@@ -54,6 +54,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory, node_programs: Path) -> tuple
     return directory, answer.stdout
 
 
+def test_only_the_last_cycles_model_is_stored(demo: tuple[Path, str]) -> None:
+    directory, _ = demo
+    assert len(list((directory / "store").iterdir())) <= 1
+
+
 def test_the_demo_reaches_its_accuracy_and_every_claim_holds(demo: tuple[Path, str]) -> None:
     _, shown = demo
     assert "NOT TRUE" not in shown

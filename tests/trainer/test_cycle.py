@@ -68,6 +68,21 @@ def test_a_result_is_consistent(trainer: Trainer, miners: list[bytes]) -> None:
     assert {task.order.task.cycle for task in second.tasks} == {1}
 
 
+def test_a_cycle_without_updates_keeps_everything(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    with make_trainer(replace(job, outer_momentum=0.5, density=0.5), tmp_path) as trainer:
+        (first,) = run(trainer, miners, 1)
+        (empty,) = run(trainer, [], 1, first.after)
+        trainer.prune(empty.after)
+    assert first.after.velocity.any()
+    assert torch.equal(empty.after.velocity, first.after.velocity)
+    assert empty.after.memories == first.after.memories
+    assert empty.model_after == empty.model_before
+    kept = {empty.model_after, *first.after.memories.values()}
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {digest.hex() for digest in kept}
+
+
 def test_the_seed_changes_the_outcome(trainer: Trainer, miners: list[bytes]) -> None:
     one, other = run(trainer, miners, 1), run(trainer, miners, 1, seeds=1)
     assert one[0].model_before == other[0].model_before
