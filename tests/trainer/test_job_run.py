@@ -1,5 +1,6 @@
 """`traincert job run` and `traincert job replay` as a user runs them: killed, interrupted, resumed, and refused."""
 
+import gc
 import json
 import os
 import re
@@ -201,8 +202,7 @@ def test_the_report_agrees_with_the_records(finished: tuple[Path, str]) -> None:
     assert summary["updates"] == len(tasks) == 4 * CYCLES
     assert summary["update_bytes"] == sum(task["update_size"] for task in tasks)
     assert sum(summary["refusals"].values()) == sum(bool(task["refusal"]) for task in tasks)
-    assert f"test accuracy {summary['test_metric']:.4f} (target: 0.95), test loss" in shown
-    assert f"test loss {summary['test_loss']:.4f} nats" in shown
+    assert f"test accuracy {summary['test_metric']:.4f}, test loss {summary['test_loss']:.4f} nats" in shown
     assert str(folder / "report" / "report.html") in shown.replace("\n", "")
     page = (folder / "report" / "report.html").read_text()
     assert summary["model"] in page
@@ -265,6 +265,7 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # memory-mapped shards
         subprocess.run(["/bin/umount", str(folder)], check=True)
 
 
