@@ -78,8 +78,7 @@ class FaultyJournal(Journal):
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     """A small model, trained little, so that there is a contribution in every cycle, and it takes no time."""
     options = {"inputs": 64, "hidden": [8], "classes": 10}
-    # Slowly: were there a single contribution, and its miner killed, nobody else could be drawn.
-    job = replace(TrainingJob.named("digits"), model_options=options, local_steps=9, learning_rate=0.001)
+    job = replace(TrainingJob.named("digits"), model_options=options, local_steps=9)
     dataset = prepare_dataset(job, tmp_path_factory.mktemp("data"))
     with LocalEngine(job, tmp_path_factory.mktemp("store"), workers=1) as engine, Trainer(dataset, engine) as trainer:
         yield trainer
