@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from traincert.regtest.errors import NodeError
 from traincert.regtest.node import Node, Options, wait_for
@@ -56,19 +56,18 @@ class Network:
     def connect(self) -> None:
         """Connect every pair of running nodes that is not connected: also after one was restarted.
 
+        The node with the most blocks is connected first, because a node in initial block download (one that was killed
+        may have lost its chain) asks the first peer it meets for headers, and nobody else for the next 15 minutes,
+        even if that one has none either (upstream: net_processing.cpp, fSyncStarted).
+
         Raises WaitTimeoutError if two nodes did not shake hands within CONNECT_TIMEOUT seconds.
         """
-        pairs = list(combinations([node for node in self.nodes if node.pid is not None], 2))
-        for node, other in pairs:
-            if not _connected(node, other):
-                node.rpc("addnode", other.p2p_address, "onetry")
-        for node, other in pairs:
-            wait_for(
-                partial(_connected, node, other),
-                CONNECT_TIMEOUT,
-                f"{node.name} to connect to {other.name}",
-                node.log_tail,
-            )
+        running = [node for node in self.nodes if node.pid is not None]
+        running.sort(key=lambda node: node.rpc("getblockcount"), reverse=True)
+        pairs = list(combinations(running, 2))
+        first = len(running) - 1  # so many are the pairs with the first of them
+        _connect_pairs(pairs[:first])
+        _connect_pairs(pairs[first:])
 
     def wait_until_same_tip(self, timeout: float = 60.0) -> str:
         """Wait until all running nodes have the same best block, and return its hash.
@@ -95,11 +94,31 @@ class Network:
             result.result()
 
 
+def _connect_pairs(pairs: Sequence[tuple[Node, Node]]) -> None:
+    for node, other in pairs:
+        if not _either_connected(node, other):
+            node.rpc("addnode", other.p2p_address, "onetry")
+    for node, other in pairs:
+        wait_for(
+            partial(_either_connected, node, other),
+            CONNECT_TIMEOUT,
+            f"{node.name} to connect to {other.name}",
+            node.log_tail,
+        )
+
+
+def _either_connected(node: Node, other: Node) -> bool:
+    return _connected(node, other) or _connected(other, node)
+
+
 def _connected(node: Node, other: Node) -> bool:
-    """Whether `node` has made a connection to `other` and both have said their version."""
-    return any(
-        peer["addr"] == other.p2p_address and "verack" in peer["bytesrecv_per_msg"] for peer in node.rpc("getpeerinfo")
-    )
+    """Whether `node` has made a connection to `other`, and both have the other's verack."""
+    ends = {peer["addrbind"] for peer in _shaken(node) if peer["addr"] == other.p2p_address}
+    return any(peer["addr"] in ends for peer in _shaken(other)) if ends else False
+
+
+def _shaken(node: Node) -> list[dict[str, Any]]:
+    return [peer for peer in node.rpc("getpeerinfo") if "verack" in peer["bytesrecv_per_msg"]]
 
 
 def _tip(node: Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,22 @@ def test_the_rest_still_hear_each_other(bitcoin_network: NetworkFactory) -> None
     network.connect()  # changes nothing
     assert network.wait_until_same_tip() == tip
     assert {len(node.rpc("getpeerinfo")) for node in network.nodes} == {3}
+
+
+def test_nodes_that_lost_their_chain_hear_of_it_though_they_hear_each_other(bitcoin_network: NetworkFactory) -> None:
+    """Each could have only the other to ask for headers, see Network.connect()."""
+    network = bitcoin_network(3)
+    tip = mine(network, 2, 2)
+    network.wait_until_same_tip()
+    for node in network.nodes[:2]:
+        node.kill()  # before it has written its chain to disk
+        node.start()
+        assert node.rpc("getblockcount") == 0
+    network.connect()
+    ends = {peer["addrbind"] for peer in network.nodes[2].rpc("getpeerinfo")}
+    for node in network.nodes[:2]:  # not left to chance, as their synchronisation without this order is
+        assert min(node.rpc("getpeerinfo"), key=itemgetter("id"))["addr"] in ends
+    assert network.wait_until_same_tip() == tip
 
 
 def test_different_tips_are_told_for_each_node(bitcoin_network: NetworkFactory) -> None:
