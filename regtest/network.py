@@ -1,16 +1,16 @@
-"""Several nodes, each connected to every other."""
+"""Several nodes, linked to each other, and what can go wrong between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from traincert.regtest.errors import NodeError
+from traincert.regtest.links import Link, Relay, read_topology
 from traincert.regtest.node import Node, Options, wait_for
 
 CONNECT_TIMEOUT = 30.0  # seconds
@@ -19,15 +19,31 @@ CONNECT_TIMEOUT = 30.0  # seconds
 class Network:
     """`count` nodes with the same options, in `directory`/node0, node1, ...
 
-    Every node is connected to every other, so that whichever of them are stopped the rest still hear each other. As
-    a context manager the network is started on entry and stopped on exit; for `keep` see `Node`.
+    `topology` says which are linked, see `read_topology`; with all links (`full`) the rest still hear each other
+    whichever nodes are stopped. As a context manager the network is started on entry and stopped on exit; for `keep`
+    see `Node`. Nodes are told apart by their peers by their name, which is in their user agent.
     """
 
     def __init__(
-        self, bitcoind: Path, directory: Path, count: int, options: Options | None = None, *, keep: bool = False
+        self,
+        bitcoind: Path,
+        directory: Path,
+        count: int,
+        options: Options | None = None,
+        *,
+        topology: str = "full",
+        keep: bool = False,
     ) -> None:
-        self.nodes = [Node(bitcoind, directory / f"node{i}", options, keep=keep) for i in range(count)]
+        self.directory = directory
+        self.nodes = [
+            Node(bitcoind, directory / f"node{i}", _with_name(options or {}, f"node{i}"), keep=keep)
+            for i in range(count)
+        ]
         self.keep = keep
+        self.links = read_topology(topology, count)
+        self.groups: list[set[int]] = []
+        self.delays: dict[Link, float] = {}
+        self._relays = {link: Relay(directory / "links" / f"{link[0]}-{link[1]}.pid", keep=keep) for link in self.links}
 
     def __enter__(self) -> Self:
         self.start()
@@ -50,24 +66,75 @@ class Network:
             raise
 
     def stop(self) -> None:
-        """Stop all nodes, all at once."""
+        """Stop all nodes, all at once, and what makes links slow."""
         self._for_each(Node.stop)
+        for relay in self._relays.values():
+            relay.stop()
 
     def connect(self) -> None:
-        """Connect every pair of running nodes that is not connected: also after one was restarted.
+        """Connect the nodes that run as the links say, and no others: also after one was restarted.
 
-        The node with the most blocks is connected first, because a node in initial block download (one that was killed
-        may have lost its chain) asks the first peer it meets for headers, and nobody else for the next 15 minutes,
-        even if that one has none either (upstream: net_processing.cpp, fSyncStarted).
+        It goes outward from the node with the most blocks, because a node in initial block download (one that was
+        killed may have lost its chain) asks the first peer it meets for headers, and nobody else for the next 15
+        minutes, even if that one has none either (upstream: net_processing.cpp, fSyncStarted).
 
         Raises WaitTimeoutError if two nodes did not shake hands within CONNECT_TIMEOUT seconds.
         """
-        running = [node for node in self.nodes if node.pid is not None]
-        running.sort(key=lambda node: node.rpc("getblockcount"), reverse=True)
-        pairs = list(combinations(running, 2))
-        first = len(running) - 1  # so many are the pairs with the first of them
-        _connect_pairs(pairs[:first])
-        _connect_pairs(pairs[first:])
+        running = {number for number, node in enumerate(self.nodes) if node.pid is not None and not node.paused}
+        links = [link for link in self.links if running.issuperset(link) and not self.is_cut(link)]
+        self._disconnect(link for link in self.links if running.issuperset(link) and self.is_cut(link))
+        known = set[int]()
+        for first in sorted(running, key=lambda number: int(self.nodes[number].rpc("getblockcount")), reverse=True):
+            layer = {first} - known  # empty, unless nothing leads here from those before
+            while layer:
+                known |= layer
+                outward = [link for link in links if len(known.intersection(link)) == 1]
+                self._connect(outward)
+                layer = set[int]().union(*outward) - known
+        self._connect(links)
+
+    def is_cut(self, link: Link) -> bool:
+        """Whether a partition is between two nodes."""
+        return bool(self.groups) and not any(group.issuperset(link) for group in self.groups)
+
+    def partition(self, groups: Iterable[Iterable[int]]) -> None:
+        """Cut the links between groups of nodes; nodes that are in none are a group of their own together.
+
+        Returns when no node has a peer of another group. Raises NodeError if a node is in two groups.
+        """
+        parts = [set(group) for group in groups]
+        named = [number for group in parts for number in group]
+        if len(named) != len(set(named)):
+            raise NodeError(f"node{next(number for number in named if named.count(number) > 1)} is in two groups")
+        self.groups = [*parts, set(range(len(self.nodes))).difference(named)]
+        self.connect()
+
+    def heal(self) -> None:
+        """End a partition: returns when both ends of every link say that they are connected."""
+        self.groups = []
+        self.connect()
+
+    def delay(self, link: Link, seconds: float) -> None:
+        """Let all that two linked nodes say arrive `seconds` later, each way; 0 undoes it.
+
+        Raises NodeError if they are not linked.
+        """
+        if link not in self.links:
+            raise NodeError(f"node{link[0]} and node{link[1]} are not linked")
+        self.delays.pop(link, None)
+        self._relays[link].stop()
+        if seconds:
+            self.delays[link] = seconds
+        self._disconnect([link])
+        self.connect()
+
+    def set_time(self, time: int | None) -> None:
+        """Let all nodes' clocks stand at a Unix time in seconds, also when they are restarted; None: the real time."""
+        for node in self.nodes:
+            options = {name: value for name, value in node.options.items() if name != "mocktime"}
+            node.options = options if time is None else {**options, "mocktime": str(time)}
+            if node.pid is not None:
+                node.rpc("setmocktime", time or 0)
 
     def wait_until_same_tip(self, timeout: float = 60.0) -> str:
         """Wait until all running nodes have the same best block, and return its hash.
@@ -93,32 +160,69 @@ class Network:
         for result in results:  # only now, when every node has been tried
             result.result()
 
+    def _connect(self, links: Sequence[Link]) -> None:
+        """Connect nodes, and wait until each knows of as many blocks as the other has."""
+        for link in links:
+            self._is_up(link)  # all begin before we wait for one
+        for link in links:
+            node, other = self._ends(link)
+            what = f"{node.name} to connect to {other.name}"
+            wait_for(partial(self._is_up, link), CONNECT_TIMEOUT, what, node.log_tail)
+            what = f"{node.name} and {other.name} to know of the same blocks"
+            wait_for(partial(_know_the_same, node, other), CONNECT_TIMEOUT, what, node.log_tail)
 
-def _connect_pairs(pairs: Sequence[tuple[Node, Node]]) -> None:
-    for node, other in pairs:
-        if not _either_connected(node, other):
-            node.rpc("addnode", other.p2p_address, "onetry")
-    for node, other in pairs:
-        wait_for(
-            partial(_either_connected, node, other),
-            CONNECT_TIMEOUT,
-            f"{node.name} to connect to {other.name}",
-            node.log_tail,
-        )
+    def _is_up(self, link: Link) -> bool:
+        """Whether two nodes are connected; if not, one tries, which it does not while it has an earlier connection."""
+        node, other = self._ends(link)
+        if _connected(node, other):
+            return True
+        address = other.p2p_address
+        if link in self.delays:
+            address = self._relays[link].start(address, self.delays[link])
+        node.rpc("addnode", address, "onetry")
+        return False
+
+    def _ends(self, link: Link) -> tuple[Node, Node]:
+        return self.nodes[link[0]], self.nodes[link[1]]
+
+    def _disconnect(self, links: Iterable[Link]) -> None:
+        for node, other in map(self._ends, links):
+            if node.pid is None or other.pid is None:
+                continue
+            for peer in _peers(node, other):
+                node.rpc("disconnectnode", "", peer["id"])
+            wait_for(
+                partial(_strangers, node, other),
+                CONNECT_TIMEOUT,
+                f"{node.name} and {other.name} to be disconnected",
+            )
 
 
-def _either_connected(node: Node, other: Node) -> bool:
-    return _connected(node, other) or _connected(other, node)
+def _with_name(options: Options, name: str) -> Options:
+    comments = options.get("uacomment", [])
+    return {**options, "uacomment": [name, *([comments] if isinstance(comments, str) else comments)]}
+
+
+def _peers(node: Node, other: Node) -> list[dict[str, Any]]:
+    """The connections that `node` has with `other`."""
+    return [peer for peer in node.rpc("getpeerinfo") if f"({other.name};" in peer["subver"].replace(")", ";")]
+
+
+def _strangers(node: Node, other: Node) -> bool:
+    return not _peers(node, other) and not _peers(other, node)
 
 
 def _connected(node: Node, other: Node) -> bool:
-    """Whether `node` has made a connection to `other`, and both have the other's verack."""
-    ends = {peer["addrbind"] for peer in _shaken(node) if peer["addr"] == other.p2p_address}
-    return any(peer["addr"] in ends for peer in _shaken(other)) if ends else False
+    """Whether both have the other's verack."""
+    return all(
+        any("verack" in peer["bytesrecv_per_msg"] for peer in _peers(one, another))
+        for one, another in ((node, other), (other, node))
+    )
 
 
-def _shaken(node: Node) -> list[dict[str, Any]]:
-    return [peer for peer in node.rpc("getpeerinfo") if "verack" in peer["bytesrecv_per_msg"]]
+def _know_the_same(node: Node, other: Node) -> bool:
+    chains = [each.rpc("getblockchaininfo") for each in (node, other)]
+    return bool(min(chain["headers"] for chain in chains) >= max(chain["blocks"] for chain in chains))
 
 
 def _tip(node: Node) -> str:

@@ -7,18 +7,17 @@ import fcntl
 import logging
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import requests
 
 from traincert.regtest.errors import NodeError, NodeUnreachableError, RpcError, WaitTimeoutError
-from traincert.regtest.processes import bound_to_us
+from traincert.regtest.processes import find_process, is_running, spawn
 
 Options = Mapping[str, str | Sequence[str]]
 """bitcoin.conf options, without the dash: a name and its value, or its values where it may be repeated."""
@@ -37,6 +36,7 @@ DEFAULT_OPTIONS: Options = {
     "fixedseeds": "0",
     "listenonion": "0",
     "natpmp": "0",
+    "peertimeout": "999999999",  # seconds of mock time: a jump of it must not look like peers that fell silent
     "printtoconsole": "0",
 }
 
@@ -51,7 +51,8 @@ class Node:
     manager it is started on entry and stopped on exit.
 
     A node never outlives this Python process, even if that is killed, unless `keep` is set: then leaving the context
-    leaves the node running, its pid in `datadir`/regtest/bitcoind.pid, and `bitcoin-cli ... stop` ends it.
+    leaves the node running, its pid in `datadir`/regtest/bitcoind.pid, `bitcoin-cli ... stop` ends it, and another
+    Node of the same data directory can `attach()` to it.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class Node:
         self.keep = keep
         self.rpc_port = 0  # chosen by start()
         self.p2p_port = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._keeper: ThreadPoolExecutor | None = None
+        self.disk_full = False
+        self._process: psutil.Process | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -97,8 +98,22 @@ class Node:
 
     @property
     def pid(self) -> int | None:
-        """The process id while the node runs."""
-        return self._process.pid if self._process and self._process.poll() is None else None
+        """The process id while the node runs, also while it is paused."""
+        return self._process.pid if self._process and is_running(self._process) else None
+
+    @property
+    def paused(self) -> bool:
+        """Whether the process was stopped by `pause()`."""
+        return self.pid is not None and self._process is not None and self._process.status() == psutil.STATUS_STOPPED
+
+    def attach(self) -> bool:
+        """Take over the node that another Python process started on this data directory and left; whether it runs."""
+        self._process = find_process(self._pid_file, f"-datadir={self.datadir}")
+        conf = self.datadir / "bitcoin.conf"
+        if conf.exists():
+            options = dict(line.split("=", 1) for line in conf.read_text().splitlines() if "=" in line)
+            self.rpc_port, self.p2p_port = int(options["rpcport"]), int(options["port"])
+        return self._process is not None
 
     def start(self) -> None:
         """Start the node and wait until it answers.
@@ -110,6 +125,9 @@ class Node:
         """
         if self.pid is not None:
             return
+        self.kill()  # nothing: it has ended, but may not have been waited for
+        if self.disk_full:
+            raise NodeError(f"{self.name} cannot start: its disk is full")
         self.datadir.mkdir(parents=True, exist_ok=True)
         if datadir_in_use(self.datadir):
             # perhaps a node that was kept: writing its conf anew would cut it off
@@ -135,13 +153,14 @@ class Node:
         """Ask the node to stop and wait for its end; kill it if it takes more than STOP_TIMEOUT seconds."""
         if self._process is None:
             return
-        if self._process.poll() is not None:
-            _logger.warning("%s had ended by itself (%s)", self.name, _ending(self._process.returncode))
+        if self.pid is None:
+            _logger.warning("%s had ended by itself (%s)", self.name, _ending(self._process))
         try:
+            self.resume()
             with contextlib.suppress(NodeError):  # it may be on its way out already; the wait below decides
                 self.rpc("stop")
             self._process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
+        except psutil.TimeoutExpired:
             _logger.warning("%s did not stop within %d s: killed", self.name, STOP_TIMEOUT)
         finally:
             self.kill()
@@ -149,12 +168,40 @@ class Node:
     def kill(self) -> None:
         """End the node at once, as a power failure would."""
         if self._process is not None:
-            self._process.kill()  # harmless if it has ended
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._process.kill()
             self._process.wait()
             self._process = None
-        if self._keeper is not None:
-            self._keeper.shutdown()
-            self._keeper = None
+
+    def pause(self) -> None:
+        """Let the node stand still (SIGSTOP): it keeps its connections, and answers nobody until `resume()`."""
+        self._running().suspend()
+        wait_for(lambda: self.paused, STOP_TIMEOUT, f"{self.name} to stand still")
+
+    def resume(self) -> None:
+        """Let a paused node go on."""
+        if self.paused:
+            self._running().resume()
+
+    def fill_disk(self) -> None:
+        """Let every write of the node fail, as on a full disk, until `free_disk()`: at the next it shuts itself down.
+
+        The file size limit does it (EFBIG instead of ENOSPC), which needs no privilege. Linux only.
+        """
+        self.disk_full = True
+        if self.pid is not None:
+            self._running().rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
+
+    def free_disk(self) -> None:
+        """Undo `fill_disk()`. A node that has shut itself down is not started."""
+        self.disk_full = False
+        if self.pid is not None:
+            self._running().rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+
+    def _running(self) -> psutil.Process:
+        if self._process is None or self.pid is None:
+            raise NodeError(f"{self.name} is not running")
+        return self._process
 
     def restart(self) -> None:
         """Stop the node and start it on the same data."""
@@ -224,30 +271,16 @@ class Node:
         for leftover in (self.cookie_file, self._pid_file):
             leftover.unlink(missing_ok=True)
         command = [str(self.bitcoind), f"-datadir={self.datadir}"]
-        if not self.keep:
-            command = bound_to_us(command, "KILL")
-        # bound_to_us() means the thread that starts the node: it gets one that lives as long, whoever calls start().
-        self._keeper = ThreadPoolExecutor(max_workers=1, thread_name_prefix=self.name)
         try:
-            self._process = self._keeper.submit(self._spawn, command).result()
+            with self._stderr_file.open("wb") as stderr:
+                self._process = spawn(command, keep=self.keep, stderr=stderr)
         except OSError as error:
-            self.kill()
             raise NodeError(f"{self.name}: cannot run {self.bitcoind}: {error.strerror}") from error
-
-    def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
-        with self._stderr_file.open("wb") as stderr:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,  # Ctrl-C in the terminal is for us; we then stop the node in good order
-            )
 
     def _is_ready(self) -> bool:
         """Whether our process, and no other, answers on our RPC port."""
-        if self._process is None or self._process.poll() is not None:
-            ending = _ending(self._process.returncode) if self._process else "not launched"
+        if self._process is None or not is_running(self._process):
+            ending = _ending(self._process) if self._process else "not launched"
             said = self._stderr_file.read_text(errors="replace").strip() or self.log_tail()
             port_taken = "Unable to bind to" in said or "Unable to start HTTP server" in said
             kind = _PortTakenError if port_taken else NodeError
@@ -317,5 +350,8 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _ending(returncode: int) -> str:
-    return f"exit code {returncode}" if returncode >= 0 else f"killed by {signal.Signals(-returncode).name}"
+def _ending(process: psutil.Process) -> str:
+    code = process.wait()  # psutil: None where it was no child of ours, a negative signal number as subprocess has it
+    if code is None:
+        return "exit code not known"
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from operator import itemgetter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from traincert.regtest.errors import NodeError, WaitTimeoutError
+from traincert.regtest.links import read_topology
 from traincert.regtest.network import Network
+from traincert.regtest.node import wait_for
 from traincert.regtest.plugin import NetworkFactory
 
 
@@ -51,9 +56,8 @@ def test_nodes_that_lost_their_chain_hear_of_it_though_they_hear_each_other(bitc
         node.start()
         assert node.rpc("getblockcount") == 0
     network.connect()
-    ends = {peer["addrbind"] for peer in network.nodes[2].rpc("getpeerinfo")}
     for node in network.nodes[:2]:  # not left to chance, as their synchronisation without this order is
-        assert min(node.rpc("getpeerinfo"), key=itemgetter("id"))["addr"] in ends
+        assert "(node2)" in min(node.rpc("getpeerinfo"), key=itemgetter("id"))["subver"]
     assert network.wait_until_same_tip() == tip
 
 
@@ -84,3 +88,111 @@ def test_options_go_to_every_node(node_programs: Path, tmp_path: Path) -> None:
 def test_network_with_no_node_running_has_no_tip(node_programs: Path, tmp_path: Path) -> None:
     with pytest.raises(NodeError, match="no node of the network is running"):
         Network(node_programs / "bitcoind", tmp_path, 2).wait_until_same_tip()
+
+
+def peers(network: Network) -> list[set[str]]:
+    """The names of each node's peers."""
+    return [{peer["subver"].split("(")[1][:-2] for peer in node.rpc("getpeerinfo")} for node in network.nodes]
+
+
+def test_topology_says_who_is_linked(node_programs: Path, tmp_path: Path) -> None:
+    with Network(node_programs / "bitcoind", tmp_path, 4, topology="line") as network:
+        assert peers(network) == [{"node1"}, {"node0", "node2"}, {"node1", "node3"}, {"node2"}]
+        assert mine(network, 0, 1) == network.wait_until_same_tip()
+
+
+def test_partition_cuts_and_its_end_joins(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(3)
+    network.partition([{0, 1}])
+    assert peers(network) == [{"node1"}, {"node0"}, set()]
+    ours, theirs = mine(network, 0, 1), mine(network, 2, 2)
+    assert network.nodes[1].rpc("waitforblock", ours, 30_000)["hash"] == ours
+    network.nodes[1].restart()
+    network.connect()  # the partition goes on
+    assert peers(network) == [{"node1"}, {"node0"}, set()]
+    network.heal()
+    assert peers(network) == [{"node1", "node2"}, {"node0", "node2"}, {"node0", "node1"}]
+    assert network.wait_until_same_tip() == theirs
+
+
+def test_node_in_two_groups_is_refused(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(3)
+    with pytest.raises(NodeError, match="node1 is in two groups"):
+        network.partition([{0, 1}, {1, 2}])
+    assert peers(network) == [{"node1", "node2"}, {"node0", "node2"}, {"node0", "node1"}]
+
+
+def test_delay_makes_a_link_late_until_it_is_undone(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(2)
+    network.delay((0, 1), 0.2)
+    assert least_ping(network) > 0.4
+    assert mine(network, 0, 50) == network.wait_until_same_tip()
+    network.nodes[1].restart()  # comes back with the same delay
+    network.connect()
+    assert least_ping(network) > 0.4
+    network.delay((0, 1), 0)
+    assert least_ping(network) < 0.4
+    assert list((network.directory / "links").glob("*.pid")) == []
+    with pytest.raises(NodeError, match="node0 and node5 are not linked"):
+        network.delay((0, 5), 1)
+
+
+def least_ping(network: Network) -> float:
+    """Seconds there and back between the first two nodes."""
+    (peer,) = network.nodes[0].rpc("getpeerinfo")
+    wait_for(lambda: "minping" in network.nodes[0].rpc("getpeerinfo")[0], 30, "a ping")
+    (peer,) = network.nodes[0].rpc("getpeerinfo")
+    return float(peer["minping"])
+
+
+def test_relays_end_with_us(node_programs: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from traincert.regtest import Network; "
+        "network = Network(Path(sys.argv[1]), Path(sys.argv[2]), 2); network.start(); network.delay((0, 1), 0.01); "
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(node_programs / "bitcoind"), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"ready\n"
+        pid = int((tmp_path / "links/0-1.pid").read_text())
+        assert psutil.pid_exists(pid)
+        holder.kill()
+    wait_for(lambda: not psutil.pid_exists(pid), 30, "the relay to end")
+
+
+def test_time_is_the_same_for_all_and_survives_a_restart(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(2)
+    time = 1_900_000_000
+    network.set_time(time)
+    mine(network, 0, 1)
+    network.wait_until_same_tip()
+    network.nodes[1].restart()  # it would not take a block of the future at its real time
+    assert [node.rpc("getblockheader", node.rpc("getbestblockhash"))["time"] for node in network.nodes] == [time] * 2
+    network.set_time(None)
+    assert network.nodes[0].rpc("logging") is not None
+    assert all("mocktime" not in node.options for node in network.nodes)
+
+
+@pytest.mark.parametrize(
+    ("text", "links"),
+    [("0 1\n\n2 1  # back\n0 1\n", [(0, 1), (1, 2)]), ("", [])],
+)
+def test_topology_file(text: str, links: list[tuple[int, int]], tmp_path: Path) -> None:
+    (tmp_path / "links").write_text(text)
+    assert read_topology(str(tmp_path / "links"), 3) == links
+
+
+@pytest.mark.parametrize("line", ["0", "0 0", "0 3", "a b", "0 1 2", "-1 0"])
+def test_line_of_a_topology_file_that_makes_no_sense_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "links").write_text(f"0 1\n{line}\n")
+    with pytest.raises(NodeError, match=rf"links, line 2: '{line}' is not the numbers of two nodes, from 0 to 2"):
+        read_topology(str(tmp_path / "links"), 3)
+
+
+def test_topologies() -> None:
+    assert read_topology("line", 3) == [(0, 1), (1, 2)]
+    assert read_topology("ring", 3) == [(0, 1), (0, 2), (1, 2)]
+    assert read_topology("ring", 2) == read_topology("full", 2) == [(0, 1)]
+    with pytest.raises(NodeError, match="topology star is none of full, line and ring, and no file"):
+        read_topology("star", 3)

@@ -104,10 +104,83 @@ def test_node_that_does_not_stop_is_killed(
     assert pid is not None
     monkeypatch.setattr(node_module, "STOP_TIMEOUT", 1)
     monkeypatch.setattr(node_module, "RPC_TIMEOUT", 1)
-    os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(Node, "resume", lambda _: None)
+    bitcoind.pause()
     bitcoind.stop()
     assert caplog.messages == ["node0 did not stop within 1 s: killed"]
     assert not running(pid)
+
+
+def test_paused_node_answers_nobody_until_it_goes_on(bitcoind: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    bitcoind.pause()
+    assert bitcoind.paused
+    with monkeypatch.context() as patch:
+        patch.setattr(node_module, "RPC_TIMEOUT", 0.3)
+        with pytest.raises(NodeUnreachableError, match=r"node0 at .*: getblockcount: .*timed out"):
+            bitcoind.rpc("getblockcount")
+    bitcoind.resume()
+    bitcoind.resume()
+    assert not bitcoind.paused
+    assert bitcoind.rpc("getblockcount") == 0
+    bitcoind.pause()
+    pid = bitcoind.pid
+    bitcoind.stop()  # in good order
+    assert pid is not None
+    assert not running(pid)
+    assert bitcoind.log_tail(1).endswith("Shutdown done")
+    with pytest.raises(NodeError, match="node0 is not running"):
+        bitcoind.pause()
+
+
+def test_node_whose_disk_is_full_ends_and_keeps_what_it_had(bitcoind: Node) -> None:
+    bitcoind.rpc("generatetodescriptor", 3, "raw(51)")
+    bitcoind.restart()
+    bitcoind.fill_disk()
+    with pytest.raises(NodeError):
+        bitcoind.rpc("generatetodescriptor", 1, "raw(51)")
+    wait_for(lambda: bitcoind.pid is None, 30, "the node to end")
+    with pytest.raises(NodeError, match="node0 cannot start: its disk is full"):
+        bitcoind.start()
+    bitcoind.free_disk()
+    bitcoind.start()
+    assert bitcoind.rpc("getblockcount") == 3
+
+
+def test_disk_that_is_freed_in_time_does_no_harm(bitcoind: Node) -> None:
+    bitcoind.fill_disk()
+    bitcoind.free_disk()
+    assert len(bitcoind.rpc("generatetodescriptor", 1, "raw(51)")) == 1
+
+
+def test_kept_node_is_taken_over_by_its_data_directory(node: Node) -> None:
+    command = [sys.executable, "-c", HOLD_NODE, str(node.bitcoind), str(node.datadir), "keep"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        pid = int(holder.stdout.readline())
+        holder.kill()
+    assert node.attach()
+    assert node.pid == pid
+    assert node.rpc("getblockcount") == 0
+    node.stop()
+    assert not running(pid)
+    assert not node.attach()
+
+
+@pytest.mark.parametrize("fault", ["another program", "an earlier file"])
+def test_stranger_with_the_nodes_process_id_is_not_taken_for_it(fault: str, node: Node) -> None:
+    """As after a crash or a reboot: the pid file is there, and its number has been given to somebody else."""
+    datadir = f"-datadir={node.datadir}" if fault == "an earlier file" else "-datadir=/nowhere"
+    with subprocess.Popen([sys.executable, "-c", "input()", datadir], stdin=subprocess.PIPE) as stranger:
+        pid_file = node.chain_dir / "bitcoind.pid"
+        pid_file.parent.mkdir(parents=True)
+        pid_file.write_text(f"{stranger.pid}\n")
+        if fault == "an earlier file":
+            os.utime(pid_file, (0, 0))
+        assert not node.attach()
+        node.stop()
+        node.kill()
+        assert stranger.poll() is None
+        stranger.communicate(b"\n")
 
 
 def test_errors_of_the_node_carry_code_and_method(bitcoind: Node) -> None:

@@ -1,0 +1,83 @@
+"""Which nodes are linked to which, and links that are slow."""
+
+from __future__ import annotations
+
+import sys
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import psutil
+
+from traincert.regtest import relay
+from traincert.regtest.errors import NodeError
+from traincert.regtest.node import wait_for
+from traincert.regtest.processes import find_process, spawn
+
+Link = tuple[int, int]
+"""The numbers of two nodes, the lower one first: it makes the connection."""
+
+RELAY_TIMEOUT = 30.0  # seconds for a relay to start
+
+
+def read_topology(topology: str, count: int) -> list[Link]:
+    """Return the links of `count` nodes: `full` (all), `line`, `ring`, or a file with the numbers of two nodes a line.
+
+    Raises NodeError for a file that cannot be read, or says something else.
+    """
+    if topology == "full":
+        return list(combinations(range(count), 2))
+    if topology in ("line", "ring"):
+        neighbours = list(pairwise(range(count)))
+        return sorted([*neighbours, (0, count - 1)]) if topology == "ring" and count > 2 else neighbours
+    try:
+        lines = Path(topology).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NodeError(
+            f"topology {topology} is none of full, line and ring, and no file to be read: {error}"
+        ) from None
+    links = set()
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        numbers = sorted(int(word) for word in words if word.isdecimal() and int(word) < count)
+        if len(words) != 2 or len(set(numbers)) != 2:
+            raise NodeError(
+                f"{topology}, line {number}: {line!r} is not the numbers of two nodes, from 0 to {count - 1}"
+            )
+        links.add((numbers[0], numbers[1]))
+    return sorted(links)
+
+
+class Relay:
+    """A relay process, which makes one link slow. It does not outlive us, unless `keep` is set."""
+
+    def __init__(self, pid_file: Path, *, keep: bool) -> None:
+        self._pid_file = pid_file.absolute()
+        self._keep = keep
+        self._process: psutil.Process | None = None
+
+    def start(self, target: str, seconds: float, host: str = "127.0.0.1") -> str:
+        """Make sure that a relay runs which leads to `target` and is late by `seconds`; the host:port to connect to."""
+        arguments = [str(self._pid_file), host, target, str(seconds)]
+        process = self._find()
+        if process is not None and process.cmdline()[-len(arguments) :] != arguments:
+            self.stop()
+            process = None
+        if process is None:
+            self._pid_file.parent.mkdir(exist_ok=True)
+            self._process = spawn([sys.executable, str(Path(relay.__file__)), *arguments], keep=self._keep)
+            wait_for(self._find, RELAY_TIMEOUT, f"the relay to {target} to start")
+        return f"{host}:{self._pid_file.with_suffix('.port').read_text()}"
+
+    def stop(self) -> None:
+        """End the relay, if there is one, and its connections with it."""
+        process = self._process or self._find()
+        if process is not None:
+            process.kill()
+            process.wait()
+        self._process = None
+        self._pid_file.unlink(missing_ok=True)
+
+    def _find(self) -> psutil.Process | None:
+        return find_process(self._pid_file, str(self._pid_file))
