@@ -13,8 +13,10 @@ from typing import Any
 import click
 
 from traincert.bridge.errors import BridgeError, NodeUnreachableError
+from traincert.bridge.network_cli import network
+from traincert.bridge.view import show_build
 from traincert.regtest import errors as regtest_errors
-from traincert.regtest.build import PATCHED, NodeKind, build_node, node_folder
+from traincert.regtest.build import NodeKind, node_folder
 from traincert.trainer.errors import TrainerError
 
 EXIT_CODES = """
@@ -26,6 +28,9 @@ Exit codes: 0 done, 1 failed or a claim was not true, 2 wrong usage, 3 node unre
 @click.version_option(package_name="traincert")
 def cli() -> None:
     """A Bitcoin regtest chain whose blocks are earned by training a model."""
+
+
+cli.add_command(network)
 
 
 def main() -> None:
@@ -76,7 +81,7 @@ def which_node(command: Callable[..., None]) -> Callable[..., None]:
 @which_node
 def node_build(kind: NodeKind) -> None:
     """Fetch, patch and build bitcoind and bitcoin-cli, unless the cache has them."""
-    click.echo(_build(kind) / "bin")
+    click.echo(show_build(kind) / "bin")
 
 
 @node.command("path")
@@ -90,13 +95,6 @@ def node_path(kind: NodeKind, as_json: bool) -> None:
             f"the node is not built yet, {programs} is missing: run traincert node build, with the same options"
         )
     click.echo(json.dumps({"path": str(programs)}) if as_json else programs)
-
-
-def _build(kind: NodeKind = PATCHED) -> Path:
-    from traincert.bridge.view import BuildView
-
-    with BuildView() as view:
-        return build_node(kind, view.update)
 
 
 @cli.command()
@@ -237,7 +235,7 @@ def demo(
     data: Path, cycles: int, miners: int, nodes: int, seed: int, round_seconds: int, keep: bool, compat_pow: bool
 ) -> None:
     """Run a training network on this machine, and check what it is said to do."""
-    programs = _build() / "bin"
+    programs = show_build() / "bin"
     # torch, matplotlib and scikit-learn take seconds to import: not before they are needed
     from traincert.bridge.demo import PICTURE, Plan, run_demo
     from traincert.bridge.view import CyclesView, chain_table, print_claims, stdout_console

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,10 +14,13 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from traincert.regtest.build import PATCHED, NodeKind, build_node
+
 if TYPE_CHECKING:
     from traincert.bridge.certificate import Certificate
     from traincert.bridge.chain import CertifiedBlock
     from traincert.bridge.coordinator import ClosedSlot
+    from traincert.regtest.lasting import NodeStatus
 
 PIPE_WIDTH = 180  # columns where the output is no terminal: wide enough that no line is folded
 
@@ -58,6 +63,12 @@ class BuildView:
             if line != self._said:
                 self._console.print(line)
                 self._said = line
+
+
+def show_build(kind: NodeKind = PATCHED) -> Path:
+    """Build a node, unless the cache has it, with progress shown; its folder."""
+    with BuildView() as view:
+        return build_node(kind, view.update)
 
 
 class _LiveTable:
@@ -180,6 +191,19 @@ def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | No
             block.hash,
         )
         total = certificate.contributions_weight  # what the next winner is drawn from
+    return table
+
+
+def status_table(status: Iterable[NodeStatus], time: int | None) -> Table:
+    """Return a table with a row a node."""
+    title = None if time is None else f"all clocks stand at {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    table = Table(box=None, title=title, title_justify="left")
+    for name in ("node", "state", "pid", "RPC port", "height", "tip", "peers", "faults"):
+        table.add_column(name, justify="right" if name in ("pid", "RPC port", "height") else "left")
+    for node in status:
+        numbers = ("" if number is None else str(number) for number in (node.pid, node.rpc_port, node.height))
+        peers, faults = " ".join(node.peers or []), "; ".join(node.faults)
+        table.add_row(node.name, node.state, *numbers, (node.tip or "")[:16], peers, faults)
     return table
 
 

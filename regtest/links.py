@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -19,11 +20,15 @@ Link = tuple[int, int]
 RELAY_TIMEOUT = 30.0  # seconds for a relay to start
 
 
-def read_topology(topology: str, count: int) -> list[Link]:
+def read_topology(topology: str | Sequence[Link], count: int) -> list[Link]:
     """Return the links of `count` nodes: `full` (all), `line`, `ring`, or a file with the numbers of two nodes a line.
+
+    Links are returned as they are.
 
     Raises NodeError for a file that cannot be read, or says something else.
     """
+    if not isinstance(topology, str):
+        return list(topology)
     if topology == "full":
         return list(combinations(range(count), 2))
     if topology in ("line", "ring"):

@@ -31,7 +31,7 @@ class Network:
         count: int,
         options: Options | None = None,
         *,
-        topology: str = "full",
+        topology: str | Sequence[Link] = "full",
         keep: bool = False,
     ) -> None:
         self.directory = directory
@@ -128,21 +128,35 @@ class Network:
         self._disconnect([link])
         self.connect()
 
+    @property
+    def time(self) -> int | None:
+        """The Unix time in seconds at which all clocks stand, if it is not the real one."""
+        time = self.nodes[0].options.get("mocktime")
+        return int(time) if isinstance(time, str) else None
+
     def set_time(self, time: int | None) -> None:
         """Let all nodes' clocks stand at a Unix time in seconds, also when they are restarted; None: the real time."""
+        self._set_clock(time)
+        for node in self.nodes:
+            if node.pid is not None and not node.paused:
+                node.rpc("setmocktime", time or 0)
+
+    def _set_clock(self, time: int | None) -> None:
         for node in self.nodes:
             options = {name: value for name, value in node.options.items() if name != "mocktime"}
             node.options = options if time is None else {**options, "mocktime": str(time)}
-            if node.pid is not None:
-                node.rpc("setmocktime", time or 0)
+
+    def peers(self, number: int) -> list[str]:
+        """Return the names of the nodes that a node is connected to."""
+        return [other.name for other in self.nodes if _peers(self.nodes[number], other)]
 
     def wait_until_same_tip(self, timeout: float = 60.0) -> str:
-        """Wait until all running nodes have the same best block, and return its hash.
+        """Wait until all nodes that run, and are not paused, have the same best block, and return its hash.
 
         Raises WaitTimeoutError if they had not within `timeout` seconds, with each node's height and tip, and NodeError
         if a node stopped answering.
         """
-        nodes = [node for node in self.nodes if node.pid is not None]
+        nodes = [node for node in self.nodes if node.pid is not None and not node.paused]
         if not nodes:
             raise NodeError("no node of the network is running")
         tips: list[str] = []

@@ -102,6 +102,11 @@ class Node:
         return self._process.pid if self._process and is_running(self._process) else None
 
     @property
+    def died(self) -> bool:
+        """Whether the node ended without a shutdown of its own."""
+        return self.pid is None and self._pid_file.exists()
+
+    @property
     def paused(self) -> bool:
         """Whether the process was stopped by `pause()`."""
         return self.pid is not None and self._process is not None and self._process.status() == psutil.STATUS_STOPPED
@@ -208,8 +213,8 @@ class Node:
         self.stop()
         self.start()
 
-    def rpc(self, method: str, *params: object) -> Any:
-        """Call an RPC method and return its result, as JSON has it.
+    def rpc(self, method: str, *params: object, wallet: str | None = None) -> Any:
+        """Call an RPC method, of a wallet if one is named, and return its result, as JSON has it.
 
         Raises RpcError with the node's own error, and NodeUnreachableError if there is no connection, no answer within
         RPC_TIMEOUT seconds, or not the node's answer.
@@ -222,7 +227,7 @@ class Node:
             with requests.Session() as session:
                 session.trust_env = False  # a proxy from the environment has no business here
                 response = session.post(
-                    self.rpc_url,
+                    self.rpc_url if wallet is None else f"{self.rpc_url}/wallet/{wallet}",
                     json={"id": 0, "method": method, "params": params},
                     auth=(user, password),
                     timeout=RPC_TIMEOUT,

@@ -19,9 +19,9 @@ ORDER = {
     ),
     "bridge": (
         "errors codec params lottery certificate beacon keys node block producer journal coordinator chain picture "
-        "demo view cli"
+        "demo view network_cli cli"
     ),
-    "regtest": "errors processes source build node relay links network plugin",
+    "regtest": "errors processes source build node relay links network lasting faucet plugin",
 }
 
 

@@ -1,0 +1,362 @@
+"""The commands `traincert network ...`: a network of nodes that stays until it is taken down."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shlex
+import signal
+import time as clock
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import click
+
+from traincert.bridge.errors import BridgeError
+from traincert.bridge.view import show_build, status_table, stdout_console
+from traincert.regtest.faucet import Faucet
+from traincert.regtest.lasting import LastingNetwork, status_json
+from traincert.regtest.node import Node
+
+DEFAULT_FOLDER = Path("network")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
+
+
+@click.group()
+def network() -> None:
+    """A network of nodes on this machine, which stays until it is taken down.
+
+    NODE is a node's name or number: node0 or 0.
+    """
+
+
+def in_folder(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option --dir."""
+    return click.option(
+        "--dir",
+        "folder",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=DEFAULT_FOLDER,
+        show_default=True,
+        help="The network's folder.",
+    )(command)
+
+
+def changes_network(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the network in --dir, which it may change."""
+
+    @in_folder
+    @functools.wraps(command)
+    def with_network(folder: Path, **others: Any) -> None:
+        with LastingNetwork.opened(folder) as opened:
+            command(opened, **others)
+
+    return with_network
+
+
+def one_node(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the network and the number of one of its nodes."""
+
+    @click.argument("node")
+    @changes_network
+    @functools.wraps(command)
+    def with_node(network: LastingNetwork, node: str, **others: Any) -> None:
+        command(network, _number(network, node), **others)
+
+    return with_node
+
+
+@network.command("up")
+@in_folder
+@click.option("--nodes", "count", type=click.IntRange(1, 50), default=3, show_default=True, help="Nodes.")
+@click.option(
+    "--bitcoind",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The bitcoind to run, bitcoin-cli beside it.  [default: the one built by traincert node build]",
+)
+@click.option(
+    "--topology",
+    default="full",
+    show_default=True,
+    help="Who is linked to whom: line, ring, full, or a file with the numbers of two nodes on each line.",
+)
+@click.option("--fees", is_flag=True, help="Pay fees in some blocks first, so that estimatesmartfee answers.")
+def up(folder: Path, count: int, bitcoind: Path | None, topology: str, fees: bool) -> None:
+    """Make a network and start it."""
+    program = bitcoind or show_build() / "bin" / "bitcoind"
+    made = LastingNetwork.create(program, folder, count, {}, topology)
+    try:
+        made.start()
+        _leave_initial_download(made)
+        if fees:
+            _faucet(made).make_fee_history()
+        made.save()
+    except BaseException:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
+        made.down()
+        raise
+    stdout_console().print(status_table(made.status(), made.time))
+    option = "" if folder == DEFAULT_FOLDER else f" --dir {shlex.quote(str(folder))}"
+    click.echo(f"\nTalk to it:   traincert network cli{option} node0 getblockchaininfo")
+    click.echo(f"Take it down: traincert network down{option}")
+
+
+@network.command("down")
+@changes_network
+def down(network: LastingNetwork) -> None:
+    """End the network and remove it, with all its data."""
+    network.down()
+
+
+@network.command("status")
+@in_folder
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(folder: Path, as_json: bool) -> None:
+    """Show the nodes, and what was done to them."""
+    loaded = LastingNetwork.load(folder)
+    if as_json:
+        click.echo(json.dumps({"time": loaded.time, "nodes": status_json(loaded.status())}, indent=2))
+    else:
+        stdout_console().print(status_table(loaded.status(), loaded.time))
+
+
+@network.command("start")
+@click.argument("nodes", nargs=-1, metavar="[NODE]...")
+@changes_network
+def start(network: LastingNetwork, nodes: Sequence[str]) -> None:
+    """Start nodes, all if none is named, and connect them."""
+    for node in _chosen(network, nodes):
+        node.start()
+    network.connect()
+    _leave_initial_download(network)
+
+
+@network.command("stop")
+@click.argument("nodes", nargs=-1, metavar="[NODE]...")
+@changes_network
+def stop(network: LastingNetwork, nodes: Sequence[str]) -> None:
+    """Stop nodes in good order, all if none is named."""
+    if nodes:
+        for node in _chosen(network, nodes):
+            node.stop()
+    else:
+        network.stop()
+
+
+@network.command("logs")
+@in_folder
+@click.option("-f", "--follow", is_flag=True, help="Go on as they grow.")
+@click.argument("nodes", nargs=-1, metavar="[NODE]...")
+def logs(folder: Path, follow: bool, nodes: Sequence[str]) -> None:
+    """Show the end of the nodes' debug.log."""
+    files = [str(node.chain_dir / "debug.log") for node in _chosen(LastingNetwork.load(folder), nodes)]
+    command = ["tail", "-n", "20", *(["-F"] if follow else []), "--", *files]
+    os.execvp(command[0], command)  # noqa: S606 - the user's own tail, and no shell
+
+
+@network.command("cli", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@in_folder
+@click.argument("node")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="ARG...")
+def cli(folder: Path, node: str, arguments: Sequence[str]) -> None:
+    """Run bitcoin-cli on a node."""
+    loaded = LastingNetwork.load(folder)
+    command = _bitcoin_cli(loaded.nodes[_number(loaded, node)])
+    try:
+        os.execv(command[0], [*command, *arguments])  # noqa: S606 - no shell
+    except OSError as error:
+        raise BridgeError(f"cannot run {command[0]}: {error.strerror}") from error
+
+
+@network.command("env")
+@in_folder
+def env(folder: Path) -> None:
+    """Print shell functions to talk to the nodes, for eval: node0 getblockcount."""
+    for node in LastingNetwork.load(folder).nodes:
+        click.echo(f'{node.name}() {{ {shlex.join(_bitcoin_cli(node))} "$@"; }}')
+
+
+@network.command("snapshot")
+@click.argument("name")
+@changes_network
+def snapshot(network: LastingNetwork, name: str) -> None:
+    """Keep a copy of everything under a name; nodes are stopped for it and started again."""
+    network.snapshot(name)
+
+
+@network.command("restore")
+@click.argument("name")
+@changes_network
+def restore(network: LastingNetwork, name: str) -> None:
+    """Make everything as it was at a snapshot, and start all nodes."""
+    network.restore(name)
+
+
+@network.command("time")
+@click.argument("when")
+@changes_network
+def time(network: LastingNetwork, when: str) -> None:
+    """Set all nodes' clocks, and let them stand.
+
+    WHEN is how much later (+90s, +30m, +1h, +2d, +1w), a moment (2030-01-01, 2030-01-01T12:00; UTC), or `real` to let
+    them go again as the machine's does.
+    """
+    network.set_time(_moment(when, network.time))
+
+
+@network.command("mine")
+@click.argument("count", type=click.IntRange(1, 10_000))
+@changes_network
+def mine(network: LastingNetwork, count: int) -> None:
+    """Make blocks on the first node, which pay the faucet, a wallet of it."""
+    _faucet(network).mine(count)
+    click.echo(network.nodes[0].rpc("getbestblockhash"))
+
+
+@network.command("fund")
+@click.argument("address")
+@click.argument("amount")
+@changes_network
+def fund(network: LastingNetwork, address: str, amount: str) -> None:
+    """Pay an amount, in BTC, from the faucet, and confirm it; the txid is printed."""
+    try:
+        btc = Decimal(amount)
+    except InvalidOperation:
+        btc = Decimal(0)
+    if not Decimal("0.00001") <= btc <= 21_000_000:
+        raise click.BadParameter(f"{amount} is no amount of BTC", param_hint="AMOUNT")
+    click.echo(_faucet(network).fund(address, btc))
+
+
+@network.command("kill")
+@one_node
+def kill(network: LastingNetwork, node: int) -> None:
+    """End a node as a power failure would; `start` is the opposite."""
+    network.nodes[node].kill()
+
+
+@network.command("pause")
+@one_node
+def pause(network: LastingNetwork, node: int) -> None:
+    """Let a node stand still, its connections open; `resume` is the opposite."""
+    network.nodes[node].pause()
+
+
+@network.command("resume")
+@one_node
+def resume(network: LastingNetwork, node: int) -> None:
+    """Let a paused node go on."""
+    network.nodes[node].resume()
+    network.set_time(network.time)  # it may have missed a change
+    network.connect()
+
+
+@network.command("partition")
+@click.argument("groups")
+@changes_network
+def partition(network: LastingNetwork, groups: str) -> None:
+    """Cut the links between groups of nodes, as in node0,node1|node2; `heal` is the opposite.
+
+    Nodes that are in no group are one together.
+    """
+    network.partition([[_number(network, node) for node in group.split(",")] for group in groups.split("|")])
+
+
+@network.command("heal")
+@changes_network
+def heal(network: LastingNetwork) -> None:
+    """End a partition; returns when all nodes are connected again."""
+    network.heal()
+
+
+@network.command("delay")
+@click.argument("node")
+@click.argument("other")
+@click.argument("duration")
+@changes_network
+def delay(network: LastingNetwork, node: str, other: str, duration: str) -> None:
+    """Let all that two nodes say to each other arrive later, as in 200ms or 1.5s; 0 is the opposite."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)|0", duration)
+    if not match:
+        raise click.BadParameter(f"{duration} is no duration such as 200ms, 1.5s or 0", param_hint="DURATION")
+    seconds = float(match[1] or 0) / (1000 if match[2] == "ms" else 1)
+    a, b = sorted((_number(network, node), _number(network, other)))
+    network.delay((a, b), seconds)
+
+
+@network.command("disk-full")
+@one_node
+def disk_full(network: LastingNetwork, node: int) -> None:
+    """Let all that a node writes fail, as on a full disk; `disk-free` is the opposite."""
+    network.nodes[node].fill_disk()
+
+
+@network.command("disk-free")
+@one_node
+def disk_free(network: LastingNetwork, node: int) -> None:
+    """Undo `disk-full`."""
+    network.nodes[node].free_disk()
+
+
+@network.command("corrupt")
+@one_node
+def corrupt(network: LastingNetwork, node: int) -> None:
+    """Flip a byte of the last block in a node's block files; `repair` is the opposite."""
+    network.corrupt(node)
+
+
+@network.command("repair")
+@one_node
+def repair(network: LastingNetwork, node: int) -> None:
+    """Undo `corrupt`."""
+    network.repair(node)
+
+
+def _number(network: LastingNetwork, node: str) -> int:
+    for number, each in enumerate(network.nodes):
+        if node in (str(number), each.name):
+            return number
+    raise BridgeError(f"there is no node {node}: there are node0 to node{len(network.nodes) - 1}")
+
+
+def _chosen(network: LastingNetwork, nodes: Sequence[str]) -> list[Node]:
+    return [network.nodes[_number(network, node)] for node in nodes] if nodes else network.nodes
+
+
+def _bitcoin_cli(node: Node) -> list[str]:
+    return [str(node.bitcoind.with_name("bitcoin-cli")), f"-datadir={node.datadir}"]
+
+
+def _faucet(network: LastingNetwork) -> Faucet:
+    return Faucet(network, lambda count, address: _mine(network, count, address))
+
+
+def _mine(network: LastingNetwork, count: int, address: str) -> None:
+    network.nodes[0].rpc("generatetoaddress", count, address)
+
+
+def _leave_initial_download(network: LastingNetwork) -> None:
+    """Make a block if nodes wait for a recent one: until then they give their peers and wallets no transactions."""
+    running = [node for node in network.nodes if node.pid is not None and not node.paused]
+    if any(node.rpc("getblockchaininfo")["initialblockdownload"] for node in running):
+        _faucet(network).mine(1)
+        network.wait_until_same_tip()
+
+
+def _moment(when: str, now: int | None) -> int | None:
+    """Read WHEN: a Unix time in seconds."""
+    if when == "real":
+        return None
+    later = re.fullmatch(r"\+(\d+)([smhdw])", when)
+    if later:
+        return (int(clock.time()) if now is None else now) + int(later[1]) * _UNITS[later[2]]
+    try:
+        moment = datetime.fromisoformat(when)
+    except ValueError:
+        raise click.BadParameter(f"{when} is none of +1h, 2030-01-01 and real", param_hint="WHEN") from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())

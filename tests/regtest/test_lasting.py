@@ -1,0 +1,200 @@
+"""Networks that outlive whoever made them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from traincert.regtest.errors import NodeError
+from traincert.regtest.faucet import Faucet
+from traincert.regtest.lasting import LastingNetwork
+from traincert.regtest.node import wait_for
+
+
+@pytest.fixture
+def network(node_programs: Path, tmp_path: Path) -> Iterator[LastingNetwork]:
+    network = LastingNetwork.create(node_programs / "bitcoind", tmp_path / "network", 2, {}, "full")
+    try:
+        network.start()
+        yield network
+    finally:
+        if network.directory.exists():
+            network.down()
+
+
+def mine(network: LastingNetwork, count: int) -> None:
+    network.nodes[0].rpc("generatetodescriptor", count, "raw(51)")
+    network.wait_until_same_tip()
+
+
+def height(network: LastingNetwork) -> list[int]:
+    return [node.rpc("getblockcount") for node in network.nodes]
+
+
+def test_another_process_finds_everything_again(network: LastingNetwork) -> None:
+    with LastingNetwork.opened(network.directory) as opened:
+        opened.partition([[0], [1]])
+        opened.delay((0, 1), 0.05)
+        opened.set_time(1_900_000_000)
+        opened.nodes[1].pause()
+        opened.nodes[0].fill_disk()
+    found = LastingNetwork.load(network.directory)
+    assert [node.pid for node in found.nodes] == [node.pid for node in network.nodes]
+    assert [node.rpc_port for node in found.nodes] == [node.rpc_port for node in network.nodes]
+    assert (found.groups, found.delays, found.time) == ([{0}, {1}, set()], {(0, 1): 0.05}, 1_900_000_000)
+    assert [(node.state, node.faults) for node in found.status()] == [
+        ("running", ["cut off from node1", "node1 50 ms late", "disk full"]),
+        ("paused", ["cut off from node0", "node0 50 ms late"]),
+    ]
+    with LastingNetwork.opened(network.directory) as opened:
+        opened.nodes[1].resume()
+        opened.nodes[0].free_disk()
+        opened.delay((0, 1), 0)
+        opened.heal()
+        opened.set_time(None)
+    assert [(node.state, node.peers, node.faults) for node in LastingNetwork.load(network.directory).status()] == [
+        ("running", ["node1"], []),
+        ("running", ["node0"], []),
+    ]
+
+
+def test_status_tells_how_a_node_ended(network: LastingNetwork) -> None:
+    network.nodes[0].kill()
+    network.nodes[1].stop()
+    assert [(node.state, node.height) for node in network.status()] == [("died", None), ("stopped", None)]
+
+
+def test_snapshot_brings_back_blocks_and_faults(network: LastingNetwork) -> None:
+    mine(network, 3)
+    network.delay((0, 1), 0.01)
+    network.snapshot("three")
+    assert height(network) == [3, 3]
+    network.delay((0, 1), 0)
+    mine(network, 2)
+    network.corrupt(1)
+    network.nodes[1].kill()
+    network.restore("three")
+    network.restore("three")
+    assert height(network) == [3, 3]
+    assert network.delays == {(0, 1): 0.01}
+    assert [node.faults for node in network.status()] == [["node1 10 ms late"], ["node0 10 ms late"]]
+
+
+def test_snapshot_leaves_stopped_nodes_stopped(network: LastingNetwork) -> None:
+    network.nodes[1].stop()
+    network.snapshot("one")
+    assert [node.state for node in network.status()] == ["running", "stopped"]
+
+
+def test_snapshots_are_told_apart(network: LastingNetwork) -> None:
+    network.snapshot("a")
+    with pytest.raises(NodeError, match="there is a snapshot a already"):
+        network.snapshot("a")
+    with pytest.raises(NodeError, match="there is no snapshot b; there are: a"):
+        network.restore("b")
+    for name in ("", "../a", "a/b", ".a", "a.new"):
+        with pytest.raises(NodeError, match="is no name for a snapshot"):
+            network.snapshot(name)
+
+
+def test_snapshot_that_cannot_be_written_leaves_none(network: LastingNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(OSError, match="cp"):
+        network.snapshot("a")
+    monkeypatch.undo()
+    network.snapshot("a")
+
+
+def test_corrupt_block_is_found_and_repaired(network: LastingNetwork) -> None:
+    mine(network, 3)
+    tip = network.nodes[1].rpc("getbestblockhash")
+    network.corrupt(1)
+    with pytest.raises(NodeError, match="node1 is corrupt already"):
+        network.corrupt(1)
+    network.nodes[1].stop()
+    with pytest.raises(NodeError, match=r"node1 did not start.*Corrupted block database"):
+        network.nodes[1].start()
+    network.repair(1)
+    network.nodes[1].start()
+    assert network.nodes[1].rpc("getblock", tip)["height"] == 3
+    with pytest.raises(NodeError, match="node1 is not corrupt"):
+        network.repair(1)
+
+
+def test_nothing_is_left_after_down(network: LastingNetwork) -> None:
+    network.delay((0, 1), 0.01)
+    network.snapshot("a")
+    network.nodes[1].pause()
+    folder = str(network.directory)
+    assert processes_of(folder)
+    (network.directory / "notes").write_text("the user's own")
+    network.down()
+    assert [path.name for path in network.directory.iterdir()] == ["notes"]
+    assert processes_of(folder) == []
+    (network.directory / "notes").unlink()
+    network.directory.rmdir()
+
+
+def processes_of(folder: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if folder in " ".join(process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found
+
+
+UP = """\
+import sys
+from pathlib import Path
+from traincert.regtest.lasting import LastingNetwork
+network = LastingNetwork.create(Path(sys.argv[1]), Path(sys.argv[2]), 3, {}, "full")
+print("made", flush=True)
+network.start()
+"""
+
+
+def test_network_whose_maker_was_killed_at_once_can_be_taken_down(node_programs: Path, tmp_path: Path) -> None:
+    """Nodes are on their way, and have not written a pid file yet."""
+    folder = tmp_path / "network"
+    command = [sys.executable, "-c", UP, str(node_programs / "bitcoind"), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as maker:
+        assert maker.stdout is not None
+        maker.stdout.readline()
+        wait_for(lambda: list(folder.glob("node*/regtest/.lock")), 30, "a node to be under way")
+        os.kill(maker.pid, signal.SIGKILL)
+    LastingNetwork.load(folder).down()
+    assert not folder.exists()
+    assert processes_of(str(folder)) == []
+
+
+def test_folder_in_use_is_refused(network: LastingNetwork, tmp_path: Path) -> None:
+    bitcoind = network.nodes[0].bitcoind
+    with pytest.raises(NodeError, match=r"there is a network in .*network: traincert network start starts it"):
+        LastingNetwork.create(bitcoind, network.directory, 1, {}, "full")
+    with pytest.raises(NodeError, match=r"is not empty: choose another with --dir"):
+        LastingNetwork.create(bitcoind, tmp_path, 1, {}, "full")
+    with pytest.raises(NodeError, match=r"there is no network in .*: traincert network up makes one"):
+        LastingNetwork.load(tmp_path)
+
+
+def test_faucet_pays_and_fees_are_known(network: LastingNetwork) -> None:
+    faucet = Faucet(network, lambda count, address: network.nodes[0].rpc("generatetoaddress", count, address))
+    faucet.make_fee_history()
+    for node in network.nodes:
+        assert node.rpc("estimatesmartfee", 6)["feerate"] > 0
+    network.nodes[1].rpc("createwallet", "mine")
+    address = network.nodes[1].rpc("getnewaddress", wallet="mine")
+    txid = faucet.fund(address, Decimal("120.5"))  # more than a block pays
+    network.wait_until_same_tip()
+    paid = network.nodes[1].rpc("gettransaction", txid, wallet="mine")
+    assert (paid["amount"], paid["confirmations"]) == (120.5, 1)
+    with pytest.raises(NodeError, match="nonsense is no address of regtest"):
+        faucet.fund("nonsense", Decimal(1))
