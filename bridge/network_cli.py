@@ -20,7 +20,7 @@ import click
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.view import show_build, status_table, stdout_console
 from traincert.regtest.faucet import Faucet
-from traincert.regtest.lasting import LastingNetwork, status_json
+from traincert.regtest.lasting import IMAGE, LastingNetwork, status_json
 from traincert.regtest.node import Node
 
 DEFAULT_FOLDER = Path("network")
@@ -80,16 +80,28 @@ def one_node(command: Callable[..., None]) -> Callable[..., None]:
     help="The bitcoind to run, bitcoin-cli beside it.  [default: the one built by traincert node build]",
 )
 @click.option(
+    "--backend",
+    type=click.Choice(["process", "docker"]),
+    default="process",
+    show_default=True,
+    help="What nodes are: processes, or containers of the image traincert/node (make images).",
+)
+@click.option(
     "--topology",
     default="full",
     show_default=True,
     help="Who is linked to whom: line, ring, full, or a file with the numbers of two nodes on each line.",
 )
 @click.option("--fees", is_flag=True, help="Pay fees in some blocks first, so that estimatesmartfee answers.")
-def up(folder: Path, count: int, bitcoind: Path | None, topology: str, fees: bool) -> None:
+def up(folder: Path, count: int, bitcoind: Path | None, backend: str, topology: str, fees: bool) -> None:
     """Make a network and start it."""
-    program = bitcoind or show_build() / "bin" / "bitcoind"
-    made = LastingNetwork.create(program, folder, count, {}, topology)
+    if backend == "docker":
+        if bitcoind:
+            raise click.UsageError("--bitcoind is for processes: containers run their image's")
+        made = LastingNetwork.create(Path("bitcoind"), folder, count, {}, topology, IMAGE)
+    else:
+        program = bitcoind or show_build() / "bin" / "bitcoind"
+        made = LastingNetwork.create(program, folder, count, {}, topology)
     try:
         made.start()
         _leave_initial_download(made)
@@ -166,9 +178,9 @@ def logs(folder: Path, follow: bool, nodes: Sequence[str]) -> None:
 def cli(folder: Path, node: str, arguments: Sequence[str]) -> None:
     """Run bitcoin-cli on a node."""
     loaded = LastingNetwork.load(folder)
-    command = _bitcoin_cli(loaded.nodes[_number(loaded, node)])
+    command = loaded.nodes[_number(loaded, node)].cli
     try:
-        os.execv(command[0], [*command, *arguments])  # noqa: S606 - no shell
+        os.execvp(command[0], [*command, *arguments])  # noqa: S606 - no shell
     except OSError as error:
         raise BridgeError(f"cannot run {command[0]}: {error.strerror}") from error
 
@@ -178,7 +190,7 @@ def cli(folder: Path, node: str, arguments: Sequence[str]) -> None:
 def env(folder: Path) -> None:
     """Print shell functions to talk to the nodes, for eval: node0 getblockcount."""
     for node in LastingNetwork.load(folder).nodes:
-        click.echo(f'{node.name}() {{ {shlex.join(_bitcoin_cli(node))} "$@"; }}')
+        click.echo(f'{node.name}() {{ {shlex.join(node.cli)} "$@"; }}')
 
 
 @network.command("snapshot")
@@ -326,10 +338,6 @@ def _number(network: LastingNetwork, node: str) -> int:
 
 def _chosen(network: LastingNetwork, nodes: Sequence[str]) -> list[Node]:
     return [network.nodes[_number(network, node)] for node in nodes] if nodes else network.nodes
-
-
-def _bitcoin_cli(node: Node) -> list[str]:
-    return [str(node.bitcoind.with_name("bitcoin-cli")), f"-datadir={node.datadir}"]
 
 
 def _faucet(network: LastingNetwork) -> Faucet:

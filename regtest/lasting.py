@@ -22,6 +22,7 @@ from traincert.regtest.links import Link
 from traincert.regtest.network import Network
 from traincert.regtest.node import START_TIMEOUT, Node, Options, datadir_in_use, wait_for
 
+IMAGE = "traincert/node"
 OWNED = "owned"
 """A folder in the network's for whatever its owner keeps with it: it is in snapshots, and gone with the network."""
 
@@ -30,8 +31,8 @@ _LOCK = "lock"
 _LINKS = "links"
 _SNAPSHOTS = "snapshots"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-# Peers on this machine get transactions at once, not after seconds as strangers do.
-_OPTIONS: Options = {"whitelist": "in,out,noban@127.0.0.1"}
+# Peers get transactions at once, not after seconds as strangers do.
+_OPTIONS: Options = {"whitelist": "in,out,noban@0.0.0.0/0"}
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,45 @@ class LastingNetwork(Network):
     """The network in a folder, from `create()` to `down()`. Change it within `opened()`."""
 
     def __init__(
-        self, bitcoind: Path, directory: Path, count: int, options: Options, topology: str | Sequence[Link]
+        self,
+        bitcoind: Path,
+        directory: Path,
+        count: int,
+        options: Options,
+        topology: str | Sequence[Link],
+        image: str | None = None,
     ) -> None:
-        super().__init__(bitcoind, directory, count, {**_OPTIONS, **options}, topology=topology, keep=True)
-        self._made_of = {"bitcoind": str(bitcoind), "count": count, "options": options, "topology": self.links}
+        docker = None
+        if image:
+            from traincert.regtest.containers import Docker  # takes a while, and not everybody has an engine
+
+            docker = Docker(directory, image, keep=True)
+        super().__init__(
+            bitcoind, directory, count, {**_OPTIONS, **options}, topology=topology, keep=True, docker=docker
+        )
+        self._made_of = {
+            "bitcoind": str(bitcoind),
+            "count": count,
+            "options": options,
+            "topology": self.links,
+            "image": image,
+        }
         self.flips: dict[int, tuple[str, int]] = {}
 
     @classmethod
-    def create(cls, bitcoind: Path, directory: Path, count: int, options: Options, topology: str) -> Self:
-        """Make a network, and start nothing yet. Raises NodeError if the folder is not empty."""
+    def create(
+        cls, bitcoind: Path, directory: Path, count: int, options: Options, topology: str, image: str | None = None
+    ) -> Self:
+        """Make a network, and start nothing yet; with an `image` nodes run in containers, and `bitcoind` is not used.
+
+        Raises NodeError if the folder is not empty, or if there is no engine or no image.
+        """
         directory = directory.absolute()
         if (directory / _STATE).exists():
             raise NodeError(f"there is a network in {directory}: traincert network start starts it, down removes it")
         if directory.exists() and any(directory.iterdir()):
             raise NodeError(f"{directory} is not empty: choose another with --dir")
-        network = cls(bitcoind.absolute(), directory, count, options, topology)
+        network = cls(bitcoind.absolute(), directory, count, options, topology, image)
         directory.mkdir(parents=True, exist_ok=True)
         network.save()
         return network
@@ -80,7 +105,8 @@ class LastingNetwork(Network):
         except FileNotFoundError:
             raise NodeError(f"there is no network in {directory}: traincert network up makes one") from None
         topology = [(a, b) for a, b in made_of["topology"]]
-        network = cls(Path(made_of["bitcoind"]), directory, made_of["count"], made_of["options"], topology)
+        arguments = made_of["count"], made_of["options"], topology, made_of["image"]
+        network = cls(Path(made_of["bitcoind"]), directory, *arguments)
         network._read_state()
         return network
 

@@ -62,8 +62,11 @@ class Relay:
         self._keep = keep
         self._process: psutil.Process | None = None
 
-    def start(self, target: str, seconds: float, host: str = "127.0.0.1") -> str:
-        """Make sure that a relay runs which leads to `target` and is late by `seconds`; the host:port to connect to."""
+    def start(self, target: str, seconds: float, host: str) -> str:
+        """Make sure that a relay runs which leads to `target` and is late by `seconds` and listens on `host`.
+
+        Returns the host:port to connect to.
+        """
         arguments = [str(self._pid_file), host, target, str(seconds)]
         process = self._find()
         if process is not None and process.cmdline()[-len(arguments) :] != arguments:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from traincert.regtest.errors import NodeError
+from traincert.regtest.errors import NodeError, RpcError
 from traincert.regtest.links import Link, Relay, read_topology
 from traincert.regtest.node import Node, Options, wait_for
+
+if TYPE_CHECKING:
+    from traincert.regtest.containers import Docker
 
 CONNECT_TIMEOUT = 30.0  # seconds
 
@@ -21,7 +25,8 @@ class Network:
 
     `topology` says which are linked, see `read_topology`; with all links (`full`) the rest still hear each other
     whichever nodes are stopped. As a context manager the network is started on entry and stopped on exit; for `keep`
-    see `Node`. Nodes are told apart by their peers by their name, which is in their user agent.
+    see `Node`. With `docker` nodes run in containers, and `bitcoind` is not used. Nodes are told apart by their peers
+    by their names, which are in their user agents.
     """
 
     def __init__(
@@ -33,12 +38,14 @@ class Network:
         *,
         topology: str | Sequence[Link] = "full",
         keep: bool = False,
+        docker: Docker | None = None,
     ) -> None:
         self.directory = directory
-        self.nodes = [
-            Node(bitcoind, directory / f"node{i}", _with_name(options or {}, f"node{i}"), keep=keep)
-            for i in range(count)
-        ]
+        self.docker = docker
+        self.nodes = []
+        for i in range(count):
+            datadir, named = directory / f"node{i}", _with_name(options or {}, f"node{i}")
+            self.nodes.append(docker.node(datadir, named) if docker else Node(bitcoind, datadir, named, keep=keep))
         self.keep = keep
         self.links = read_topology(topology, count)
         self.groups: list[set[int]] = []
@@ -70,6 +77,8 @@ class Network:
         self._for_each(Node.stop)
         for relay in self._relays.values():
             relay.stop()
+        if self.docker:
+            self.docker.close()
 
     def connect(self) -> None:
         """Connect the nodes that run as the links say, and no others: also after one was restarted.
@@ -107,11 +116,17 @@ class Network:
         if len(named) != len(set(named)):
             raise NodeError(f"node{next(number for number in named if named.count(number) > 1)} is in two groups")
         self.groups = [*parts, set(range(len(self.nodes))).difference(named)]
-        self.connect()
+        self._divide()
 
     def heal(self) -> None:
         """End a partition: returns when both ends of every link say that they are connected."""
         self.groups = []
+        self._divide()
+
+    def _divide(self) -> None:
+        if self.docker:
+            self._disconnect(self.links)  # who moves to another network leaves connections that nobody closes
+            self.docker.divide(self.nodes, self.groups)
         self.connect()
 
     def delay(self, link: Link, seconds: float) -> None:
@@ -192,7 +207,7 @@ class Network:
             return True
         address = other.p2p_address
         if link in self.delays:
-            address = self._relays[link].start(address, self.delays[link])
+            address = self._relays[link].start(other.relay_target, self.delays[link], node.relay_host)
         node.rpc("addnode", address, "onetry")
         return False
 
@@ -203,8 +218,10 @@ class Network:
         for node, other in map(self._ends, links):
             if node.pid is None or other.pid is None:
                 continue
-            for peer in _peers(node, other):
-                node.rpc("disconnectnode", "", peer["id"])
+            for one, another in ((node, other), (other, node)):
+                for peer in _peers(one, another):
+                    with contextlib.suppress(RpcError):  # the other's end was first
+                        one.rpc("disconnectnode", "", peer["id"])
             wait_for(
                 partial(_strangers, node, other),
                 CONNECT_TIMEOUT,

@@ -87,6 +87,21 @@ class Node:
         return f"127.0.0.1:{self.p2p_port}"
 
     @property
+    def relay_host(self) -> str:
+        """Where a relay on this machine must listen for the node to reach it."""
+        return "127.0.0.1"
+
+    @property
+    def relay_target(self) -> str:
+        """Where a relay on this machine reaches the node."""
+        return self.p2p_address
+
+    @property
+    def cli(self) -> list[str]:
+        """The command that runs bitcoin-cli on the node."""
+        return [str(self.bitcoind.with_name("bitcoin-cli")), f"-datadir={self.datadir}"]
+
+    @property
     def chain_dir(self) -> Path:
         """The part of the data directory that belongs to regtest."""
         return self.datadir / "regtest"
@@ -114,11 +129,14 @@ class Node:
     def attach(self) -> bool:
         """Take over the node that another Python process started on this data directory and left; whether it runs."""
         self._process = find_process(self._pid_file, f"-datadir={self.datadir}")
+        self._read_ports()
+        return self._process is not None
+
+    def _read_ports(self) -> None:
         conf = self.datadir / "bitcoin.conf"
         if conf.exists():
             options = dict(line.split("=", 1) for line in conf.read_text().splitlines() if "=" in line)
             self.rpc_port, self.p2p_port = int(options["rpcport"]), int(options["port"])
-        return self._process is not None
 
     def start(self) -> None:
         """Start the node and wait until it answers.
@@ -141,10 +159,13 @@ class Node:
             if attempt > 1 or not self.rpc_port:
                 self.rpc_port, self.p2p_port = _free_ports(2)
             self._write_conf()
-            self._launch()
+            # What a former run left must not pass for a sign of life of this one.
+            for leftover in (self.cookie_file, self._pid_file):
+                leftover.unlink(missing_ok=True)
             try:
+                self._launch()
                 wait_for(self._is_ready, START_TIMEOUT, f"{self.name} to answer RPC", self.log_tail)
-            except _PortTakenError:
+            except PortTakenError:
                 # Between our look and bitcoind's bind anyone may take a port: take others.
                 if attempt == START_ATTEMPTS:
                     raise
@@ -156,16 +177,16 @@ class Node:
 
     def stop(self) -> None:
         """Ask the node to stop and wait for its end; kill it if it takes more than STOP_TIMEOUT seconds."""
-        if self._process is None:
+        if not self._was_started():
             return
         if self.pid is None:
-            _logger.warning("%s had ended by itself (%s)", self.name, _ending(self._process))
+            _logger.warning("%s had ended by itself (%s)", self.name, self._ending())
         try:
             self.resume()
             with contextlib.suppress(NodeError):  # it may be on its way out already; the wait below decides
                 self.rpc("stop")
-            self._process.wait(STOP_TIMEOUT)
-        except psutil.TimeoutExpired:
+            wait_for(lambda: self.pid is None, STOP_TIMEOUT, f"{self.name} to stop")
+        except WaitTimeoutError:
             _logger.warning("%s did not stop within %d s: killed", self.name, STOP_TIMEOUT)
         finally:
             self.kill()
@@ -195,13 +216,21 @@ class Node:
         """
         self.disk_full = True
         if self.pid is not None:
-            self._running().rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
+            self._limit_files(0)
 
     def free_disk(self) -> None:
         """Undo `fill_disk()`. A node that has shut itself down is not started."""
         self.disk_full = False
         if self.pid is not None:
-            self._running().rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+            self._limit_files(psutil.RLIM_INFINITY)
+
+    def _limit_files(self, soft: int) -> None:
+        """Limit the size of the files that the node writes, in bytes."""
+        self._running().rlimit(psutil.RLIMIT_FSIZE, (soft, psutil.RLIM_INFINITY))
+
+    def _was_started(self) -> bool:
+        """Whether there is something to stop, or to say of its end."""
+        return self._process is not None
 
     def _running(self) -> psutil.Process:
         if self._process is None or self.pid is None:
@@ -255,14 +284,7 @@ class Node:
             return ""
 
     def _write_conf(self) -> None:
-        ours = {
-            "port": str(self.p2p_port),
-            "bind": self.p2p_address,
-            "rpcport": str(self.rpc_port),
-            # Left to itself a node whose RPC port is taken on 127.0.0.1 makes do with ::1, and does not say so.
-            "rpcbind": "127.0.0.1",
-            "rpcallowip": "127.0.0.1",
-        }
+        ours = {"port": str(self.p2p_port), "rpcport": str(self.rpc_port), **self._listening()}
         lines = ["regtest=1", "[regtest]"]
         for name, values in {**self.options, **ours}.items():
             for value in [values] if isinstance(values, str) else values:
@@ -271,10 +293,15 @@ class Node:
                 lines.append(f"{name}={value}")
         (self.datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
 
+    def _listening(self) -> Options:
+        return {
+            "bind": self.p2p_address,
+            # Left to itself a node whose RPC port is taken on 127.0.0.1 makes do with ::1, and does not say so.
+            "rpcbind": "127.0.0.1",
+            "rpcallowip": "127.0.0.1",
+        }
+
     def _launch(self) -> None:
-        # What a former run left must not pass for a sign of life of this one.
-        for leftover in (self.cookie_file, self._pid_file):
-            leftover.unlink(missing_ok=True)
         command = [str(self.bitcoind), f"-datadir={self.datadir}"]
         try:
             with self._stderr_file.open("wb") as stderr:
@@ -284,11 +311,11 @@ class Node:
 
     def _is_ready(self) -> bool:
         """Whether our process, and no other, answers on our RPC port."""
-        if self._process is None or not is_running(self._process):
-            ending = _ending(self._process) if self._process else "not launched"
-            said = self._stderr_file.read_text(errors="replace").strip() or self.log_tail()
+        if self.pid is None:
+            said = self._last_words() or self.log_tail()
             port_taken = "Unable to bind to" in said or "Unable to start HTTP server" in said
-            kind = _PortTakenError if port_taken else NodeError
+            kind = PortTakenError if port_taken else NodeError
+            ending = self._ending()
             self.kill()
             raise kind(f"{self.name} did not start ({ending}): {said}")
         # bitcoind writes both files only after it has its lock and its RPC port, so a stranger has no part in them.
@@ -302,7 +329,21 @@ class Node:
             if error.code != _RPC_IN_WARMUP:
                 raise
             return False
-        return self._pid_file.read_text().strip() == str(self._process.pid)
+        return self._pid_file.read_text().strip() == str(self._pid_of_its_own())
+
+    def _pid_of_its_own(self) -> int | None:
+        """The process id as the node itself knows it."""
+        return self.pid
+
+    def _last_words(self) -> str:
+        return self._stderr_file.read_text(errors="replace").strip()
+
+    def _ending(self) -> str:
+        # psutil: None where it was no child of ours, a negative signal number as subprocess has it
+        code = self._process.wait() if self._process else None
+        if code is None:
+            return "exit code not known"
+        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
     @property
     def _pid_file(self) -> Path:
@@ -313,7 +354,7 @@ class Node:
         return self.datadir / "stderr.log"
 
 
-class _PortTakenError(NodeError):
+class PortTakenError(NodeError):
     """The node found a port taken."""
 
 
@@ -353,10 +394,3 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
-
-
-def _ending(process: psutil.Process) -> str:
-    code = process.wait()  # psutil: None where it was no child of ours, a negative signal number as subprocess has it
-    if code is None:
-        return "exit code not known"
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"

@@ -21,7 +21,7 @@ ORDER = {
         "errors codec params lottery certificate beacon keys node block producer journal coordinator chain picture "
         "demo view network_cli cli"
     ),
-    "regtest": "errors processes source build node relay links network lasting faucet plugin",
+    "regtest": "errors processes source build node relay links reaper containers network lasting faucet plugin",
 }
 
 
