@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ cli.add_command(network)
 
 def main() -> None:
     """Run the command line: errors that we know are one line and an exit code, others keep their traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us, we end what we started
     try:
         sys.exit(cli.main(standalone_mode=False))
     except (NodeUnreachableError, regtest_errors.NodeUnreachableError) as error:

@@ -18,12 +18,13 @@ from typing import Any
 import click
 
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.view import show_build, status_table, stdout_console
+from traincert.bridge.view import show_build, shown_time, status_table, stdout_console
 from traincert.regtest.faucet import Faucet
 from traincert.regtest.lasting import IMAGE, LastingNetwork, status_json
 from traincert.regtest.node import Node
 
 DEFAULT_FOLDER = Path("network")
+MAX_FUTURE_BLOCK_TIME = 2 * 60 * 60  # seconds, as Bitcoin Core's chain.h has it
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 
 
@@ -218,7 +219,12 @@ def time(network: LastingNetwork, when: str) -> None:
     WHEN is how much later (+90s, +30m, +1h, +2d, +1w), a moment (2030-01-01, 2030-01-01T12:00; UTC), or `real` to let
     them go again as the machine's does.
     """
-    network.set_time(_moment(when, network.time))
+    moment = _moment(when, network.time)
+    running = [node for node in network.nodes if node.pid is not None and not node.paused]
+    tip = max(map(_tip_time, running), default=0)
+    if moment is None and tip > clock.time() + MAX_FUTURE_BLOCK_TIME:
+        raise BridgeError(f"the tip is of {shown_time(tip)}: nodes would not start with it at the real time")
+    network.set_time(moment)
 
 
 @network.command("mine")
@@ -239,8 +245,8 @@ def fund(network: LastingNetwork, address: str, amount: str) -> None:
     try:
         btc = Decimal(amount)
     except InvalidOperation:
-        btc = Decimal(0)
-    if not Decimal("0.00001") <= btc <= 21_000_000:
+        btc = Decimal("nan")
+    if not btc.is_finite() or not Decimal("0.00001") <= btc <= 21_000_000:
         raise click.BadParameter(f"{amount} is no amount of BTC", param_hint="AMOUNT")
     click.echo(_faucet(network).fund(address, btc))
 
@@ -327,6 +333,11 @@ def corrupt(network: LastingNetwork, node: int) -> None:
 def repair(network: LastingNetwork, node: int) -> None:
     """Undo `corrupt`."""
     network.repair(node)
+
+
+def _tip_time(node: Node) -> int:
+    seconds: int = node.rpc("getblockheader", node.rpc("getbestblockhash"))["time"]
+    return seconds
 
 
 def _number(network: LastingNetwork, node: str) -> int:

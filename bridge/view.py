@@ -194,9 +194,14 @@ def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | No
     return table
 
 
+def shown_time(time: int) -> str:
+    """Return a Unix time in seconds as people read it."""
+    return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
 def status_table(status: Iterable[NodeStatus], time: int | None) -> Table:
     """Return a table with a row a node."""
-    title = None if time is None else f"all clocks stand at {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    title = None if time is None else f"all clocks stand at {shown_time(time)}"
     table = Table(box=None, title=title, title_justify="left")
     for name in ("node", "state", "pid", "RPC port", "height", "tip", "peers", "faults"):
         table.add_column(name, justify="right" if name in ("pid", "RPC port", "height") else "left")

@@ -195,6 +195,10 @@ class _ContainerNode(Node):
             taken = "port is already allocated" in str(error) or "address already in use" in str(error)
             raise (PortTakenError if taken else NodeError)(f"{self.name}: {error.explanation}") from None
 
+    def _terminate(self) -> None:
+        if self.pid is not None:
+            self._running_container().kill("SIGTERM")
+
     def _was_started(self) -> bool:
         return self._container is not None
 

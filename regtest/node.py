@@ -183,8 +183,10 @@ class Node:
             _logger.warning("%s had ended by itself (%s)", self.name, self._ending())
         try:
             self.resume()
-            with contextlib.suppress(NodeError):  # it may be on its way out already; the wait below decides
+            try:
                 self.rpc("stop")
+            except NodeError:  # it is starting, or on its way out already; the wait below decides
+                self._terminate()
             wait_for(lambda: self.pid is None, STOP_TIMEOUT, f"{self.name} to stop")
         except WaitTimeoutError:
             _logger.warning("%s did not stop within %d s: killed", self.name, STOP_TIMEOUT)
@@ -227,6 +229,10 @@ class Node:
     def _limit_files(self, soft: int) -> None:
         """Limit the size of the files that the node writes, in bytes."""
         self._running().rlimit(psutil.RLIMIT_FSIZE, (soft, psutil.RLIM_INFINITY))
+
+    def _terminate(self) -> None:
+        if self._process is not None and is_running(self._process):
+            self._process.terminate()
 
     def _was_started(self) -> bool:
         """Whether there is something to stop, or to say of its end."""

@@ -1,0 +1,215 @@
+"""`traincert network`, as its users run it: one command after the other, each a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from traincert.regtest import wait_for
+
+TRAINCERT = Path(sys.executable).with_name("traincert")
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a command in a folder of the test's own."""
+    command = [str(TRAINCERT), "network", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def nodes_in(folder: Path) -> list[psutil.Process]:
+    """The processes with a folder on their command line."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "status"])
+        if str(folder) in " ".join(process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """A function that runs commands; the networks in the folder are taken down in the end."""
+
+    def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [str(TRAINCERT), "network", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code, (done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done
+
+    yield run
+    for state in list(tmp_path.glob("*/network.json")):
+        run("down", "--dir", str(state.parent))
+    assert nodes_in(tmp_path) == []
+
+
+@pytest.fixture
+def up(run: Run, node_programs: Path) -> Run:
+    """The same, with a network of two nodes."""
+    run("up", "--nodes", "2", "--bitcoind", str(node_programs / "bitcoind"))
+    return run
+
+
+def status(run: Run, *arguments: str) -> dict[str, dict[str, object]]:
+    answer = json.loads(run("status", "--json", *arguments).stdout)
+    return {node["name"]: node for node in answer["nodes"]}
+
+
+def test_network_stays_until_it_is_taken_down(up: Run, tmp_path: Path) -> None:
+    assert up("cli", "node1", "getblockcount").stdout == "1\n"
+    assert up("cli", "0", "-named", "getblockhash", "height=0").stdout.startswith("0f9188f1")
+    assert up("cli", "0", "getblockhash", "77", code=8).stderr.startswith("error code: -8")
+    assert [json.loads(up("cli", name, "getblockchaininfo").stdout)["initialblockdownload"] for name in "01"] == [
+        False
+    ] * 2
+    shown = up("status").stdout
+    assert "node0" in shown
+    assert "running" in shown
+    up("stop", "node1")
+    assert [node["state"] for node in status(up).values()] == ["running", "stopped"]
+    up("stop")
+    assert nodes_in(tmp_path) == []
+    up("start")
+    assert [node["state"] for node in status(up).values()] == ["running", "running"]
+    up("down")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_networks_run_side_by_side(up: Run, node_programs: Path) -> None:
+    up("up", "--dir", "other", "--nodes", "3", "--topology", "line", "--bitcoind", str(node_programs / "bitcoind"))
+    up("mine", "--dir", "other", "5")
+    assert [node["height"] for node in status(up).values()] == [1, 1]
+    assert [node["height"] for node in status(up, "--dir", "other").values()] == [6, 6, 6]
+    assert status(up, "--dir", "other")["node1"]["peers"] == ["node0", "node2"]
+    up("down", "--dir", "other")
+    assert [node["state"] for node in status(up).values()] == ["running", "running"]
+
+
+def test_every_fault_is_shown_and_undone_by_its_opposite(up: Run) -> None:
+    up("partition", "node0|node1")
+    assert status(up)["node0"]["faults"] == ["cut off from node1"]
+    up("heal")
+    up("delay", "1", "0", "20ms")
+    assert status(up)["node0"]["faults"] == ["node1 20 ms late"]
+    up("delay", "node0", "node1", "0")
+    up("pause", "node1")
+    assert status(up)["node1"]["state"] == "paused"
+    up("resume", "node1")
+    up("kill", "node1")
+    assert status(up)["node1"]["state"] == "died"
+    up("start", "node1")
+    up("disk-full", "0")
+    up("corrupt", "0")
+    assert [str(fault).split(":")[0] for fault in status(up)["node0"]["faults"]] == ["disk full", "corrupt"]  # type: ignore[attr-defined]
+    up("repair", "0")
+    up("disk-free", "0")
+    assert [(node["state"], node["faults"], node["peers"]) for node in status(up).values()] == [
+        ("running", [], ["node1"]),
+        ("running", [], ["node0"]),
+    ]
+
+
+def test_time_is_set_and_let_go(up: Run) -> None:
+    up("time", "2030-01-01")
+    up("time", "+1h")
+    up("mine", "1")
+    tip = json.loads(up("cli", "0", "getblockheader", up("cli", "0", "getbestblockhash").stdout.strip()).stdout)
+    assert tip["time"] == 1_893_456_000 + 3600
+    assert "all clocks stand at 2030-01-01 01:00:00 UTC" in up("status").stdout
+    assert "the tip is of 2030-01-01 01:00:00 UTC" in up("time", "real", code=1).stderr
+    assert "2030-13-01 is none of +1h, 2030-01-01 and real" in up("time", "2030-13-01", code=2).stderr
+    up("time", "2031-01-01T12:00")
+
+
+def test_faucet_funds_an_address(up: Run) -> None:
+    up("cli", "1", "createwallet", "mine")
+    address = up("cli", "1", "getnewaddress").stdout.strip()
+    txid = up("fund", address, "2.5").stdout.strip()
+    paid = json.loads(up("cli", "1", "gettransaction", txid).stdout)
+    assert (paid["amount"], paid["confirmations"]) == (2.5, 1)
+    assert "x is no address of regtest" in up("fund", "x", "1", code=1).stderr
+    for amount in ("x", "0", "-1", "nan", "1e9"):
+        assert f"{amount} is no amount of BTC" in up("fund", "--", address, amount, code=2).stderr
+
+
+def test_snapshot_and_restore(up: Run) -> None:
+    up("mine", "2")
+    up("snapshot", "three")
+    up("mine", "4")
+    up("restore", "three")
+    assert [node["height"] for node in status(up).values()] == [3, 3]
+    assert "there is no snapshot four; there are: three" in up("restore", "four", code=1).stderr
+
+
+def test_env_gives_functions_of_the_nodes_names(up: Run) -> None:
+    script = up("env").stdout + "node1 getblockcount"
+    assert subprocess.check_output(["/bin/sh", "-c", script]) == b"1\n"
+
+
+def test_logs_show_the_end_and_follow(up: Run, tmp_path: Path) -> None:
+    assert "node0/regtest/debug.log" in up("logs").stdout
+    assert "node1" not in up("logs", "node0").stdout
+    with start(tmp_path, "logs", "-f", "node1") as following:
+        assert following.stdout is not None
+        up("mine", "1")
+        wait_for(lambda: "height=2 " in (following.stdout or [""]).readline(), 30, "the line of the new block")  # type: ignore[union-attr]
+        following.terminate()
+        following.communicate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["kill", "node7"], 1, "there is no node node7: there are node0 to node1"),
+        (["delay", "0", "1", "fast"], 2, "fast is no duration such as 200ms, 1.5s or 0"),
+        (["partition", "0|0"], 1, "node0 is in two groups"),
+        (["pause", "node0", "--dir", "nowhere"], 1, "there is no network in "),
+        (["up"], 1, "there is a network in "),
+        (["snapshot", "../x"], 1, "is no name for a snapshot"),
+        (["repair", "0"], 1, "node0 is not corrupt"),
+    ],
+)
+def test_mistakes_get_one_line(arguments: list[str], code: int, said: str, up: Run) -> None:
+    error = up(*arguments, code=code).stderr
+    assert said in error
+
+
+def test_failed_start_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    wrong = tmp_path / "bin/bitcoind"
+    wrong.parent.mkdir()
+    wrong.write_text("#!/bin/sh\necho no good >&2\nexit 3\n")
+    wrong.chmod(0o755)
+    error = run("up", "--bitcoind", str(wrong), code=1).stderr
+    assert "node0 did not start (exit code 3): no good" in error
+    assert not (tmp_path / "network").exists()
+    assert nodes_in(tmp_path / "network") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("run")
+def test_interrupted_start_leaves_nothing(number: int, node_programs: Path, tmp_path: Path) -> None:
+    with start(tmp_path, "up", "--nodes", "4", "--bitcoind", str(node_programs / "bitcoind")) as starting:
+        wait_for(lambda: list(tmp_path.glob("network/node*/regtest/.lock")), 30, "a node to be under way")
+        os.kill(starting.pid, number)
+        _, error = starting.communicate()
+    assert starting.returncode == 130
+    assert error.splitlines()[-1] == "traincert: interrupted"
+    assert not (tmp_path / "network").exists()
+    assert nodes_in(tmp_path / "network") == []
+
+
+def test_start_that_was_killed_can_be_taken_down(run: Run, node_programs: Path, tmp_path: Path) -> None:
+    with start(tmp_path, "up", "--nodes", "4", "--bitcoind", str(node_programs / "bitcoind")) as starting:
+        wait_for(lambda: list(tmp_path.glob("network/node*/regtest/.lock")), 30, "a node to be under way")
+        starting.kill()
+        starting.communicate()
+    run("down")
+    assert list(tmp_path.iterdir()) == []
