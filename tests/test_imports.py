@@ -18,8 +18,8 @@ ORDER = {
         "engines.local cycle records report run"
     ),
     "bridge": (
-        "errors codec params lottery certificate beacon keys node block producer journal coordinator chain picture "
-        "demo view cli"
+        "errors codec params lottery certificate beacon keys node block invalid producer journal "
+        "coordinator chain picture demo view cli"
     ),
     "regtest": "errors processes source build node network plugin",
 }
