@@ -18,7 +18,7 @@ ORDER = {
         "engines.local cycle records report run"
     ),
     "bridge": (
-        "errors codec params lottery certificate beacon keys node block invalid producer journal "
+        "errors codec params lottery certificate beacon keys node block invalid producer journal appointing "
         "coordinator chain picture demo view cli"
     ),
     "regtest": "errors processes source build node network plugin",
