@@ -21,7 +21,7 @@ ORDER = {
         "errors codec params lottery certificate beacon keys node block invalid producer journal appointing "
         "coordinator chain picture demo view cli"
     ),
-    "regtest": "errors processes source build node network plugin",
+    "regtest": "errors processes source build node network snapshot plugin",
 }
 
 
