@@ -18,8 +18,8 @@ ORDER = {
         "engines.local cycle records report run"
     ),
     "bridge": (
-        "errors codec params lottery certificate beacon keys node block invalid producer journal appointing "
-        "coordinator chain picture demo view cli"
+        "errors codec params lottery certificate beacon keys node block invalid producer journal appointing testing "
+        "plugin coordinator chain picture demo view cli"
     ),
     "regtest": "errors processes source build node network snapshot plugin",
 }
