@@ -29,6 +29,7 @@ test: node data
 	.venv/bin/ruff format --check
 	.venv/bin/mypy -p traincert
 	.venv/bin/mypy tests
+	.venv/bin/mypy examples/outside-project
 	find bitcoind-patch/src -name '*.h' -o -name '*.cpp' | \
 	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
 	.venv/bin/pytest

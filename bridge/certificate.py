@@ -14,7 +14,7 @@ from coincurve import PrivateKey
 
 from traincert.bridge.codec import Reader, compact_size, tagged_hash, verify_schnorr
 from traincert.bridge.errors import CertificateError
-from traincert.bridge.lottery import Leaf, Node
+from traincert.bridge.lottery import ContributionTable, Leaf, Node, draw_ticket
 from traincert.bridge.params import TrainingKeys
 
 VERSION = 1
@@ -34,6 +34,18 @@ class Draw:
     def leaf(self, winner_key: bytes) -> Leaf:
         """Return the leaf that was drawn."""
         return Leaf(winner_key, self.update_hash, self.params, self.loss_reduction, self.weight)
+
+
+def draw_winner(table: ContributionTable, beacon_reveal: bytes, prev_block: bytes, round_: int) -> tuple[bytes, Draw]:
+    """Return the key of the miner that wins a slot's round, and its place in the parent's table, which has leaves."""
+    return draw_of(table, table.find(draw_ticket(beacon_reveal, prev_block, round_, table.weight)))
+
+
+def draw_of(table: ContributionTable, index: int) -> tuple[bytes, Draw]:
+    """Return the key of the miner of a leaf, and the leaf's place in the table."""
+    leaf = table.leaves[index]
+    draw = Draw(leaf.update_hash, leaf.params, leaf.loss_reduction, leaf.weight, index, table.path(index))
+    return leaf.miner_key, draw
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from coincurve import PrivateKey
 
 from traincert.bridge.beacon import Beacon
 from traincert.bridge.block import read_payload
-from traincert.bridge.certificate import Certificate, Draw
+from traincert.bridge.certificate import Certificate, Draw, draw_winner
 from traincert.bridge.codec import tagged_hash
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.journal import Journal
-from traincert.bridge.lottery import ContributionTable, Leaf, draw_ticket
+from traincert.bridge.lottery import ContributionTable, Leaf
 from traincert.bridge.node import NodeClient
 from traincert.bridge.params import TrainingParams
 from traincert.bridge.producer import Producer
@@ -151,10 +151,7 @@ class Coordinator:
     ) -> tuple[bytes, Draw | None]:
         if not self.table.count:  # nothing to draw from: the coordinator appoints, one miner after the other
             return miners[(height + round_) % len(miners)], None
-        index = self.table.find(draw_ticket(beacon_reveal, prev_block, round_, self.table.weight))
-        leaf = self.table.leaves[index]
-        siblings = self.table.path(index)
-        return leaf.miner_key, Draw(leaf.update_hash, leaf.params, leaf.loss_reduction, leaf.weight, index, siblings)
+        return draw_winner(self.table, beacon_reveal, prev_block, round_)
 
 
 def _hand_over(certificate: Certificate, producer: Producer | None, params: TrainingParams) -> Future[str]:

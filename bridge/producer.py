@@ -44,16 +44,24 @@ class Producer:
             before = b2lx(certificate.prev_block)
             if not node.wait_for_tip(before, CATCH_UP_TIME):
                 raise BridgeError(f"{node.name} is not at block {before}, nor was within {CATCH_UP_TIME:g} s")
-            template = _wait_for_template(node, certificate, params)
-            block = build_block(
-                template,
-                certificate,
-                self.payout_script,
-                params.chain_id,
-                self._key.sign_schnorr,
-                compat_pow=self.compat_pow,
-            )
-            self.submit(node, certificate, block)
+            return self.append(node, _wait_for_template(node, certificate, params), certificate, params)
+
+    def append(
+        self, node: NodeClient, template: Mapping[str, Any], certificate: Certificate, params: TrainingParams
+    ) -> str:
+        """Append the block to a node which has given a template for it, and return its hash as RPC shows it.
+
+        Raises BridgeError if the template is for another slot, and if the node refuses the block.
+        """
+        block = build_block(
+            template,
+            certificate,
+            self.payout_script,
+            params.chain_id,
+            self._key.sign_schnorr,
+            compat_pow=self.compat_pow,
+        )
+        self.submit(node, certificate, block)
         block_hash: str = b2lx(block.GetHash())
         return block_hash
 
@@ -82,13 +90,22 @@ def _wait_for_template(node: NodeClient, certificate: Certificate, params: Train
     return retrying(_template, node, certificate.round, earliest, params)
 
 
-def _template(node: NodeClient, round_: int, earliest: int, params: TrainingParams) -> Mapping[str, Any]:
+def ask_for_template(node: NodeClient, params: TrainingParams) -> Mapping[str, Any]:
+    """Return a node's template for a block that needs a certificate.
+
+    Raises BridgeError if its next block needs none, or one of another network.
+    """
     template: Mapping[str, Any] = node.call("getblocktemplate", {"rules": ["segwit", "training"]})
     if "training" not in template:
         raise BridgeError(f"{node.name} wants no certificate for block {template['height']}: it is on another network")
     chain_id = template["training"]["chain_id"]
     if chain_id != params.chain_id.hex():
         raise BridgeError(f"{node.name} is on network {chain_id}, the certificate is for {params.chain_id.hex()}")
+    return template
+
+
+def _template(node: NodeClient, round_: int, earliest: int, params: TrainingParams) -> Mapping[str, Any]:
+    template = ask_for_template(node, params)
     now = template["curtime"]
     if now < earliest:
         raise _TooEarlyError(f"{node.name}'s time is {now}, but round {round_} is allowed from {earliest} on")

@@ -1,93 +1,209 @@
 """pytest fixtures with real nodes, for this project's tests and for other projects'.
 
-A failing test's report carries the last log lines of the nodes that it used. Override a fixture to use other programs
-or options.
+Each of `bitcoind`, `bitcoin_network` and `chain_snapshot` is there three times: by its own name for one test,
+`..._module` shared by a module's tests, and `..._session` by all tests (under pytest-xdist, by all of one worker).
+
+A failing test's report carries the last log lines of the nodes that it used, and their data directories are kept, as
+long as pytest keeps its temporary folders. Override `bitcoind_options` or `node_programs` to use other options or
+programs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+import shlex
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from traincert.regtest.build import NodeKind, build_node
-from traincert.regtest.network import Network
-from traincert.regtest.node import Node, Options
+# The rest is imported where it is needed: this file is imported at every start of pytest, in any project.
+if TYPE_CHECKING:
+    from traincert.regtest.network import Network
+    from traincert.regtest.node import Node, Options
 
-_NODES = pytest.StashKey[list[Node]]()
+KEPT = "bitcoin data directory"
 
 
 class NetworkFactory(Protocol):
     """What the fixture `bitcoin_network` gives."""
 
     def __call__(self, count: int, options: Options | None = None) -> Network:
-        """Start and connect `count` nodes; they are stopped after the test."""
+        """Start and connect `count` nodes, with `bitcoind_options` and these; they are stopped with the fixture."""
+
+
+@dataclass
+class _Nodes:
+    """What one fixture has started, in a folder of its own."""
+
+    fixture: str
+    folder: Path
+    nodes: list[Node] = field(default_factory=list)
+    failed: bool = False
+    """Whether a test that used them has."""
+
+
+_STARTED = pytest.StashKey[list[_Nodes]]()  # of the test, module or session that they are for
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add our option."""
-    parser.getgroup("bitcoin nodes").addoption(
+    """Add our options."""
+    group = parser.getgroup("bitcoin nodes")
+    group.addoption(
         "--bitcoind",
         metavar="PATH",
         type=Path,
         help="the bitcoind to test with, bitcoin-cli beside it (default: the one built from the patch)",
+    )
+    group.addoption(
+        "--regtest-keep",
+        action="store_true",
+        help="keep the data directories of all nodes, not of failed tests only, and list them at the end",
     )
 
 
 @pytest.fixture(scope="session")
 def node_programs(pytestconfig: pytest.Config) -> Path:
     """Return the folder with bitcoind and bitcoin-cli, built first if they are not in the cache."""
+    from traincert.regtest.build import build_node
+
     bitcoind: Path | None = pytestconfig.getoption("--bitcoind")
     return bitcoind.absolute().parent if bitcoind else build_node() / "bin"
 
 
 @pytest.fixture(scope="session")
-def stock_programs() -> Path:
-    """Return the folder with bitcoind and bitcoin-cli as upstream has them, built first if need be."""
-    return build_node(NodeKind(stock=True)) / "bin"
+def bitcoind_options() -> Options:
+    """Return bitcoin.conf options for every node, none but ours by default: override it to give some."""
+    return {}
 
 
-@pytest.fixture(scope="session")
-def base28_programs() -> Path:
-    """Return the folder with the programs of the patched node of base 28, built first if need be."""
-    return build_node(NodeKind(base="28")) / "bin"
+def _bitcoind(
+    node_programs: Path,
+    bitcoind_options: Options,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Node]:
+    """Give a running node, on a chain of its own."""
+    from traincert.regtest.node import Node
+
+    with _folder(tmp_path_factory, request) as started:
+        started.nodes.append(Node(node_programs / "bitcoind", started.folder / "node0", bitcoind_options))
+        with started.nodes[0] as node:
+            yield node
 
 
-@pytest.fixture
-def bitcoind(node_programs: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Node]:
-    """Give a running node of its own to the test, with no options but ours."""
-    node = Node(node_programs / "bitcoind", tmp_path / "node0")
-    _show_log_on_failure(request, [node])
-    with node:
-        yield node
+def _bitcoin_network(
+    node_programs: Path,
+    bitcoind_options: Options,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[NetworkFactory]:
+    """Give a function that starts networks of connected nodes: `bitcoin_network(count, options)`."""
+    from traincert.regtest.network import Network
 
-
-@pytest.fixture
-def bitcoin_network(node_programs: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NetworkFactory]:
-    """Give a function that starts networks for the test."""
-    with ExitStack() as stack:
-        started: list[Network] = []
+    with _folder(tmp_path_factory, request) as started, ExitStack() as stack:
+        numbers = count()
 
         def start(count: int, options: Options | None = None) -> Network:
-            network = Network(node_programs / "bitcoind", tmp_path / f"network{len(started)}", count, options)
-            started.append(network)
-            _show_log_on_failure(request, network.nodes)
+            folder = started.folder / f"network{next(numbers)}"
+            network = Network(node_programs / "bitcoind", folder, count, {**bitcoind_options, **(options or {})})
+            started.nodes += network.nodes
             return stack.enter_context(network)
 
         yield start
 
 
+@pytest.fixture(scope="session")
+def _snapshot(node_programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give the data directory that is copied: made once, and under pytest-xdist once by each worker that needs it."""
+    from traincert.regtest.snapshot import make_snapshot
+
+    folder = tmp_path_factory.mktemp("snapshot")
+    make_snapshot(node_programs / "bitcoind", folder / "node0")
+    yield folder / "node0"
+    shutil.rmtree(folder)
+
+
+def _chain_snapshot(
+    node_programs: Path,
+    bitcoind_options: Options,
+    _snapshot: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Node]:
+    """Give a running node with 250 blocks, the coins of 150 of which can be spent.
+
+    Its wallet `default` has them, if this bitcoind has wallets; they are the known key's, `snapshot.COINS_KEY`. The
+    chain is made once, and each node starts from a copy.
+    """
+    from traincert.regtest.node import Node
+    from traincert.regtest.snapshot import OPTIONS, copy_snapshot
+
+    with _folder(tmp_path_factory, request) as started:
+        datadir = started.folder / "node0"
+        copy_snapshot(_snapshot, datadir)
+        started.nodes.append(Node(node_programs / "bitcoind", datadir, {**OPTIONS, **bitcoind_options}))
+        with started.nodes[0] as node:
+            yield node
+
+
+def _in_scopes(fixture: Callable[..., Any]) -> tuple[Any, ...]:
+    return tuple(pytest.fixture(fixture, scope=scope) for scope in ("function", "module", "session"))
+
+
+bitcoind, bitcoind_module, bitcoind_session = _in_scopes(_bitcoind)
+bitcoin_network, bitcoin_network_module, bitcoin_network_session = _in_scopes(_bitcoin_network)
+chain_snapshot, chain_snapshot_module, chain_snapshot_session = _in_scopes(_chain_snapshot)
+
+
+@contextmanager
+def _folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[_Nodes]:
+    """Give a fixture a folder for its nodes, which is removed unless somebody may want to look into it."""
+    name = str(request.fixturename)
+    started = _Nodes(name, tmp_path_factory.mktemp(name))
+    request.node.stash.setdefault(_STARTED, []).append(started)
+    yield started
+    if not (started.failed or request.config.getoption("--regtest-keep")):
+        shutil.rmtree(started.folder)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add the nodes' last log lines to a failed test's report."""
+    """Add to a failed test's report what its nodes said last, and how to look further."""
     report = yield
+    used = [
+        started
+        for collector in item.listchain()
+        for started in collector.stash.get(_STARTED, [])
+        if collector is item or started.fixture in getattr(item, "fixturenames", ())
+    ]
+    nodes = [node for started in used for node in started.nodes]
     if report.failed:
-        report.sections += [(f"{node.name}: end of debug.log", node.log_tail()) for node in item.stash.get(_NODES, [])]
+        report.sections += [(f"{node.name}: end of debug.log", _last_words(node)) for node in nodes]
+        for started in used:
+            started.failed = True
+    if report.when == "teardown" and item.config.getoption("--regtest-keep"):
+        report.user_properties += [(KEPT, str(node.datadir)) for node in nodes]
     return report
 
 
-def _show_log_on_failure(request: pytest.FixtureRequest, nodes: list[Node]) -> None:
-    request.node.stash.setdefault(_NODES, []).extend(nodes)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List the data directories that are kept, those of xdist's workers too."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [each for report in reports for each in getattr(report, "user_properties", ())]
+    kept = dict.fromkeys(value for name, value in properties if name == KEPT)
+    if kept:
+        terminalreporter.section("kept bitcoin data directories")
+        for datadir in kept:
+            terminalreporter.line(datadir)
+
+
+def _last_words(node: Node) -> str:
+    programs, datadir = node.bitcoind.parent, f"-datadir={node.datadir}"
+    start = shlex.join([str(node.bitcoind), datadir, "-daemonwait"])
+    ask = shlex.join([str(programs / "bitcoin-cli"), datadir, "getblockchaininfo"])
+    return f"{node.log_tail()}\n\nTo look further: {start}\n  and then, for example: {ask}"

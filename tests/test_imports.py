@@ -18,10 +18,12 @@ ORDER = {
         "engines.local cycle records report run"
     ),
     "bridge": (
-        "errors codec params lottery certificate beacon keys node block producer journal coordinator chain picture "
-        "demo view network_cli cli"
+        "errors codec params lottery certificate beacon keys node block invalid producer journal appointing testing "
+        "plugin coordinator chain picture demo view network_cli cli"
     ),
-    "regtest": "errors processes source build node relay links reaper containers network lasting faucet plugin",
+    "regtest": (
+        "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"
+    ),
 }
 
 
@@ -61,7 +63,28 @@ def test_files_import_only_from_files_before_them(package: str) -> None:
         assert {name for name in ours if name in order} <= set(allowed), path
 
 
-@pytest.mark.parametrize("module", ["bridge.cli", "bridge.chain", "trainer.job", "regtest.network"])
-def test_torch_is_imported_only_by_what_trains(module: str) -> None:
-    code = f"import sys, traincert.{module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+LIGHT = "bridge.chain bridge.cli bridge.plugin bridge.testing regtest regtest.network regtest.plugin regtest.snapshot"
+# What the extra `train` brings.
+EXTRA = {"jinja2", "matplotlib", "numpy", "pydantic", "safetensors", "sklearn", "tensorboard", "tomlkit", "torch"}
+
+
+def imports_of(*names: str) -> set[str]:
+    """What is imported, by top-level name, when these are."""
+    code = f"import sys, {', '.join(names)}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+
+
+@pytest.mark.parametrize("module", LIGHT.split())
+def test_what_only_training_needs_is_imported_only_by_what_trains(module: str) -> None:
+    assert not imports_of(f"traincert.{module}") & EXTRA
+
+
+def test_a_job_is_read_without_torch() -> None:
+    assert "torch" not in imports_of("traincert.trainer.job")
+
+
+def test_every_start_of_pytest_imports_none_of_our_libraries() -> None:
+    """Our plugins are loaded in every project of an environment that has us."""
+    assert imports_of("pytest", "traincert.regtest.plugin", "traincert.bridge.plugin") - imports_of("pytest") == {
+        "traincert"
+    }

@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from traincert.bridge.invalid import digest
 from traincert.bridge.lottery import ContributionTable, Leaf, contribution_weight
 from traincert.bridge.params import GENESIS_HASH
 from traincert.regtest import Node
-from training_chain import MINERS, TrainingChain, digest
+from training_chain import MINERS, TrainingChain
 
 LEAVES = 1024
 ADDRESS = "bcrt1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqdku202"

@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from traincert.bridge.block import read_payload, winner_sighash
 from traincert.bridge.certificate import Certificate
+from traincert.bridge.invalid import WRONG, WRONG_WITH_PARENT, digest, with_certificate
 from traincert.bridge.lottery import ContributionTable, Leaf, contribution_weight, draw_ticket
 from traincert.bridge.params import GENESIS_HASH, TrainingKeys, TrainingParams
-from training_chain import COORDINATORS, WRONG, WRONG_WITH_PARENT, TrainingChain, digest, made_table, with_certificate
+from training_chain import COORDINATORS, TrainingChain, made_table
 
 VECTORS = Path(__file__).parents[2] / "bitcoind-patch/src/test/data/training.json"
 U64_MAX = 2**64 - 1
@@ -163,7 +164,7 @@ def _certificates_and_blocks() -> dict[str, Any]:
         if height == 3:
             for reason, ways in WRONG.items():
                 for comment, change in ways.items():
-                    wrong = change(chain, block, certificate)
+                    wrong = change(chain.forger(height), block, certificate)
                     blocks.append({"comment": comment, **common, "block": wrong.serialize().hex(), "reason": reason})
         chain.advance(certificate)
     return {"certificates": certificates, "blocks": [*blocks, *_rotation()]}
@@ -180,7 +181,7 @@ def _rotation() -> Iterator[dict[str, Any]]:
         common = {"options": _options(chain.params), "height": height}
         yield {"comment": f"valid, key set {height}", **common, "block": block.serialize().hex(), "reason": None}
         for other in {1, 2, 3} - {height}:
-            wrong = with_certificate(chain, block, chain.sign(certificate, keys_at=other))
+            wrong = with_certificate(chain.forger(other), block, chain.sign(certificate, keys_at=other))
             reason = "bad-traincert-coordinator-sig"
             comment = f"key set {other} at height {height}"
             yield {"comment": comment, **common, "block": wrong.serialize().hex(), "reason": reason}
@@ -224,7 +225,7 @@ def _with_parent() -> Iterator[dict[str, Any]]:
         for reason, ways in WRONG_WITH_PARENT.items():
             for comment, change in ways.items():
                 if certificate.draw or reason in ("bad-traincert-beacon", "bad-traincert-model", "bad-traincert-round"):
-                    wrong = read_payload(change(chain, block, certificate).vtx[0]).certificate
+                    wrong = read_payload(change(chain.forger(height), block, certificate).vtx[0]).certificate
                     yield case(f"{comment}, {where}", wrong, reason=reason)
         chain.advance(certificate, table)
         parent, prev_block = certificate, block.GetHash()

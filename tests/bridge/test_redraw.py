@@ -28,6 +28,7 @@ from traincert.bridge.certificate import Certificate
 from traincert.bridge.chain import check_with_parent, read_chain, read_params
 from traincert.bridge.coordinator import ClosedSlot, Coordinator
 from traincert.bridge.errors import BridgeError, JournalError, NodeUnreachableError
+from traincert.bridge.invalid import digest
 from traincert.bridge.journal import Journal
 from traincert.bridge.node import NodeClient
 from traincert.bridge.params import TrainingKeys, TrainingParams
@@ -39,7 +40,7 @@ from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.state import state_hash
-from training_chain import COORDINATORS, PAYOUT_SCRIPT, digest
+from training_chain import COORDINATORS, PAYOUT_SCRIPT
 
 MINERS = 6
 SLOTS = 30

@@ -15,8 +15,9 @@ from bitcoin.core import CBlock, CMutableTransaction, COutPoint, CTxIn, CTxInWit
 from bitcoin.core.script import CScriptWitness
 from bitcoin.core.serialize import uint256_from_compact, uint256_from_str
 
-from traincert.bridge.certificate import Certificate
+from traincert.bridge.certificate import Certificate, draw_of
 from traincert.bridge.chain import certificate_json, read_chain, read_params
+from traincert.bridge.invalid import WRONG, WRONG_WITH_PARENT
 from traincert.bridge.lottery import ContributionTable
 from traincert.bridge.node import NodeClient
 from traincert.regtest import Network, Node, NodeError, RpcError, wait_for
@@ -24,10 +25,7 @@ from traincert.regtest.plugin import NetworkFactory
 from training_chain import (
     ANYONE_CAN_SPEND,
     PAYOUT_SCRIPT,
-    WRONG,
-    WRONG_WITH_PARENT,
     TrainingChain,
-    draw_of,
     made_table,
     submit,
     template,
@@ -115,7 +113,7 @@ def test_a_block_that_is_wrong_in_one_thing_is_refused_for_it(
     certificate = replace(chain.next_certificate(slot), loss_after=CASES.index((reason, comment)))
     certificate = chain.sign(certificate)
     valid = chain.block(slot, certificate)
-    wrong = ALL_WRONG[reason][comment](chain, valid, certificate)
+    wrong = ALL_WRONG[reason][comment](chain.forger(certificate.height), valid, certificate)
     assert submit(node, wrong) == reason
     assert node.rpc("getbestblockhash") == slot["previousblockhash"]
     # Without the change the same block is taken, so the change was what was wrong; then back for the next case.

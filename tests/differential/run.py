@@ -23,25 +23,15 @@ from bitcoin.core.script import OP_RETURN, CScript
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from traincert.bridge.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, check_block, payload_script, winner_sighash
-from traincert.bridge.certificate import Certificate, Draw
+from traincert.bridge.certificate import Certificate, Draw, draw_of
 from traincert.bridge.chain import check_round, check_with_parent
 from traincert.bridge.codec import compact_size
 from traincert.bridge.errors import CertificateError
+from traincert.bridge.invalid import AUX, WRONG, WRONG_WITH_PARENT, digest, payload_of, with_scripts
 from traincert.bridge.lottery import U64_MAX, ContributionTable, Leaf, Node
 from traincert.bridge.params import GENESIS_HASH, TrainingParams
 from traincert.regtest import node_folder
-from training_chain import (
-    AUX,
-    MINERS,
-    WRONG,
-    WRONG_WITH_PARENT,
-    TrainingChain,
-    digest,
-    draw_of,
-    made_table,
-    payload_of,
-    with_scripts,
-)
+from training_chain import MINERS, TrainingChain, made_table
 
 BATCH = 5000
 PARENT_TIME = 1_700_000_000
@@ -510,7 +500,7 @@ def as_in_vectors(random: Random, case: Case) -> Case:
     if case.chain.table.weight > 2**32:  # one leaf may win every round
         return case
     change = random.choice(list(ways.values()))
-    return replace(case, block=change(case.chain, case.block, case.certificate))
+    return replace(case, block=change(case.chain.forger(case.certificate.height), case.block, case.certificate))
 
 
 SIGNED: list[Mutation] = [

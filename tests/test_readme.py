@@ -1,11 +1,15 @@
-"""The README's job of one's own, as its reader would type it in."""
+"""What the README has its reader type in."""
 
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+import pytest
+
+pytest_plugins = ["pytester"]
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def block(after: str) -> str:
@@ -26,3 +30,9 @@ def test_the_readmes_own_job_reaches_its_target(tmp_path: Path) -> None:
     stored = b"".join(path.read_bytes() for path in (tmp_path / "runs/cancer/data").rglob("*") if path.is_file())
     assert b"patient 1" not in stored
     assert b"ward 1" not in stored
+
+
+def test_the_readmes_tests_pass(pytester: pytest.Pytester, node_programs: Path) -> None:
+    pytester.makepyfile(block("no PyTorch:"))
+    result = pytester.runpytest_subprocess(f"--bitcoind={node_programs / 'bitcoind'}", f"--basetemp={pytester.path}/t")
+    result.assert_outcomes(passed=3)

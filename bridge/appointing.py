@@ -1,0 +1,143 @@
+"""A coordinator without training: its cycles change no model, and their certificates say so.
+
+For networks that other software is tested on: a block takes milliseconds, and the miner who wins can be chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bitcoin.core import lx
+from coincurve import PrivateKey
+
+from traincert.bridge.beacon import Beacon
+from traincert.bridge.certificate import Certificate, draw_winner
+from traincert.bridge.errors import BridgeError
+from traincert.bridge.journal import Journal
+from traincert.bridge.lottery import ContributionTable
+from traincert.bridge.node import NodeClient
+from traincert.bridge.params import TrainingParams
+from traincert.bridge.producer import Producer, ask_for_template
+
+NO_TABLE = ContributionTable([])
+
+
+class AppointingCoordinator:
+    """Certifies cycles that train nothing, and has their winners append their blocks.
+
+    It knows of the chain what the node says, so another process can go on where one ended. `secrets` are the keys by
+    their position among those in force: as many as must sign. With a `journal` it never signs two certificates for one
+    slot and round. `producers` are the miners.
+    """
+
+    def __init__(
+        self,
+        params: TrainingParams,
+        secrets: Mapping[int, PrivateKey],
+        beacon: Beacon,
+        journal: Journal | None,
+        producers: Sequence[Producer],
+    ) -> None:
+        self.params = params
+        self.producers = producers
+        self._secrets = secrets
+        self._beacon = beacon
+        self._journal = journal
+        self._tables: dict[str, ContributionTable] = {}  # by the hash of their block
+
+    def append(
+        self,
+        node: NodeClient,
+        *,
+        miner: int | bytes | None = None,
+        table: ContributionTable | None = None,
+        round_: int = 0,
+    ) -> str:
+        """Append a block to a node's tip, and return its hash as RPC shows it.
+
+        Its winner is `miner`, a number or a key, by default one after the other; but where the parent has a table, the
+        draw decides, and `miner` is only compared with it. `table` is the block's own, which its child's winner will be
+        drawn from; by default it is empty. For a round > 0 the node's clock must have come to that round's time.
+
+        Raises BridgeError if there is no such miner, if another was drawn, if the parent's table is not known here, if
+        the node does not answer or refuses the block; and JournalError.
+        """
+        template = ask_for_template(node, self.params)
+        table = table or NO_TABLE
+        certificate = self.next_certificate(node, template, miner, table, round_)
+        if self._journal:
+            self._journal.record(certificate, self.params.chain_id)
+        signed = certificate.sign(self.params.chain_id, self._secrets)
+        block_hash = self._producer(certificate.winner_key).append(node, template, signed, self.params)
+        if table.count:
+            self._tables[block_hash] = table
+        return block_hash
+
+    def next_certificate(
+        self,
+        node: NodeClient,
+        template: Mapping[str, Any],
+        miner: int | bytes | None,
+        table: ContributionTable,
+        round_: int,
+    ) -> Certificate:
+        """Return the certificate that `append` would sign for a node's template."""
+        height, prev_hash = template["height"], template["previousblockhash"]
+        prev_block, start = lx(prev_hash), self.params.start_height
+        model = self.params.model
+        if height > start:
+            model = bytes.fromhex(node.call("gettrainingcertificate", prev_hash)["model_after"])
+        beacon_reveal = self._beacon.reveal(height - start)
+        parent_table = self.parent_table(template)
+        if parent_table.count:
+            winner_key, draw = draw_winner(parent_table, beacon_reveal, prev_block, round_)
+            self._check_drawn(winner_key, miner, height)
+        else:
+            turn = (height + round_) % len(self.producers)
+            winner_key, draw = self._producer(turn if miner is None else miner).miner_key, None
+        return Certificate(
+            height=height,
+            prev_block=prev_block,
+            round=round_,
+            beacon_reveal=beacon_reveal,
+            model_before=model,
+            model_after=model,
+            dataset_root=bytes(32),
+            loss_before=0,
+            loss_after=0,
+            params_trained=sum(leaf.params for leaf in table.leaves),
+            contributions_root=table.root,
+            contributions_weight=table.weight,
+            contributions_count=table.count,
+            winner_key=winner_key,
+            draw=draw,
+        )
+
+    def parent_table(self, template: Mapping[str, Any]) -> ContributionTable:
+        """Return the table that the winner of a template's slot is drawn from.
+
+        Raises BridgeError if it is not empty, and not of a block that was appended here.
+        """
+        if not template["training"]["contributions_count"]:
+            return NO_TABLE
+        parent = template["previousblockhash"]
+        if parent not in self._tables:
+            raise BridgeError(
+                f"the winner of block {template['height']} is drawn from the table of block {parent}, which only the "
+                "coordinator has that certified it"
+            )
+        return self._tables[parent]
+
+    def _check_drawn(self, winner_key: bytes, miner: int | bytes | None, height: int) -> None:
+        drawn = self._producer(winner_key)
+        if miner is not None and self._producer(miner) is not drawn:
+            wanted = self.producers.index(self._producer(miner))
+            raise BridgeError(f"block {height}: miner {self.producers.index(drawn)} was drawn, not miner {wanted}")
+
+    def _producer(self, miner: int | bytes) -> Producer:
+        for number, producer in enumerate(self.producers):
+            if miner in (number, producer.miner_key):
+                return producer
+        name = miner.hex() if isinstance(miner, bytes) else miner
+        raise BridgeError(f"there is no miner {name}: there are {len(self.producers)}, from 0 on")

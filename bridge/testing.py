@@ -1,0 +1,138 @@
+"""Training networks for tests, with known secrets: valid blocks in milliseconds, and blocks that break a rule.
+
+The pytest fixture `training_network` (plugin.py) makes them; without pytest, use the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import count
+
+from bitcoin.core import Hash160
+from bitcoin.core.script import OP_0, CScript
+from coincurve import PrivateKey
+
+from traincert.bridge.appointing import AppointingCoordinator
+from traincert.bridge.beacon import Beacon
+from traincert.bridge.block import build_block
+from traincert.bridge.errors import BridgeError
+from traincert.bridge.invalid import Forger, break_rule, digest, full_reason
+from traincert.bridge.lottery import ContributionTable, Leaf
+from traincert.bridge.node import NodeClient
+from traincert.bridge.params import TrainingKeys, TrainingParams
+from traincert.bridge.producer import Producer, ask_for_template
+from traincert.regtest import Network, Node
+from traincert.regtest.node import Options
+
+MINERS = 4
+COORDINATORS = [PrivateKey(digest(f"coordinator {i}")) for i in range(3)]
+SIGNERS = (0, 1)
+"""Which of the coordinators sign: 2 of 3 must."""
+
+
+class TrainingNetwork:
+    """Nodes of a training network with four miners, and its coordinator, whose cycles train nothing.
+
+    `start(count, options)` starts the nodes, and whoever gave it stops them; use the network as a context manager. From
+    `start_height` on blocks need certificates: below it, `generatetoaddress` mines.
+    """
+
+    def __init__(self, start: Callable[[int, Options], Network], nodes: int = 1, *, start_height: int = 1) -> None:
+        keys = TrainingKeys(len(SIGNERS), tuple(key.public_key_xonly.format() for key in COORDINATORS))
+        self._beacon = Beacon(digest("beacon"))
+        self.params = TrainingParams({start_height: keys}, self._beacon.anchor, digest("model 0"))
+        self.network = start(nodes, self.params.node_options())
+        self.nodes = self.network.nodes
+        self.miners = [_producer(i, self.nodes[i % nodes]) for i in range(MINERS)]
+        signers = {i: COORDINATORS[i] for i in SIGNERS}
+        self.coordinator = AppointingCoordinator(self.params, signers, self._beacon, None, self.miners)
+        self._clients: dict[Node, NodeClient] = {}
+        self._closing = ExitStack()
+        self._number = count(1)
+
+    def __enter__(self) -> TrainingNetwork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def append(
+        self,
+        *,
+        miner: int | bytes | None = None,
+        table: ContributionTable | None = None,
+        round_: int = 0,
+        node: Node | None = None,
+    ) -> str:
+        """Append a valid block to a node's tip, by default the first node's, and return its hash as RPC shows it.
+
+        See `AppointingCoordinator.append`. The block has the node's mempool in it. Other nodes hear of it a moment
+        later: `network.wait_until_same_tip()` waits.
+        """
+        return self.coordinator.append(self._client(node), miner=miner, table=table, round_=round_)
+
+    def append_invalid(self, reason: str, *, node: Node | None = None) -> str:
+        """Submit a block that breaks just the rule of a reason, see that it is refused for that, and return the reason.
+
+        It may be given as `draw`, and is returned as the node says it, `bad-traincert-draw`. The tip stays what it was.
+
+        Raises BridgeError if there is no such reason, with a list of those that there are; if the reason is about a
+        draw, and the tip has no table; and if the node did not refuse the block, or for another reason.
+        """
+        reason = full_reason(reason)
+        client = self._client(node)
+        # At the earliest time that there may be, every round but the first is too early.
+        template = dict(ask_for_template(client, self.params))
+        template["curtime"] = template["mintime"]
+        # Another block each time, by version bits that mean nothing (BIP320): a node judges each only once.
+        number = next(self._number)
+        template["version"] |= number % 2**16 << 13
+        table = self.table(*[1] * MINERS)
+        certificate = self.coordinator.next_certificate(client, template, None, table, round_=0)
+        forger = self._forger(self.coordinator.parent_table(template), table)
+        # And another certificate: of one, a node looks at two blocks only.
+        certificate = forger.sign(replace(certificate, loss_after=number), SIGNERS)
+        block = build_block(
+            template,
+            certificate,
+            self.miners[0].payout_script,
+            self.params.chain_id,
+            forger.miners[certificate.winner_key].sign_schnorr,
+            compat_pow=False,
+        )
+        wrong = break_rule(reason, forger, block, certificate)
+        found = client.call("submitblock", wrong.serialize().hex())
+        if found != reason:
+            raise BridgeError(f"{client.name} answered {found!r} to a block that is wrong by {reason}")
+        return reason
+
+    def table(self, *weights: int) -> ContributionTable:
+        """Return a table that names miner 0, 1, ... with these weights in the draw; one of weight 0 is left out.
+
+        Raises BridgeError if there are more weights than miners, and CertificateError if one is none.
+        """
+        if len(weights) > len(self.miners):
+            raise BridgeError(f"{len(weights)} weights for {len(self.miners)} miners")
+        return ContributionTable(
+            Leaf(miner.miner_key, digest(f"update {i}"), params=weight, loss_reduction=weight, weight=weight)
+            for i, (miner, weight) in enumerate(zip(self.miners, weights, strict=False))
+            if weight
+        )
+
+    def _client(self, node: Node | None) -> NodeClient:
+        node = node or self.nodes[0]
+        if node not in self._clients:
+            self._clients[node] = self._closing.enter_context(NodeClient.from_datadir(node.datadir))
+        return self._clients[node]
+
+    def _forger(self, parent_table: ContributionTable, table: ContributionTable) -> Forger:
+        miners = {miner.miner_key: PrivateKey(digest(f"miner {i}")) for i, miner in enumerate(self.miners)}
+        return Forger(self.params, COORDINATORS, miners, self._beacon, parent_table, table)
+
+
+def _producer(number: int, node: Node) -> Producer:
+    secret = digest(f"miner {number}")
+    script = CScript([OP_0, Hash160(PrivateKey(secret).public_key.format())])  # P2WPKH
+    return Producer(secret, node.datadir, script)

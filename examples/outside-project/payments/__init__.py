@@ -1,0 +1,6 @@
+"""Reports payments to an address."""
+
+from payments.rpc import Rpc
+from payments.watcher import Payment, Watcher
+
+__all__ = ["Payment", "Rpc", "Watcher"]

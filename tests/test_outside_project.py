@@ -1,0 +1,55 @@
+"""Another project's tests, with traincert installed from its wheel into an environment without PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from traincert.regtest import node_folder
+
+ROOT = Path(__file__).parents[1]
+EXTRA = ["jinja2", "matplotlib", "numpy", "pydantic", "safetensors", "sklearn", "tensorboard", "tomlkit", "torch"]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    answer = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, f"{command}:\n{answer.stdout}{answer.stderr}"
+    return answer.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the example; in its .venv are the two wheels and what they need, in the versions of the lock file."""
+    project = tmp_path_factory.mktemp("outside") / "project"
+    shutil.copytree(ROOT / "examples/outside-project", project, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "--wheel-dir", project / "dist", ROOT, cwd=project)
+    (wheel,) = (project / "dist").iterdir()
+    run(sys.executable, "-m", "venv", "--without-pip", ".venv", cwd=project)
+    lock = ROOT / "requirements.lock"
+    run(*pip, "--python", ".venv/bin/python", "install", "--constraint", lock, wheel, ".[test]", cwd=project)
+    return project
+
+
+def test_its_tests_pass(project: Path) -> None:
+    lines = run(".venv/bin/python", "-m", "pytest", cwd=project).splitlines()
+    assert lines[-1].strip("= ").startswith("3 passed"), lines
+
+
+def test_its_tests_pass_with_another_bitcoind(project: Path, stock_programs: Path) -> None:
+    command = [".venv/bin/python", "-m", "pytest", f"--bitcoind={stock_programs / 'bitcoind'}"]
+    lines = run(*command, "tests/test_plain_chain.py", cwd=project).splitlines()
+    assert lines[-1].strip("= ").startswith("2 passed"), lines
+
+
+def test_its_environment_has_nothing_that_only_training_needs(project: Path) -> None:
+    code = f"import importlib.util; print([name for name in {EXTRA} if importlib.util.find_spec(name)])"
+    assert run(".venv/bin/python", "-c", code, cwd=project) == "[]\n"
+
+
+def test_the_wheel_has_the_patch_and_finds_the_same_build(project: Path) -> None:
+    assert run(".venv/bin/traincert", "node", "path", cwd=project).strip() == str(node_folder() / "bin")
