@@ -20,7 +20,7 @@ import click
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.view import show_build, shown_time, status_table, stdout_console
 from traincert.regtest.faucet import Faucet
-from traincert.regtest.lasting import IMAGE, LastingNetwork, status_json
+from traincert.regtest.lasting import LastingNetwork, status_json
 from traincert.regtest.node import Node
 
 DEFAULT_FOLDER = Path("network")
@@ -99,6 +99,8 @@ def up(folder: Path, count: int, bitcoind: Path | None, backend: str, topology: 
     if backend == "docker":
         if bitcoind:
             raise click.UsageError("--bitcoind is for processes: containers run their image's")
+        from traincert.regtest.containers import IMAGE  # takes a while
+
         made = LastingNetwork.create(Path("bitcoind"), folder, count, {}, topology, IMAGE)
     else:
         program = bitcoind or show_build() / "bin" / "bitcoind"

@@ -24,6 +24,7 @@ from traincert.regtest import reaper
 from traincert.regtest.errors import NodeError
 from traincert.regtest.node import Node, Options, PortTakenError
 
+IMAGE = "traincert/node"
 LABEL = "traincert.network"
 """Every container and every network that is made here has it; its value is the folder of the nodes."""
 
@@ -37,7 +38,7 @@ class Docker:
     Raises NodeError if no engine answers, or if it has no such image.
     """
 
-    def __init__(self, directory: Path, image: str, *, keep: bool = False) -> None:
+    def __init__(self, directory: Path, image: str = IMAGE, *, keep: bool = False) -> None:
         self.image = image
         self.directory = str(directory.absolute())
         self.name = f"traincert-{hashlib.sha256(self.directory.encode()).hexdigest()[:12]}"

@@ -10,7 +10,6 @@ import fcntl
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,8 +20,9 @@ from traincert.regtest.errors import NodeError
 from traincert.regtest.links import Link
 from traincert.regtest.network import Network
 from traincert.regtest.node import START_TIMEOUT, Node, Options, datadir_in_use, wait_for
+from traincert.regtest.snapshot import OPTIONS as SNAPSHOT_OPTIONS
+from traincert.regtest.snapshot import copy_files
 
-IMAGE = "traincert/node"
 OWNED = "owned"
 """A folder in the network's for whatever its owner keeps with it: it is in snapshots, and gone with the network."""
 
@@ -32,7 +32,7 @@ _LINKS = "links"
 _SNAPSHOTS = "snapshots"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 # Peers get transactions at once, not after seconds as strangers do.
-_OPTIONS: Options = {"whitelist": "in,out,noban@0.0.0.0/0"}
+_OPTIONS: Options = {**SNAPSHOT_OPTIONS, "whitelist": "in,out,noban@0.0.0.0/0"}
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class LastingNetwork(Network):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         self.save()
-        _copy([path for path in self.directory.iterdir() if path.name not in (_SNAPSHOTS, _LOCK, _LINKS)], new)
+        copy_files([path for path in self.directory.iterdir() if path.name not in (_SNAPSHOTS, _LOCK, _LINKS)], new)
         new.replace(copy)
         self._for_each(lambda node: node.start() if node in running else None)
         self.connect()
@@ -239,7 +239,7 @@ class LastingNetwork(Network):
             target = self.directory / path.name
             if target.is_dir():
                 shutil.rmtree(target)
-        _copy(list(copy.iterdir()), self.directory)
+        copy_files(list(copy.iterdir()), self.directory)
         self._read_state()
         self.start()
 
@@ -266,20 +266,6 @@ class LastingNetwork(Network):
 def status_json(status: Sequence[NodeStatus]) -> list[Mapping[str, Any]]:
     """Return a status as JSON has it."""
     return [asdict(each) for each in status]
-
-
-def _copy(paths: Sequence[Path], folder: Path) -> None:
-    """Copy files and folders; where the file system can, they share what neither side has changed."""
-    try:
-        subprocess.run(
-            ["cp", "--archive", "--reflink=auto", *map(str, paths), str(folder)],  # noqa: S607 - the user's own
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    except subprocess.CalledProcessError as error:
-        raise NodeError(f"cannot copy to {folder}: {error.stderr.strip()}") from None
 
 
 def _last_block(path: Path) -> int:

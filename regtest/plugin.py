@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -23,6 +23,8 @@ import pytest
 
 # The rest is imported where it is needed: this file is imported at every start of pytest, in any project.
 if TYPE_CHECKING:
+    from traincert.regtest.containers import Docker
+    from traincert.regtest.links import Link
     from traincert.regtest.network import Network
     from traincert.regtest.node import Node, Options
 
@@ -32,8 +34,11 @@ KEPT = "bitcoin data directory"
 class NetworkFactory(Protocol):
     """What the fixture `bitcoin_network` gives."""
 
-    def __call__(self, count: int, options: Options | None = None) -> Network:
-        """Start and connect `count` nodes, with `bitcoind_options` and these; they are stopped with the fixture."""
+    def __call__(self, count: int, options: Options | None = None, topology: str | Sequence[Link] = "full") -> Network:
+        """Start `count` nodes, with `bitcoind_options` and these, and connect them as `read_topology` says.
+
+        They are stopped with the fixture.
+        """
 
 
 @dataclass
@@ -58,6 +63,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PATH",
         type=Path,
         help="the bitcoind to test with, bitcoin-cli beside it (default: the one built from the patch)",
+    )
+    group.addoption(
+        "--regtest-backend",
+        choices=["process", "docker"],
+        default="process",
+        help="what nodes are: processes (default), or containers of the image traincert/node",
     )
     group.addoption(
         "--regtest-keep",
@@ -88,12 +99,11 @@ def _bitcoind(
     request: pytest.FixtureRequest,
 ) -> Iterator[Node]:
     """Give a running node, on a chain of its own."""
-    from traincert.regtest.node import Node
-
-    with _folder(tmp_path_factory, request) as started:
-        started.nodes.append(Node(node_programs / "bitcoind", started.folder / "node0", bitcoind_options))
-        with started.nodes[0] as node:
-            yield node
+    with (
+        _folder(tmp_path_factory, request) as started,
+        _node(node_programs, started, bitcoind_options, request) as node,
+    ):
+        yield node
 
 
 def _bitcoin_network(
@@ -108,9 +118,16 @@ def _bitcoin_network(
     with _folder(tmp_path_factory, request) as started, ExitStack() as stack:
         numbers = count()
 
-        def start(count: int, options: Options | None = None) -> Network:
+        def start(count: int, options: Options | None = None, topology: str | Sequence[Link] = "full") -> Network:
             folder = started.folder / f"network{next(numbers)}"
-            network = Network(node_programs / "bitcoind", folder, count, {**bitcoind_options, **(options or {})})
+            network = Network(
+                node_programs / "bitcoind",
+                folder,
+                count,
+                {**bitcoind_options, **(options or {})},
+                topology=topology,
+                docker=_docker(folder, request),
+            )
             started.nodes += network.nodes
             return stack.enter_context(network)
 
@@ -140,15 +157,31 @@ def _chain_snapshot(
     Its wallet `default` has them, if this bitcoind has wallets; they are the known key's, `snapshot.COINS_KEY`. The
     chain is made once, and each node starts from a copy.
     """
-    from traincert.regtest.node import Node
     from traincert.regtest.snapshot import OPTIONS, copy_snapshot
 
     with _folder(tmp_path_factory, request) as started:
-        datadir = started.folder / "node0"
-        copy_snapshot(_snapshot, datadir)
-        started.nodes.append(Node(node_programs / "bitcoind", datadir, {**OPTIONS, **bitcoind_options}))
-        with started.nodes[0] as node:
+        copy_snapshot(_snapshot, started.folder / "node0")
+        with _node(node_programs, started, {**OPTIONS, **bitcoind_options}, request) as node:
             yield node
+
+
+@contextmanager
+def _node(node_programs: Path, started: _Nodes, options: Options, request: pytest.FixtureRequest) -> Iterator[Node]:
+    from traincert.regtest.network import Network
+
+    docker = _docker(started.folder, request)
+    network = Network(node_programs / "bitcoind", started.folder, 1, options, docker=docker)
+    started.nodes += network.nodes
+    with network:
+        yield network.nodes[0]
+
+
+def _docker(folder: Path, request: pytest.FixtureRequest) -> Docker | None:
+    if request.config.getoption("--regtest-backend") == "process":
+        return None
+    from traincert.regtest.containers import Docker
+
+    return Docker(folder)
 
 
 def _in_scopes(fixture: Callable[..., Any]) -> tuple[Any, ...]:
@@ -203,7 +236,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def _last_words(node: Node) -> str:
-    programs, datadir = node.bitcoind.parent, f"-datadir={node.datadir}"
+    datadir = f"-datadir={node.datadir}"
     start = shlex.join([str(node.bitcoind), datadir, "-daemonwait"])
-    ask = shlex.join([str(programs / "bitcoin-cli"), datadir, "getblockchaininfo"])
+    ask = shlex.join([str(node.bitcoind.with_name("bitcoin-cli")), datadir, "getblockchaininfo"])
     return f"{node.log_tail()}\n\nTo look further: {start}\n  and then, for example: {ask}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from traincert.regtest.errors import NodeError, RpcError
@@ -50,8 +51,16 @@ def copy_snapshot(snapshot: Path, datadir: Path) -> None:
 
     Raises NodeError if it cannot be copied.
     """
-    command = ["cp", "--archive", "--reflink=auto", str(snapshot), str(datadir)]
+    copy_files([snapshot], datadir)
+    (datadir / "regtest/debug.log").unlink()  # not this node's
+
+
+def copy_files(paths: Sequence[Path], target: Path) -> None:
+    """Copy files and folders into a folder, or one to a new name; they share on disk what neither side has changed.
+
+    That is, where the file system can. Raises NodeError if they cannot be copied.
+    """
+    command = ["cp", "--archive", "--reflink=auto", "--", *map(str, paths), str(target)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
-        raise NodeError(f"cannot copy {snapshot}: {answer.stderr.strip()}")
-    (datadir / "regtest/debug.log").unlink()  # not this node's
+        raise NodeError(f"cannot copy to {target}: {answer.stderr.strip()}")
