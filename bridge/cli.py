@@ -20,6 +20,9 @@ from traincert.regtest import errors as regtest_errors
 from traincert.regtest.build import NodeKind, node_folder
 from traincert.trainer.errors import TrainerError
 
+# What the extra `train` brings.
+EXTRA = {"jinja2", "matplotlib", "numpy", "pydantic", "safetensors", "sklearn", "tensorboard", "tomlkit", "torch"}
+
 EXIT_CODES = """
 Exit codes: 0 done, 1 failed or a claim was not true, 2 wrong usage, 3 node unreachable, 130 interrupted.
 """
@@ -43,6 +46,10 @@ def main() -> None:
         _fail(str(error), 3)
     except (BridgeError, TrainerError, regtest_errors.RegtestError) as error:
         _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        _fail(f"this command needs {error.name}, which is not installed: pip install 'traincert[train]'", 1)
     except OSError as error:  # a full disk, a folder that may not be written
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
     except click.ClickException as error:
@@ -237,11 +244,12 @@ def demo(
     data: Path, cycles: int, miners: int, nodes: int, seed: int, round_seconds: int, keep: bool, compat_pow: bool
 ) -> None:
     """Run a training network on this machine, and check what it is said to do."""
-    programs = show_build() / "bin"
-    # torch, matplotlib and scikit-learn take seconds to import: not before they are needed
+    # Not before they are needed: torch, matplotlib and scikit-learn take seconds to import. But before the build, which
+    # takes a quarter of an hour, and would be for nothing if one of them is not there.
     from traincert.bridge.demo import PICTURE, Plan, run_demo
     from traincert.bridge.view import CyclesView, chain_table, print_claims, stdout_console
 
+    programs = _build() / "bin"
     with CyclesView() as view:
         plan = Plan(data, cycles, miners, nodes, seed, keep, round_seconds, compat_pow)
         outcome = run_demo(programs / "bitcoind", plan, view)

@@ -53,3 +53,15 @@ def test_its_environment_has_nothing_that_only_training_needs(project: Path) -> 
 
 def test_the_wheel_has_the_patch_and_finds_the_same_build(project: Path) -> None:
     assert run(".venv/bin/traincert", "node", "path", cwd=project).strip() == str(node_folder() / "bin")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo"], ["job", "run", "digits"], ["job", "show", "text"], ["job", "replay", "."]]
+)
+def test_commands_that_train_say_what_to_install(project: Path, arguments: list[str]) -> None:
+    command = [".venv/bin/traincert", *arguments]
+    answer = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("traincert: this command needs ")
+    assert line.endswith(", which is not installed: pip install 'traincert[train]'")
+    assert answer.returncode == 1
