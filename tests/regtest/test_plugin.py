@@ -179,7 +179,7 @@ HANGS = """
 
 @pytest.fixture
 def hanging(pytester: pytest.Pytester, arguments: list[str], request: pytest.FixtureRequest) -> Iterator[object]:
-    """An inner pytest whose test runs with four nodes, in the order of the marker's workers."""
+    """An inner pytest, alone or with a worker, whose test has four nodes and does not end."""
     pytester.makepyfile(HANGS)
     command = [sys.executable, "-m", "pytest", *arguments, *request.param]
     with subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.DEVNULL, start_new_session=True) as process:
