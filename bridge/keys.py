@@ -3,6 +3,8 @@
 import os
 import secrets
 import stat
+from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 from coincurve import PrivateKey
@@ -48,6 +50,42 @@ def load_secret(path: Path) -> bytes:
 
 def _malformed(path: Path) -> bytes:
     raise KeyFileError(f"the key file {path} does not hold a secret key of 64 hex digits")
+
+
+@dataclass(frozen=True)
+class NetworkKeys:
+    """The secrets of a training network, 32 bytes each."""
+
+    coordinators: tuple[bytes, ...]
+    beacon: bytes
+    miners: tuple[bytes, ...]
+
+
+def create_network_keys(folder: Path, coordinators: int, miners: int) -> NetworkKeys:
+    """Make the keys of a new network: coordinator0.key, ..., beacon.key, miner0.key, ... in a folder.
+
+    Raises KeyFileError if one of them is there already or cannot be written.
+    """
+    return NetworkKeys(
+        tuple(create_secret(folder / f"coordinator{i}.key") for i in range(coordinators)),
+        create_secret(folder / "beacon.key"),
+        tuple(create_secret(folder / f"miner{i}.key") for i in range(miners)),
+    )
+
+
+def load_network_keys(folder: Path) -> NetworkKeys:
+    """Read the keys that `create_network_keys` made.
+
+    Raises KeyFileError if one of them must not be used, or if there are none.
+    """
+    coordinators, miners = _load_numbered(folder, "coordinator"), _load_numbered(folder, "miner")
+    return NetworkKeys(coordinators, load_secret(folder / "beacon.key"), miners)
+
+
+def _load_numbered(folder: Path, role: str) -> tuple[bytes, ...]:
+    """The secrets of a role's files, which are numbered from 0; there must be one."""
+    more = takewhile(Path.exists, (folder / f"{role}{number}.key" for number in count(1)))
+    return tuple(map(load_secret, [folder / f"{role}0.key", *more]))
 
 
 def xonly_key(secret: bytes) -> bytes:

@@ -60,7 +60,7 @@ class Node:
         self.bitcoind = bitcoind
         self.datadir = datadir.absolute()
         self.name = name or datadir.name
-        self.options = {**DEFAULT_OPTIONS, **(options or {})}
+        self.options = options or {}
         self.keep = keep
         self.rpc_port = 0  # chosen by start()
         self.p2p_port = 0
@@ -211,13 +211,7 @@ class Node:
             "rpcbind": "127.0.0.1",
             "rpcallowip": "127.0.0.1",
         }
-        lines = ["regtest=1", "[regtest]"]
-        for name, values in {**self.options, **ours}.items():
-            for value in [values] if isinstance(values, str) else values:
-                if "\n" in value or "#" in value:
-                    raise NodeError(f"{self.name}: option {name}: bitcoin.conf cannot hold the value {value!r}")
-                lines.append(f"{name}={value}")
-        (self.datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
+        write_conf(self.datadir, {**self.options, **ours}, self.name)
 
     def _launch(self) -> None:
         # What a former run left must not pass for a sign of life of this one.
@@ -277,6 +271,22 @@ class Node:
 
 class _PortTakenError(NodeError):
     """The node found a port taken."""
+
+
+def write_conf(datadir: Path, options: Options, name: str = "") -> None:
+    """Write the bitcoin.conf of a regtest node: these options, and DEFAULT_OPTIONS where they say nothing.
+
+    Raises NodeError, with the node's name (the data directory's if there is none), for a value that it cannot hold.
+    """
+    lines = ["regtest=1", "[regtest]"]
+    for option, values in {**DEFAULT_OPTIONS, **options}.items():
+        for value in [values] if isinstance(values, str) else values:
+            if "\n" in value or "#" in value:
+                raise NodeError(
+                    f"{name or datadir.name}: option {option}: bitcoin.conf cannot hold the value {value!r}"
+                )
+            lines.append(f"{option}={value}")
+    (datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
 
 
 def datadir_in_use(datadir: Path) -> bool:

@@ -19,7 +19,7 @@ ORDER = {
     ),
     "bridge": (
         "errors codec params lottery certificate beacon keys node block producer journal coordinator chain picture "
-        "demo view cli"
+        "run demo view cli"
     ),
     "regtest": "errors processes source build node network plugin",
 }
