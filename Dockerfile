@@ -9,16 +9,14 @@ FROM debian:bookworm-slim AS built
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked \
     apt-get update && apt-get install --yes --no-install-recommends \
     build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf \
-    python3-click python3-pip python3-requests python3-rich
+    python3-pip python3-requests
 WORKDIR /source
 COPY src src
 COPY regtest regtest
 COPY bitcoind-patch bitcoind-patch
-COPY trainer trainer
-COPY bridge bridge
 RUN --mount=type=cache,target=/root/.cache/ccache --mount=type=cache,target=/root/.cache/traincert/sources \
-    PYTHONPATH=src python3 -m traincert.bridge.cli node build \
-    && mkdir /programs && cp /root/.cache/traincert/nodes/*/bin/bitcoind /root/.cache/traincert/nodes/*/bin/bitcoin-cli /programs
+    PYTHONPATH=src python3 -u -c "from traincert.regtest import build_node; build_node(progress=print)" \
+    && cd /root/.cache/traincert/nodes/*/bin && install -D --target-directory=/programs bitcoind bitcoin-cli
 
 FROM scratch AS cached
 COPY build/programs /programs
