@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,16 +21,25 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[DockerClient]:
-    try:
-        client = docker.from_env()
-        client.ping()
-    except DockerException as error:
-        reason = f"no Docker engine answers: {error}"
+    client, reason = connect()
+    if client is None:
         if os.environ.get("TRAINCERT_REQUIRE_DOCKER"):
             pytest.fail(reason)
         pytest.skip(reason)
     with closing(client):
         yield client
+
+
+def connect() -> tuple[DockerClient | None, str]:
+    """A client of the engine, or why there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # the SDK does not close a socket that it cannot connect
+        try:
+            return docker.from_env(), ""
+        except DockerException as error:
+            reason = f"no Docker engine answers: {error}"
+        gc.collect()
+    return None, reason
 
 
 @pytest.fixture(scope="session")
