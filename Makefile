@@ -7,13 +7,16 @@
 PYTHON ?= python3
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEBIAN := build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf python3-venv
+DOCKER ?= docker
+DOCKER_BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(if $(PROGRAMS),--build-arg PROGRAMS=$(PROGRAMS)) \
+  $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
 STAMP := .venv/complete
 CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder; print(node_folder())')/src/.clang-format
 
 # Recipe line: installs Debian's packages $(2) if the program or file $(1) is missing. Elsewhere its user says that it is.
 if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
-.PHONY: demo data test test-upstream bench setup node lock
+.PHONY: demo data test test-upstream bench setup node images lock
 
 demo: setup
 	.venv/bin/traincert demo
@@ -47,6 +50,13 @@ setup: $(STAMP)
 # Fetches, patches and builds bitcoind; quick if that was done before.
 node: setup
 	.venv/bin/traincert node build
+
+# traincert/node and traincert/traincert, built from source; PROGRAMS=cached takes what `make node` built instead.
+images: $(if $(filter cached,$(PROGRAMS)),node)
+	$(if $(filter cached,$(PROGRAMS)),mkdir -p build/programs && \
+	  cd "$$(.venv/bin/traincert node path)" && cp bitcoind bitcoin-cli $(CURDIR)/build/programs)
+	$(DOCKER_BUILD) --target node --tag traincert/node .
+	$(DOCKER_BUILD) --target traincert --tag traincert/traincert .
 
 # The stamp goes first and comes back last: a setup that was interrupted begins again from nothing.
 $(STAMP): requirements.lock pyproject.toml

@@ -213,6 +213,40 @@ def job_replay(folder: Path, cycle: int | None) -> None:
     console.print(f"all {total} updates are the same")
 
 
+@cli.group()
+def coordinator() -> None:
+    """A coordinator and its miners, for nodes in containers."""
+
+
+@coordinator.command("prepare")
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Miners.")
+@click.option("--nodes", type=click.IntRange(1, 20), default=3, show_default=True, help="Nodes.")
+def coordinator_prepare(directory: Path, miners: int, nodes: int) -> None:
+    """Make the keys, and a bitcoin.conf for each node, in DIRECTORY; those that are there already stay.
+
+    The nodes' data directories are DIRECTORY/node0, node1, ..., and so are their containers' host names.
+    """
+    from traincert.bridge.run import prepare_containers  # torch takes seconds to import
+
+    prepare_containers(directory, miners, nodes)
+
+
+@coordinator.command("run")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def coordinator_run(directory: Path) -> None:
+    """Train the job `digits` in a DIRECTORY that was prepared, a block for each cycle.
+
+    A run that was interrupted goes on where it was.
+    """
+    from traincert.bridge.run import run_containers
+    from traincert.bridge.view import CyclesView
+
+    with CyclesView() as view:
+        cycles = run_containers(directory, view)
+    click.echo(f"all {cycles} cycles are done")
+
+
 @cli.command()
 @click.option(
     "--data",
@@ -249,7 +283,7 @@ def demo(
     from traincert.bridge.demo import PICTURE, Plan, run_demo
     from traincert.bridge.view import CyclesView, chain_table, print_claims, stdout_console
 
-    programs = _build() / "bin"
+    programs = show_build() / "bin"
     with CyclesView() as view:
         plan = Plan(data, cycles, miners, nodes, seed, keep, round_seconds, compat_pow)
         outcome = run_demo(programs / "bitcoind", plan, view)

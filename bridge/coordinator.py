@@ -22,6 +22,7 @@ from traincert.bridge.node import NodeClient
 from traincert.bridge.params import TrainingParams
 from traincert.bridge.producer import Producer
 from traincert.trainer.cycle import CycleResult, RunState, Trainer
+from traincert.trainer.state import state_hash
 
 MAX_ROUND = 2**16 - 1
 OWN_NODE_TIME = 30.0  # seconds for the coordinator's node to be again where it was, after a restart
@@ -40,7 +41,8 @@ class Coordinator:
     """Runs cycles and certifies them.
 
     `secrets` are its secret keys by their position among those in force: as many as must sign. `state` is what the next
-    cycle starts from, and `table` the one that the next winner is drawn from.
+    cycle starts from, and `table` the one that the next winner is drawn from: those that the last cycle left, for one
+    that goes on where another was killed.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class Coordinator:
         node: NodeClient,
         trainer: Trainer,
         state: RunState,
+        table: ContributionTable | None = None,
     ) -> None:
         self.params = params
         self.state = state
-        self.table = ContributionTable([])
+        self.table = table or ContributionTable([])
         self._secrets = secrets
         self._beacon = beacon
         self._journal = journal
@@ -76,14 +79,15 @@ class Coordinator:
         `on_update` is called with the number of tasks done and their total, and `on_absent` with the certificate of
         each winner whose time is over and what is known of why.
 
+        A block that the chain has already, from before a coordinator was killed, closes its slot if the cycle comes to
+        what it certifies.
+
         Raises BridgeError if the coordinator's own node fails, or leaves the chain that is being built.
         """
-        if self._tip and not self._node.wait_for_tip(self._tip, OWN_NODE_TIME):
-            raise BridgeError(f"{self._node.name} has left block {self._tip}, which closed the slot before")
-        tip: str = self._tip or self._node.call("getbestblockhash")
+        height = self.params.start_height + self.state.cycle
+        tip = self._find_parent(height)
         parent = self._node.call("getblockheader", tip)
         prev_block: bytes = lx(tip)
-        height: int = parent["height"] + 1
         # Nobody chooses who trains what: nobody knows the parent's hash before its winner has signed it.
         seed = tagged_hash("traincert/assignment", self._trainer.job.seed.to_bytes(8, "little") + prev_block)
         result = self._trainer.run_cycle(self.state, list(producers), seed=seed, on_update=on_update)
@@ -91,7 +95,8 @@ class Coordinator:
             Leaf(each.miner, each.update_hash, each.params, each.loss_reduction, each.weight)
             for each in result.contributions
         )
-        beacon_reveal = self._beacon.reveal(height - self.params.start_height)
+        beacon_reveal = self._beacon.reveal(self.state.cycle)
+        present = self._certificate_at(height)
         certificates: list[Certificate] = []
         for round_ in range(MAX_ROUND + 1):
             winner_key, draw = self._draw(beacon_reveal, prev_block, height, round_, sorted(producers))
@@ -114,6 +119,10 @@ class Coordinator:
             )
             self._journal.record(certificate, self.params.chain_id)
             certificates.append(certificate.sign(self.params.chain_id, self._secrets))
+            if present:
+                if round_ < present.round:
+                    continue
+                break
             # Each winner has its round's time from now on; the next round's block must also be late enough.
             begin = max(time.time(), parent["time"] + round_ * self.params.round_seconds)
             handover = _hand_over(certificates[-1], producers.get(winner_key), self.params)
@@ -124,11 +133,38 @@ class Coordinator:
                 on_absent(certificates[-1], reason)
         else:
             raise BridgeError(f"block {height}: {MAX_ROUND + 1} winners were absent, and no round is left")
-        self._tip = self._node.call("getblockhash", height)
-        certificate = self._read_certificate(self._tip, certificates)
+        block_hash: str = self._node.call("getblockhash", height)
+        certificate = self._read_certificate(block_hash, certificates)
         self.state, self.table = result.after, table
-        self._trainer.prune(result.after)
-        return ClosedSlot(certificate, self._tip, result)
+        self._tip = None if present else block_hash  # the chain may have more blocks that we do not know yet
+        return ClosedSlot(certificate, block_hash, result)
+
+    def _find_parent(self, height: int) -> str:
+        """Return the block that the one at a height goes on: what closed the slot before, if there was one."""
+        if self._tip:
+            if not self._node.wait_for_tip(self._tip, OWN_NODE_TIME):
+                raise BridgeError(f"{self._node.name} has left block {self._tip}, which closed the slot before")
+            return self._tip
+        if not self._node.wait_for_height(height - 1, OWN_NODE_TIME):
+            raise BridgeError(f"{self._node.name} has no block {height - 1}, which closed the slot before")
+        block_hash: str = self._node.call("getblockhash", height - 1)
+        if self.state.cycle:
+            parent = self._certificate_in(block_hash)
+            if (parent.model_after, parent.contributions_root) != (state_hash(self.state.model), self.table.root):
+                raise BridgeError(
+                    f"{self._node.name}: block {block_hash} does not certify what cycle {self.state.cycle} came to"
+                )
+        return block_hash
+
+    def _certificate_at(self, height: int) -> Certificate | None:
+        """Return the certificate of our node's block at a height, if it has one."""
+        if self._node.call("getblockcount") < height:
+            return None
+        return self._certificate_in(self._node.call("getblockhash", height))
+
+    def _certificate_in(self, block_hash: str) -> Certificate:
+        block = CBlock.deserialize(bytes.fromhex(self._node.call("getblock", block_hash, 0)))
+        return read_payload(block.vtx[0]).certificate
 
     def _wait_for_block(self, height: int, until: float) -> bool:
         """Whether our node has a block at a height before the clock says `until`."""
@@ -139,8 +175,7 @@ class Coordinator:
 
     def _read_certificate(self, block_hash: str, certificates: Sequence[Certificate]) -> Certificate:
         """Return the one of our certificates that a block carries."""
-        block = CBlock.deserialize(bytes.fromhex(self._node.call("getblock", block_hash, 0)))
-        body = read_payload(block.vtx[0]).certificate.body()
+        body = self._certificate_in(block_hash).body()
         for certificate in certificates:
             if certificate.body() == body:
                 return certificate

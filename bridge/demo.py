@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import bitcoin
-from bitcoin.core import CheckBlock, Hash160, ValidationError
-from bitcoin.core.script import OP_0, CScript
-from coincurve import PrivateKey
+from bitcoin.core import CheckBlock, ValidationError
 
-from traincert.bridge.beacon import Beacon
-from traincert.bridge.certificate import Certificate
 from traincert.bridge.chain import CertifiedBlock, certificate_json, read_chain, read_params
-from traincert.bridge.coordinator import ClosedSlot, Coordinator
 from traincert.bridge.errors import BridgeError, CertificateError
-from traincert.bridge.journal import Journal
-from traincert.bridge.keys import create_secret, xonly_key
+from traincert.bridge.keys import create_network_keys
 from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingKeys, TrainingParams
+from traincert.bridge.params import TrainingParams
 from traincert.bridge.picture import draw_picture
-from traincert.bridge.producer import Producer
+from traincert.bridge.run import COORDINATOR_KEYS, JOB, NetworkRun, View, network_params, open_run
 from traincert.regtest.network import Network
 from traincert.regtest.node import datadir_in_use
-from traincert.trainer.cycle import RunState, Trainer
-from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
-from traincert.trainer.state import initial_state, state_hash
+from traincert.trainer.preprocessing import Dataset, read_examples
+from traincert.trainer.state import state_hash
 
-WORKERS = 2
-COORDINATOR_KEYS = 3
-THRESHOLD = 2
 MARKER = ".traincert-demo"
 PICTURE = "loss.png"
 
@@ -55,22 +42,6 @@ class Plan:
     compat_pow: bool
 
 
-class View(Protocol):
-    """Shows how the demo is getting on."""
-
-    def step(self, text: str) -> None:
-        """Say what is being done now."""
-
-    def update(self, done: int, total: int) -> None:
-        """Show how many of the cycle's tasks are done."""
-
-    def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
-        """Show that a winner's block did not come in its round's time."""
-
-    def closed(self, slot: ClosedSlot, winner: str) -> None:
-        """Show a cycle whose block is in the chain."""
-
-
 @dataclass(frozen=True)
 class Claim:
     """A sentence that the demo prints, and whether it was found true."""
@@ -84,7 +55,7 @@ class Outcome:
     """The chain as it was read back from the first node, the winners' names by key, and the claims."""
 
     chain: Sequence[CertifiedBlock]
-    names: dict[bytes, str]
+    names: Mapping[bytes, str]
     claims: Sequence[Claim]
 
 
@@ -98,67 +69,28 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     """
     directory = plan.directory
     _prepare_directory(directory)
-    view.step("preparing the data")
-    job = replace(TrainingJob.named("digits"), seed=plan.seed)
-    dataset = prepare_dataset(job, directory / "dataset")
-
-    keys = directory / "keys"
-    coordinator_secrets = [create_secret(keys / f"coordinator{i}.key") for i in range(COORDINATOR_KEYS)]
-    beacon = Beacon(create_secret(keys / "beacon.key"))
-    miner_secrets = [create_secret(keys / f"miner{i}.key") for i in range(plan.miners)]
-    names = {xonly_key(secret): f"miner{i}" for i, secret in enumerate(miner_secrets)}
-    coordinator_keys = TrainingKeys(THRESHOLD, tuple(map(xonly_key, coordinator_secrets)))
-    params = TrainingParams({1: coordinator_keys}, beacon.anchor, state_hash(initial_state(job)), plan.round_seconds)
+    job = replace(TrainingJob.named(JOB), seed=plan.seed)
+    keys = create_network_keys(directory / "keys", COORDINATOR_KEYS, plan.miners)
+    params = network_params(keys, job, plan.round_seconds)
 
     view.step(f"starting {plan.nodes} nodes")
     network = Network(bitcoind, directory, plan.nodes, params.node_options(), keep=plan.keep)
     network.start()
     try:
-        with ExitStack() as stack:
-            clients = [stack.enter_context(NodeClient.from_datadir(node.datadir)) for node in network.nodes]
-            view.step(f"starting {WORKERS} worker processes")
-            engine = stack.enter_context(LocalEngine(job, directory / "store", workers=WORKERS))
-            trainer = stack.enter_context(Trainer(dataset, engine))
-            state = trainer.start()
-            producers = {
-                xonly_key(secret): Producer(
-                    secret,
-                    network.nodes[i % plan.nodes].datadir,
-                    payout_script(secret),
-                    compat_pow=plan.compat_pow,
-                )
-                for i, secret in enumerate(miner_secrets)
-            }
-            signers = {i: PrivateKey(coordinator_secrets[i]) for i in range(THRESHOLD)}
-            journal = Journal(directory / "journal.sqlite")
-            coordinator = Coordinator(params, signers, beacon, journal, clients[0], trainer, state)
-
-            def on_absent(certificate: Certificate, reason: str) -> None:
-                view.absent(certificate, names[certificate.winner_key], reason)
-
-            slots = []
-            for cycle in range(1, plan.cycles + 1):
-                view.step(f"cycle {cycle} of {plan.cycles}")
-                slots.append(coordinator.close_slot(producers, view.update, on_absent))
-                view.closed(slots[-1], names[slots[-1].certificate.winner_key])
-
+        datadirs = [node.datadir for node in network.nodes]
+        with open_run(directory, job, keys, params, datadirs, view, compat_pow=plan.compat_pow) as run:
+            run.train(plan.cycles)
             view.step("checking")
             network.wait_until_same_tip()
-            chain, claims = _check(clients, params, producers, trainer, coordinator.state, plan)
-            accuracies = [state.evaluation.metric, *(slot.result.metric for slot in slots)]
-            draw_picture(directory / PICTURE, chain, accuracies, names)
+            chain, claims = _check(run, params, plan)
+            draw_picture(directory / PICTURE, chain, [record["metric"] for record in run.run.records], run.names)
     except BaseException:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
         network.stop()
         raise
     if not plan.keep:
         network.stop()
-    return Outcome(chain, names, claims)
-
-
-def payout_script(secret: bytes) -> CScript:
-    """Return the scriptPubKey (P2WPKH, BIP141) that a miner is paid to: its own key's."""
-    return CScript([OP_0, Hash160(PrivateKey(secret).public_key.format())])
+    return Outcome(chain, run.names, claims)
 
 
 def _prepare_directory(directory: Path) -> None:
@@ -181,19 +113,13 @@ def _prepare_directory(directory: Path) -> None:
         raise BridgeError(f"cannot use {directory}: {error.strerror}: {error.filename}") from error
 
 
-def _check(
-    clients: Sequence[NodeClient],
-    params: TrainingParams,
-    producers: dict[bytes, Producer],
-    trainer: Trainer,
-    state: RunState,
-    plan: Plan,
-) -> tuple[Sequence[CertifiedBlock], list[Claim]]:
+def _check(run: NetworkRun, params: TrainingParams, plan: Plan) -> tuple[Sequence[CertifiedBlock], list[Claim]]:
     """Read the chain back and find out whether what the demo is about to say is true."""
+    clients, trainer, model = run.clients, run.trainer, run.coordinator.state.model
     chain = read_chain(clients[0], params)
     tips = {client.call("getbestblockhash") for client in clients}
     before, after = chain[0].certificate.loss_before / 1e9, chain[-1].certificate.loss_after / 1e9
-    accuracy = trainer.test(state.model).metric
+    accuracy = trainer.test(model).metric
     job, target = trainer.job, trainer.job.target_metric
     checked = target is not None and plan.cycles >= job.cycles
     bar = f" (bar: {target})" if checked else ""
@@ -216,13 +142,11 @@ def _check(
         Claim(
             "every block pays its winner, to its own address",
             all(
-                each.block.vtx[0].vout[0].scriptPubKey == producers[each.certificate.winner_key].payout_script
+                each.block.vtx[0].vout[0].scriptPubKey == run.producers[each.certificate.winner_key].payout_script
                 for each in chain
             ),
         ),
-        Claim(
-            "the model is the one that the tip commits to", state_hash(state.model) == chain[-1].certificate.model_after
-        ),
+        Claim("the model is the one that the tip commits to", state_hash(model) == chain[-1].certificate.model_after),
         Claim(f"held-out loss fell from {before:.4f} to {after:.4f} nats", after < before),
         Claim(
             f"accuracy on {job.test_examples} test images that no miner has: {accuracy:.4f}{bar}",

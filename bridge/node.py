@@ -46,7 +46,7 @@ class NodeClient:
 
     @classmethod
     def from_datadir(cls, datadir: Path) -> Self:
-        """Return a client of the regtest node that runs on a data directory.
+        """Return a client of the regtest node that runs on a data directory: here, or where its rpcconnect says.
 
         Raises BridgeError if there is no bitcoin.conf that names its port.
         """
@@ -57,7 +57,7 @@ class NodeClient:
         options = {name.strip(): value.strip() for name, _, value in lines}
         if "rpcport" not in options:
             raise BridgeError(f"{datadir / 'bitcoin.conf'} names no rpcport")
-        url = f"http://127.0.0.1:{options['rpcport']}"
+        url = f"http://{options.get('rpcconnect', '127.0.0.1')}:{options['rpcport']}"
         return cls(url, datadir / "regtest" / ".cookie", name=datadir.name)
 
     def __enter__(self) -> Self:

@@ -143,7 +143,7 @@ class _ContainerNode(Node):
 
     def kill(self) -> None:
         if self._container is not None:
-            self._container.remove(force=True)
+            self._container.remove(v=True, force=True)
             self._container = None
 
     def pause(self) -> None:

@@ -61,7 +61,7 @@ class Node:
         self.bitcoind = bitcoind
         self.datadir = datadir.absolute()
         self.name = name or datadir.name
-        self.options = {**DEFAULT_OPTIONS, **(options or {})}
+        self.options = options or {}
         self.keep = keep
         self.rpc_port = 0  # chosen by start()
         self.p2p_port = 0
@@ -291,13 +291,7 @@ class Node:
 
     def _write_conf(self) -> None:
         ours = {"port": str(self.p2p_port), "rpcport": str(self.rpc_port), **self._listening()}
-        lines = ["regtest=1", "[regtest]"]
-        for name, values in {**self.options, **ours}.items():
-            for value in [values] if isinstance(values, str) else values:
-                if "\n" in value or "#" in value:
-                    raise NodeError(f"{self.name}: option {name}: bitcoin.conf cannot hold the value {value!r}")
-                lines.append(f"{name}={value}")
-        (self.datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
+        write_conf(self.datadir, {**self.options, **ours}, self.name)
 
     def _listening(self) -> Options:
         return {
@@ -362,6 +356,22 @@ class Node:
 
 class PortTakenError(NodeError):
     """The node found a port taken."""
+
+
+def write_conf(datadir: Path, options: Options, name: str = "") -> None:
+    """Write the bitcoin.conf of a regtest node: these options, and DEFAULT_OPTIONS where they say nothing.
+
+    Raises NodeError, with the node's name (the data directory's if there is none), for a value that it cannot hold.
+    """
+    lines = ["regtest=1", "[regtest]"]
+    for option, values in {**DEFAULT_OPTIONS, **options}.items():
+        for value in [values] if isinstance(values, str) else values:
+            if "\n" in value or "#" in value:
+                raise NodeError(
+                    f"{name or datadir.name}: option {option}: bitcoin.conf cannot hold the value {value!r}"
+                )
+            lines.append(f"{option}={value}")
+    (datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
 
 
 def datadir_in_use(datadir: Path) -> bool:

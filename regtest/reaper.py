@@ -2,7 +2,7 @@
 
     reaper.py LABEL
 
-removes the containers, and then the networks, that have a label.
+removes the containers with their volumes, and then the networks, that have a label.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _main(label: str) -> None:
     sys.stdin.read()
     client = docker.from_env()
     for container in client.containers.list(all=True, filters={"label": label}):
-        container.remove(force=True)
+        container.remove(v=True, force=True)
     for network in client.networks.list(filters={"label": label}):
         network.remove()
 

@@ -19,7 +19,7 @@ ORDER = {
     ),
     "bridge": (
         "errors codec params lottery certificate beacon keys node block invalid producer journal appointing testing "
-        "plugin coordinator chain picture demo view network_cli cli"
+        "plugin coordinator chain picture run demo view network_cli cli"
     ),
     "regtest": (
         "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"

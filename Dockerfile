@@ -1,0 +1,69 @@
+# Two images: `node` is the patched bitcoind, `traincert` adds the coordinator and its miners. `make images` builds both.
+#
+# PROGRAMS=cached takes bitcoind and bitcoin-cli from build/programs/, instead of building them from source. They must
+# have been built on Debian 12.
+# TORCH_INDEX is PyTorch's package index of CPU wheels, where pip would otherwise fetch the one for NVIDIA's GPUs.
+ARG PROGRAMS=built
+
+FROM debian:bookworm-slim AS built
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked \
+    apt-get update && apt-get install --yes --no-install-recommends \
+    build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf \
+    python3-pip python3-requests
+WORKDIR /source
+COPY src src
+COPY regtest regtest
+COPY bitcoind-patch bitcoind-patch
+RUN --mount=type=cache,target=/root/.cache/ccache --mount=type=cache,target=/root/.cache/traincert/sources \
+    PYTHONPATH=src python3 -u -c "from traincert.regtest import build_node; build_node(progress=print)" \
+    && cd /root/.cache/traincert/nodes/*/bin && install -D --target-directory=/programs bitcoind bitcoin-cli
+
+FROM scratch AS cached
+COPY build/programs /programs
+
+FROM ${PROGRAMS} AS programs
+
+FROM debian:bookworm-slim AS node
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked \
+    apt-get update && apt-get install --yes --no-install-recommends \
+    libevent-core-2.1-7 libevent-extra-2.1-7 libevent-pthreads-2.1-7 libsqlite3-0 libzmq5 \
+    && useradd --uid 1000 --create-home bitcoin \
+    && install --directory --owner=bitcoin --group=bitcoin --mode=700 /home/bitcoin/.bitcoin
+COPY docker/entrypoint docker/healthcheck /usr/local/bin/
+COPY --from=programs /programs /usr/local/bin
+USER bitcoin
+WORKDIR /home/bitcoin
+VOLUME /home/bitcoin/.bitcoin
+EXPOSE 18443 18444
+HEALTHCHECK --interval=5s --timeout=10s --start-period=60s CMD ["healthcheck"]
+ENTRYPOINT ["entrypoint"]
+
+FROM debian:bookworm-slim AS python
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked \
+    apt-get update && apt-get install --yes --no-install-recommends python3-venv \
+    && python3 -m venv /opt/traincert
+WORKDIR /source
+COPY pyproject.toml requirements.lock ./
+ARG TORCH_INDEX
+# First what changes seldom: what traincert needs, at the pinned versions.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    > requirements.txt && /opt/traincert/bin/pip install --disable-pip-version-check \
+    ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint requirements.lock --requirement requirements.txt
+COPY . .
+RUN --mount=type=cache,target=/root/.cache/pip /opt/traincert/bin/pip install --disable-pip-version-check --no-deps .
+
+FROM node AS traincert
+USER root
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked \
+    apt-get update && apt-get install --yes --no-install-recommends python3
+COPY --from=python /opt/traincert /opt/traincert
+ENV PATH=/opt/traincert/bin:$PATH
+# Where compose.yaml mounts volumes: new ones take their owner from these folders.
+RUN install --directory --owner=bitcoin --group=bitcoin --mode=700 \
+    /coordinator /coordinator/node0 /coordinator/node1 /coordinator/node2
+USER bitcoin
+HEALTHCHECK NONE
+# Python, as a container's first process, ignores SIGTERM.
+STOPSIGNAL SIGINT
+CMD ["traincert"]
