@@ -6,6 +6,7 @@ For networks that other software is tested on: a block takes milliseconds, and t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bitcoin.core import lx
@@ -13,14 +14,22 @@ from coincurve import PrivateKey
 
 from traincert.bridge.beacon import Beacon
 from traincert.bridge.certificate import Certificate, draw_winner
+from traincert.bridge.chain import read_params
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.journal import Journal
+from traincert.bridge.keys import create_network_keys, load_network_keys, xonly_key
 from traincert.bridge.lottery import ContributionTable
 from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingParams
+from traincert.bridge.params import TrainingKeys, TrainingParams
 from traincert.bridge.producer import Producer, ask_for_template
 
 NO_TABLE = ContributionTable([])
+NO_MODEL = bytes(32)
+"""The hash of the model, where there is none."""
+
+_KEYS = "keys"
+_COORDINATORS, _THRESHOLD = 3, 2
+_MINERS = 4
 
 
 class AppointingCoordinator:
@@ -141,3 +150,30 @@ class AppointingCoordinator:
                 return producer
         name = miner.hex() if isinstance(miner, bytes) else miner
         raise BridgeError(f"there is no miner {name}: there are {len(self.producers)}, from 0 on")
+
+
+def make_keys(folder: Path, start_height: int) -> TrainingParams:
+    """Make the keys of a network that nobody trains for, in a new folder, and return its parameters.
+
+    Raises KeyFileError if they cannot be written.
+    """
+    create_network_keys(folder / _KEYS, _COORDINATORS, _MINERS)
+    keys = load_network_keys(folder / _KEYS)
+    coordinators = TrainingKeys(_THRESHOLD, tuple(map(xonly_key, keys.coordinators)))
+    return TrainingParams({start_height: coordinators}, Beacon(keys.beacon).anchor, NO_MODEL)
+
+
+def load_coordinator(folder: Path, node: NodeClient, payout_script: bytes) -> AppointingCoordinator:
+    """Return the coordinator with the keys that `make_keys` made, for the network that a node is on.
+
+    `payout_script` is the scriptPubKey that all blocks pay to. Raises KeyFileError, and NodeCallError if the node is on
+    no training network.
+    """
+    keys = load_network_keys(folder / _KEYS)
+    return AppointingCoordinator(
+        read_params(node),
+        {i: PrivateKey(keys.coordinators[i]) for i in range(_THRESHOLD)},
+        Beacon(keys.beacon),
+        Journal(folder / "journal.sqlite"),
+        [Producer(secret, Path(), payout_script) for secret in keys.miners],
+    )

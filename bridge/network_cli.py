@@ -17,11 +17,13 @@ from typing import Any
 
 import click
 
+from traincert.bridge.appointing import load_coordinator, make_keys
 from traincert.bridge.errors import BridgeError
+from traincert.bridge.node import NodeClient
 from traincert.bridge.view import show_build, shown_time, status_table, stdout_console
 from traincert.regtest.faucet import Faucet
-from traincert.regtest.lasting import LastingNetwork, status_json
-from traincert.regtest.node import Node
+from traincert.regtest.lasting import OWNED, LastingNetwork, status_json
+from traincert.regtest.node import Node, Options
 
 DEFAULT_FOLDER = Path("network")
 MAX_FUTURE_BLOCK_TIME = 2 * 60 * 60  # seconds, as Bitcoin Core's chain.h has it
@@ -94,17 +96,38 @@ def one_node(command: Callable[..., None]) -> Callable[..., None]:
     help="Who is linked to whom: line, ring, full, or a file with the numbers of two nodes on each line.",
 )
 @click.option("--fees", is_flag=True, help="Pay fees in some blocks first, so that estimatesmartfee answers.")
-def up(folder: Path, count: int, bitcoind: Path | None, backend: str, topology: str, fees: bool) -> None:
+@click.option("--training", is_flag=True, help="Make it a training network, whose coordinator appoints the winners.")
+@click.option(
+    "--start-height",
+    type=click.IntRange(1, 100_000),
+    default=1,
+    show_default=True,
+    help="From this height on blocks of a training network need certificates.",
+)
+def up(
+    folder: Path,
+    count: int,
+    bitcoind: Path | None,
+    backend: str,
+    topology: str,
+    fees: bool,
+    training: bool,
+    start_height: int,
+) -> None:
     """Make a network and start it."""
+
+    def prepare(owned: Path) -> Options:
+        return make_keys(owned, start_height).node_options() if training else {}
+
     if backend == "docker":
         if bitcoind:
             raise click.UsageError("--bitcoind is for processes: containers run their image's")
         from traincert.regtest.containers import IMAGE  # takes a while
 
-        made = LastingNetwork.create(Path("bitcoind"), folder, count, {}, topology, IMAGE)
+        made = LastingNetwork.create(Path("bitcoind"), folder, count, topology, IMAGE, prepare)
     else:
         program = bitcoind or show_build() / "bin" / "bitcoind"
-        made = LastingNetwork.create(program, folder, count, {}, topology)
+        made = LastingNetwork.create(program, folder, count, topology, None, prepare)
     try:
         made.start()
         _leave_initial_download(made)
@@ -233,7 +256,11 @@ def time(network: LastingNetwork, when: str) -> None:
 @click.argument("count", type=click.IntRange(1, 10_000))
 @changes_network
 def mine(network: LastingNetwork, count: int) -> None:
-    """Make blocks on the first node, which pay the faucet, a wallet of it."""
+    """Make blocks on the first node, which pay the faucet, a wallet of it.
+
+    From a training network's start height on they have certificates of a coordinator that appoints the winners; its
+    cycles train nothing, and say so.
+    """
     _faucet(network).mine(count)
     click.echo(network.nodes[0].rpc("getbestblockhash"))
 
@@ -358,7 +385,18 @@ def _faucet(network: LastingNetwork) -> Faucet:
 
 
 def _mine(network: LastingNetwork, count: int, address: str) -> None:
-    network.nodes[0].rpc("generatetoaddress", count, address)
+    node, owned = network.nodes[0], network.directory / OWNED
+    if not owned.exists():
+        node.rpc("generatetoaddress", count, address)
+        return
+    payout_script = bytes.fromhex(node.rpc("validateaddress", address)["scriptPubKey"])
+    with NodeClient.from_datadir(node.datadir) as client:
+        coordinator = load_coordinator(owned, client, payout_script)
+        below = max(0, min(count, coordinator.params.start_height - 1 - node.rpc("getblockcount")))
+        if below:
+            node.rpc("generatetoaddress", below, address)
+        for _ in range(count - below):
+            coordinator.append(client)
 
 
 def _leave_initial_download(network: LastingNetwork) -> None:

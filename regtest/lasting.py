@@ -10,7 +10,7 @@ import fcntl
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,9 +80,17 @@ class LastingNetwork(Network):
 
     @classmethod
     def create(
-        cls, bitcoind: Path, directory: Path, count: int, options: Options, topology: str, image: str | None = None
+        cls,
+        bitcoind: Path,
+        directory: Path,
+        count: int,
+        topology: str,
+        image: str | None = None,
+        prepare: Callable[[Path], Options] = lambda _: {},
     ) -> Self:
         """Make a network, and start nothing yet; with an `image` nodes run in containers, and `bitcoind` is not used.
+
+        `prepare` is given the folder OWNED, to make it if there is anything to keep, and returns the nodes' options.
 
         Raises NodeError if the folder is not empty, or if there is no engine or no image.
         """
@@ -91,9 +99,15 @@ class LastingNetwork(Network):
             raise NodeError(f"there is a network in {directory}: traincert network start starts it, down removes it")
         if directory.exists() and any(directory.iterdir()):
             raise NodeError(f"{directory} is not empty: choose another with --dir")
-        network = cls(bitcoind.absolute(), directory, count, options, topology, image)
+        bare = cls(bitcoind.absolute(), directory, count, {}, topology, image)
         directory.mkdir(parents=True, exist_ok=True)
-        network.save()
+        bare.save()  # so that whatever comes now, down() removes it
+        try:
+            network = cls(bitcoind.absolute(), directory, count, prepare(directory / OWNED), topology, image)
+            network.save()
+        except BaseException:
+            bare.down()
+            raise
         return network
 
     @classmethod

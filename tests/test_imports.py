@@ -18,8 +18,8 @@ ORDER = {
         "engines.local cycle records report run"
     ),
     "bridge": (
-        "errors codec params lottery certificate beacon keys node block invalid producer journal appointing testing "
-        "plugin coordinator chain picture run demo view network_cli cli"
+        "errors codec params lottery certificate beacon keys node block invalid producer journal chain appointing "
+        "testing plugin coordinator picture run demo view network_cli cli"
     ),
     "regtest": (
         "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"

@@ -149,6 +149,25 @@ def test_snapshot_and_restore(up: Run) -> None:
     assert "there is no snapshot four; there are: three" in up("restore", "four", code=1).stderr
 
 
+def test_training_network_is_mined_by_certificates_that_say_nothing_was_trained(run: Run, tmp_path: Path) -> None:
+    run("up", "--nodes", "2", "--training", "--start-height", "3")
+    run("mine", "4")
+    shown = subprocess.check_output([TRAINCERT, "chain", "--json", "--datadir", tmp_path / "network/node1"])
+    chain = json.loads(shown)  # every rule was checked
+    assert [block["height"] for block in chain] == [3, 4, 5]
+    assert {block["award"] for block in chain} == {"appointed"}
+    assert {block["contributions_count"] for block in chain} == {block["params_trained"] for block in chain} == {0}
+    for key in tmp_path.glob("network/owned/keys/*"):
+        assert key.stat().st_mode & 0o777 == 0o600
+    run("snapshot", "five")
+    run("mine", "2")
+    run("restore", "five")
+    run("mine", "3")  # the coordinator's journal is as it was, too
+    address = run("cli", "0", "-rpcwallet=faucet", "getnewaddress").stdout.strip()
+    run("fund", address, "1")
+    assert {node["state"] for node in status(run).values()} == {"running"}
+
+
 def test_env_gives_functions_of_the_nodes_names(up: Run) -> None:
     script = up("env").stdout + "node1 getblockcount"
     assert subprocess.check_output(["/bin/sh", "-c", script]) == b"1\n"

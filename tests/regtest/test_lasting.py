@@ -21,7 +21,7 @@ from traincert.regtest.node import wait_for
 
 @pytest.fixture
 def network(node_programs: Path, tmp_path: Path) -> Iterator[LastingNetwork]:
-    network = LastingNetwork.create(node_programs / "bitcoind", tmp_path / "network", 2, {}, "full")
+    network = LastingNetwork.create(node_programs / "bitcoind", tmp_path / "network", 2, "full")
     try:
         network.start()
         yield network
@@ -155,7 +155,7 @@ UP = """\
 import sys
 from pathlib import Path
 from traincert.regtest.lasting import LastingNetwork
-network = LastingNetwork.create(Path(sys.argv[1]), Path(sys.argv[2]), 3, {}, "full")
+network = LastingNetwork.create(Path(sys.argv[1]), Path(sys.argv[2]), 3, "full")
 print("made", flush=True)
 network.start()
 """
@@ -178,9 +178,9 @@ def test_network_whose_maker_was_killed_at_once_can_be_taken_down(node_programs:
 def test_folder_in_use_is_refused(network: LastingNetwork, tmp_path: Path) -> None:
     bitcoind = network.nodes[0].bitcoind
     with pytest.raises(NodeError, match=r"there is a network in .*network: traincert network start starts it"):
-        LastingNetwork.create(bitcoind, network.directory, 1, {}, "full")
+        LastingNetwork.create(bitcoind, network.directory, 1, "full")
     with pytest.raises(NodeError, match=r"is not empty: choose another with --dir"):
-        LastingNetwork.create(bitcoind, tmp_path, 1, {}, "full")
+        LastingNetwork.create(bitcoind, tmp_path, 1, "full")
     with pytest.raises(NodeError, match=r"there is no network in .*: traincert network up makes one"):
         LastingNetwork.load(tmp_path)
 
