@@ -166,14 +166,18 @@ def make_keys(folder: Path, start_height: int) -> TrainingParams:
 def load_coordinator(folder: Path, node: NodeClient, payout_script: bytes) -> AppointingCoordinator:
     """Return the coordinator with the keys that `make_keys` made, for the network that a node is on.
 
-    `payout_script` is the scriptPubKey that all blocks pay to. Raises KeyFileError, and NodeCallError if the node is on
-    no training network.
+    `payout_script` is the scriptPubKey that all blocks pay to.
+
+    Raises KeyFileError, BridgeError if the node is on another network, and NodeCallError if it is on none.
     """
-    keys = load_network_keys(folder / _KEYS)
+    keys, params = load_network_keys(folder / _KEYS), read_params(node)
+    beacon = Beacon(keys.beacon)
+    if params.beacon != beacon.anchor:
+        raise BridgeError(f"{node.name} is on network {params.chain_id.hex()}, which the keys in {folder} are not for")
     return AppointingCoordinator(
-        read_params(node),
+        params,
         {i: PrivateKey(keys.coordinators[i]) for i in range(_THRESHOLD)},
-        Beacon(keys.beacon),
+        beacon,
         Journal(folder / "journal.sqlite"),
         [Producer(secret, Path(), payout_script) for secret in keys.miners],
     )

@@ -22,7 +22,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import instructions, reindex, submit, table, training
+from bench import harness, instructions, reindex, submit, table, training
 from bench.blocks import certificate_blocks, stock_blocks
 from bench.rows import Row
 from traincert.regtest import NodeKind, RegtestError, build_node, node_folder
@@ -45,6 +45,7 @@ def measure(patched: Path, stock: Path) -> list[Row]:
         rows += submit.measure(patched, stock, folder / "submit", ours, theirs)
         rows += reindex.measure(patched, stock, folder / "reindex", ours, theirs)
         rows += instructions.measure(patched, stock, folder / "instructions")
+        rows += harness.measure(patched, folder / "harness")
         rows += training.measure(folder / "training")
     return rows
 
