@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from traincert.bridge.appointing import load_coordinator, make_keys
-from traincert.bridge.errors import BridgeError
+from traincert.bridge.errors import BridgeError, NodeCallError
 from traincert.bridge.node import NodeClient
 from traincert.bridge.view import show_build, shown_time, status_table, stdout_console
 from traincert.regtest.faucet import Faucet
@@ -27,6 +27,7 @@ from traincert.regtest.node import Node, Options
 
 DEFAULT_FOLDER = Path("network")
 MAX_FUTURE_BLOCK_TIME = 2 * 60 * 60  # seconds, as Bitcoin Core's chain.h has it
+_RPC_METHOD_NOT_FOUND = -32601
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 
 
@@ -391,7 +392,12 @@ def _mine(network: LastingNetwork, count: int, address: str) -> None:
         return
     payout_script = bytes.fromhex(node.rpc("validateaddress", address)["scriptPubKey"])
     with NodeClient.from_datadir(node.datadir) as client:
-        coordinator = load_coordinator(owned, client, payout_script)
+        try:
+            coordinator = load_coordinator(owned, client, payout_script)
+        except NodeCallError as error:
+            if error.code != _RPC_METHOD_NOT_FOUND:
+                raise
+            raise BridgeError(f"{node.bitcoind} is not the patched bitcoind: it has no training networks") from None
         below = max(0, min(count, coordinator.params.start_height - 1 - node.rpc("getblockcount")))
         if below:
             node.rpc("generatetoaddress", below, address)

@@ -201,6 +201,13 @@ def test_mistakes_get_one_line(arguments: list[str], code: int, said: str, up: R
     assert said in error
 
 
+def test_training_network_needs_the_patched_node(run: Run, stock_programs: Path, tmp_path: Path) -> None:
+    bitcoind = stock_programs / "bitcoind"
+    error = run("up", "--training", "--bitcoind", str(bitcoind), code=1).stderr
+    assert error.splitlines()[-1] == (f"traincert: {bitcoind} is not the patched bitcoind: it has no training networks")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_failed_start_leaves_nothing(run: Run, tmp_path: Path) -> None:
     wrong = tmp_path / "bin/bitcoind"
     wrong.parent.mkdir()
