@@ -88,6 +88,9 @@ class TrainingJob:
     """A function that returns a torch.nn.Module."""
     model_options: dict[str, Any] = Field(default_factory=dict)
     """The arguments it is called with."""
+    initial_model: str = ""
+    """A safetensors file of the model's parameters and buffers by name, as a run's store has them, to start from
+    instead of what `seed` gives; relative to the job's file."""
     loss: Reference = "traincert.trainer.models:cross_entropy"
     """A function of the model's outputs and the target that returns their mean loss, nats."""
     metric: Reference = "traincert.trainer.models:accuracy"
@@ -161,8 +164,9 @@ class TrainingJob:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise JobError(f"{path}: cannot be read as TOML: {error}") from error
         folder = str(path.parent.absolute())
-        if values.get("hash_key") and isinstance(values["hash_key"], str):
-            values["hash_key"] = str(Path(folder, values["hash_key"]))
+        for key in ("hash_key", "initial_model"):
+            if values.get(key) and isinstance(values[key], str):
+                values[key] = str(Path(folder, values[key]))
         try:
             job = cls(**values)
         except ValidationError as error:

@@ -4,10 +4,12 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
+from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.store import read_blob, write_blob
@@ -17,8 +19,31 @@ State = Mapping[str, torch.Tensor]
 
 
 def initial_state(job: TrainingJob) -> State:
-    """Return the state that the job's first cycle starts from: a function of `job.seed`."""
-    return state_of(build_model(job))
+    """Return the state that the job's first cycle starts from: `job.initial_model`'s, or a function of `job.seed`.
+
+    Raises JobError if that file cannot be read, or is of another model.
+    """
+    fresh = state_of(build_model(job))
+    return _read_model(job.initial_model, fresh) if job.initial_model else fresh
+
+
+def _read_model(path: str, expected: State) -> State:
+    try:
+        state = state_from_bytes(Path(path).read_bytes())
+    except OSError as error:
+        raise JobError(f"initial_model = {path!r}: {error.strerror}") from None
+    except safetensors.SafetensorError as error:
+        raise JobError(f"initial_model = {path!r}: is no safetensors file: {error}") from None
+    if state.keys() != expected.keys():
+        raise JobError(f"initial_model = {path!r}: has {sorted(state)}, the model has {sorted(expected)}")
+    for name, tensor in expected.items():
+        found = state[name]
+        if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+            raise JobError(
+                f"initial_model = {path!r}: {name} is {found.dtype} {tuple(found.shape)}, the model's is "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
+            )
+    return state
 
 
 def state_of(model: nn.Module) -> State:

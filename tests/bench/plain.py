@@ -2,7 +2,7 @@
 
     tests/bench/plain.py JOB.toml FOLDER --steps N --batch-size N
 
-trains one process on one thread, on all shards together, and prints JSON.
+trains one process on one thread, on all shards together, and prints JSON; `--save FILE` keeps the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from traincert.trainer.job import TrainingJob, resolve
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset, read_examples
 from traincert.trainer.scoring import evaluate
-from traincert.trainer.state import state_of
+from traincert.trainer.state import initial_state, set_state, state_bytes, state_of
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     job = TrainingJob.load(arguments.job)
@@ -36,6 +37,7 @@ def main() -> None:
     target = torch.cat([shard.target for shard in shards])
 
     model = build_model(job).train()
+    set_state(model, initial_state(job))
     loss_function = resolve(job.loss, "loss")
     optimizer = getattr(torch.optim, job.optimizer)(model.parameters(), lr=job.learning_rate, **job.optimizer_options)
     torch.manual_seed(job.seed)
@@ -51,6 +53,8 @@ def main() -> None:
         loss_function(model(*(column[batch] for column in inputs)), target[batch]).backward()
         optimizer.step()
     seconds = time.perf_counter() - start
+    if arguments.save:
+        arguments.save.write_bytes(state_bytes(state_of(model)))
     validation = read_examples(job, dataset.held_out_folder, dataset.validation)
     test = read_examples(job, dataset.held_out_folder, dataset.test)
     held_out, tested = (evaluate(model, job, state_of(model), examples) for examples in (validation, test))

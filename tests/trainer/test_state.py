@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from traincert.trainer.errors import IntegrityError
+from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.state import (
     initial_state,
@@ -59,6 +59,33 @@ def test_the_initial_state_follows_from_the_seed_alone(job: TrainingJob) -> None
     assert torch.equal(torch.rand(1), after)  # the global generator was left as it was
     assert state_hash(initial_state(job)) == first
     assert state_hash(initial_state(replace(job, seed=job.seed + 1))) != first
+
+
+def test_a_job_may_start_from_a_model_that_was_trained(job: TrainingJob, tmp_path: Path) -> None:
+    trained = initial_state(replace(job, seed=7))
+    path = tmp_path / save_state(tmp_path, trained).hex()  # as a run's store has it
+    assert state_hash(initial_state(replace(job, initial_model=str(path)))) == state_hash(trained)
+
+
+def test_a_file_that_is_not_of_the_model_is_refused(job: TrainingJob, tmp_path: Path) -> None:
+    path = tmp_path / "start.safetensors"
+    starting = replace(job, initial_model=str(path))
+    state = dict(initial_state(job))
+    name = min(state)
+    with pytest.raises(JobError, match=rf"initial_model = '{path}': No such file or directory"):
+        initial_state(starting)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(JobError, match="is no safetensors file"):
+        initial_state(starting)
+    path.write_bytes(state_bytes({**state, name: state[name].double()}))
+    with pytest.raises(JobError, match=rf"{name} is torch.float64 .*, the model's is torch.float32"):
+        initial_state(starting)
+    path.write_bytes(state_bytes({**state, name: state[name][:-1].clone()}))
+    with pytest.raises(JobError, match=rf"{name} is torch.float32 \("):
+        initial_state(starting)
+    path.write_bytes(state_bytes({**state, "more": state[name].clone()}))
+    with pytest.raises(JobError, match=r"has .*'more'.*, the model has "):
+        initial_state(starting)
 
 
 def test_a_stored_state_is_verified(job: TrainingJob, tmp_path: Path) -> None:
