@@ -63,11 +63,17 @@ def _fashion(bench: _Bench, job: TrainingJob) -> list[Row]:
 
 
 def _text(bench: _Bench, job: TrainingJob) -> list[Row]:
+    """From nothing, and from a model that plain PyTorch trained first, as in DiLoCo's own experiments."""
+    fresh = bench.run("text", job)["loss"] / bench.plain("text", job)["loss"]
+    start = bench.folder / "text.safetensors"
+    bench.plain("text", replace(job, schedule="constant"), save=start)
+    job = replace(job, initial_model=str(start), outer_learning_rate=0.8, outer_momentum=0.3)
     plain = bench.plain("text", job)
     whole = bench.run("text", job)
     return [
-        row("text, plain PyTorch: held-out loss", plain["loss"], "nats"),
-        row("text, whole model, 4 miners: held-out loss", whole["loss"], "nats"),
+        row("text from nothing, whole model, 4 miners: held-out loss, against plain PyTorch", fresh, "ratio"),
+        row("text from a trained model, plain PyTorch: held-out loss", plain["loss"], "nats"),
+        row("text from a trained model, whole model, 4 miners: held-out loss", whole["loss"], "nats"),
         row("the same, against plain PyTorch", whole["loss"] / plain["loss"], "ratio", 1.03),
         *_compression(bench, "text", job, whole),
         *_speed(bench, "text", job, whole),
@@ -113,16 +119,18 @@ class _Bench:
     """Runs programs on jobs; the data are prepared once for each name."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def run(self, name: str, job: TrainingJob, miners: int = MINERS) -> Numbers:
         """Run a job's cycles."""
         return _result(self._start("run_job.py", name, job, "--miners", miners))
 
-    def plain(self, name: str, job: TrainingJob) -> Numbers:
+    def plain(self, name: str, job: TrainingJob, save: Path | None = None) -> Numbers:
         """Train as many samples as the job's miners, in as many steps, in one process."""
-        steps = job.cycles * job.local_steps
-        return _result(self._start("plain.py", name, job, "--steps", steps, "--batch-size", MINERS * job.batch_size))
+        options = ["--steps", job.cycles * job.local_steps, "--batch-size", MINERS * job.batch_size]
+        if save:
+            options += ["--save", save]
+        return _result(self._start("plain.py", name, job, *options))
 
     def plain_side_by_side(self, name: str, job: TrainingJob) -> list[float]:
         """Measure two processes that do a miner's steps at the same time: samples per second of each."""
@@ -131,7 +139,7 @@ class _Bench:
         return [float(_result(process)["samples_per_second"]) for process in processes]
 
     def _start(self, program: str, name: str, job: TrainingJob, *options: object) -> subprocess.Popen[str]:
-        folder = self._folder / name
+        folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         described = folder / "job.toml"
         described.write_text(job.to_toml())

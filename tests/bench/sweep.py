@@ -1,0 +1,85 @@
+"""Trains a job with updates of several sizes and draws bytes against held-out loss; the table is printed as Markdown.
+
+    tests/bench/sweep.py JOB FOLDER PICTURE.png [--seeds N]
+
+JOB is as for `traincert job run`. Results are kept in FOLDER, so that a sweep that was interrupted goes on. Each seed
+has a float32 run of its own, with which its others are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from traincert.trainer.job import TrainingJob
+
+DENSITIES = (1.0, 0.3, 0.11, 0.042, 0.02)
+
+
+def run(job: TrainingJob, folder: Path, name: str) -> dict[str, Any]:
+    """What `run_job.py` prints, of this run or of an earlier sweep's."""
+    kept = folder / f"{name}.json"
+    if not kept.exists():
+        (folder / "job.toml").write_text(job.to_toml())
+        command = [sys.executable, str(Path(__file__).parent / "run_job.py"), str(folder / "job.toml"), str(folder)]
+        kept.write_text(subprocess.check_output(command, text=True))
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found
+
+
+def draw(points: list[tuple[float, list[float]]], picture: Path, name: str) -> None:
+    matplotlib.use("svg" if picture.suffix == ".svg" else "agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for times, gaps in points:
+        axes.plot([times] * len(gaps), gaps, "o", color="C0", alpha=0.5)
+    axes.plot([times for times, _ in points], [statistics.mean(gaps) for _, gaps in points], color="C0", label="mean")
+    axes.step(
+        [1, 50, 50, 100], [1, 1, 1, 3], where="post", color="C3", linestyle="--", label="bars: 1 % at 50, 3 % at 100"
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes of float32 updates / bytes that travelled")
+    axes.set_ylabel("held-out loss above float32's, %")
+    axes.set_title(f"{name}: size of updates and what it costs")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("job")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    job = TrainingJob.named(arguments.job)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    found: dict[float, list[dict[str, Any]]] = {density: [] for density in DENSITIES}
+    for seed in range(arguments.seeds):
+        for density in DENSITIES:
+            changed = replace(job, seed=seed, density=density)
+            found[density].append(run(changed, arguments.folder, f"seed{seed}-density{density}"))
+    points = []
+    print("| density | times smaller | held-out loss above float32's, % | test metric |\n|---|---|---|---|")
+    for density, runs in found.items():
+        gaps = [100 * (each["loss"] / plain["loss"] - 1) for each, plain in zip(runs, found[1.0], strict=True)]
+        times = statistics.mean(each["times_smaller"] for each in runs)
+        metric = statistics.mean(each["test_metric"] for each in runs)
+        points.append((times, gaps))
+        each_gap = ", ".join(f"{gap:+.1f}" for gap in gaps)
+        print(f"| {density:g} | {times:.1f} | {statistics.mean(gaps):+.1f} ({each_gap}) | {metric:.4f} |")
+    draw(points, arguments.picture, Path(arguments.job).stem)
+
+
+if __name__ == "__main__":
+    main()
