@@ -9,7 +9,7 @@ FROM debian:bookworm-slim AS built
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked \
     apt-get update && apt-get install --yes --no-install-recommends \
     build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf \
-    python3-pip python3-requests
+    python3-pip python3-psutil python3-requests
 WORKDIR /source
 COPY src src
 COPY regtest regtest

@@ -16,7 +16,7 @@ from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.scoring import Contribution, Evaluation, Refusal, Scorer, score
 from traincert.trainer.segments import Layout, cut_segments
-from traincert.trainer.state import State, save_state, state_hash, state_of
+from traincert.trainer.state import State, initial_state, save_state, state_hash
 from traincert.trainer.store import prune
 from traincert.trainer.tasks import assign
 from traincert.trainer.training import build_optimizer
@@ -118,8 +118,11 @@ class Trainer:
         self._scorer.__exit__(kind, error, tb)
 
     def start(self) -> RunState:
-        """Return the state that the first cycle begins with: a function of the job."""
-        model = state_of(self._model)
+        """Return the state that the first cycle begins with: a function of the job.
+
+        Raises JobError if its `initial_model` cannot be used.
+        """
+        model = initial_state(self.job)
         evaluation = self.evaluate(model)
         return RunState(0, model, evaluation, evaluation.loss, torch.zeros(self.layout.params))
 

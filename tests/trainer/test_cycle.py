@@ -68,6 +68,19 @@ def test_a_result_is_consistent(trainer: Trainer, miners: list[bytes]) -> None:
     assert {task.order.task.cycle for task in second.tasks} == {1}
 
 
+def test_a_run_goes_on_from_a_model_that_was_trained(
+    make_trainer: MakeTrainer, job: TrainingJob, trainer: Trainer, miners: list[bytes], tmp_path: Path
+) -> None:
+    trained = run(trainer, miners, 2)[-1].after
+    path = tmp_path / "trained.safetensors"
+    path.write_bytes(state_bytes(trained.model))
+    with make_trainer(replace(job, initial_model=str(path)), tmp_path) as going_on:
+        start = going_on.start()
+        assert state_hash(start.model) == state_hash(trained.model)
+        assert start.evaluation == trained.evaluation
+        assert run(going_on, miners, 1)[0].model_before == state_hash(trained.model)
+
+
 def test_a_cycle_without_updates_keeps_everything(
     make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
 ) -> None:
