@@ -47,7 +47,8 @@ COPY pyproject.toml requirements.lock ./
 ARG TORCH_INDEX
 # First what changes seldom: what traincert needs, at the pinned versions.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    python3 -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+    print(*project["dependencies"], *project["optional-dependencies"]["train"], sep="\n")' \
     > requirements.txt && /opt/traincert/bin/pip install --disable-pip-version-check \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint requirements.lock --requirement requirements.txt
 COPY . .
