@@ -92,14 +92,17 @@ class Network:
         running = {number for number, node in enumerate(self.nodes) if node.pid is not None and not node.paused}
         links = [link for link in self.links if running.issuperset(link) and not self.is_cut(link)]
         self._disconnect(link for link in self.links if running.issuperset(link) and self.is_cut(link))
-        known = set[int]()
-        for first in sorted(running, key=lambda number: int(self.nodes[number].rpc("getblockcount")), reverse=True):
-            layer = {first} - known  # empty, unless nothing leads here from those before
-            while layer:
-                known |= layer
-                outward = [link for link in links if len(known.intersection(link)) == 1]
-                self._connect(outward)
-                layer = set[int]().union(*outward) - known
+        blocks = {number: int(self.nodes[number].rpc("getblockcount")) for number in running}
+        if len(set(blocks.values())) > 1:
+            known = set[int]()
+            for first in sorted(running, key=blocks.__getitem__, reverse=True):
+                layer = {first} - known  # empty, unless nothing leads here from those before
+                while layer:
+                    known |= layer
+                    outward = [link for link in links if len(known.intersection(link)) == 1]
+                    self._connect(outward)
+                    self._wait_for_headers(outward)
+                    layer = set[int]().union(*outward) - known
         self._connect(links)
 
     def is_cut(self, link: Link) -> bool:
@@ -190,13 +193,15 @@ class Network:
             result.result()
 
     def _connect(self, links: Sequence[Link]) -> None:
-        """Connect nodes, and wait until each knows of as many blocks as the other has."""
-        for link in links:
-            self._is_up(link)  # all begin before we wait for one
-        for link in links:
+        down = [link for link in links if not self._is_up(link)]  # all begin before we wait for one
+        for link in down:
             node, other = self._ends(link)
             what = f"{node.name} to connect to {other.name}"
             wait_for(partial(self._is_up, link), CONNECT_TIMEOUT, what, node.log_tail)
+
+    def _wait_for_headers(self, links: Sequence[Link]) -> None:
+        """Wait until each of two nodes knows of as many blocks as the other has."""
+        for node, other in map(self._ends, links):
             what = f"{node.name} and {other.name} to know of the same blocks"
             wait_for(partial(_know_the_same, node, other), CONNECT_TIMEOUT, what, node.log_tail)
 
