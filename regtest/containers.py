@@ -84,7 +84,9 @@ class Docker:
                 network.remove()
 
     def close(self) -> None:
-        """Remove the networks; the containers are gone with their nodes."""
+        """Remove the networks, and containers of whoever was killed while they started."""
+        for container in self.client.containers.list(all=True, filters={"label": f"{LABEL}={self.directory}"}):
+            container.remove(v=True, force=True)
         for network in self._networks():
             network.remove()
         if self._reaper is not None:

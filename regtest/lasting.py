@@ -19,7 +19,8 @@ from typing import Any, Self
 from traincert.regtest.errors import NodeError
 from traincert.regtest.links import Link
 from traincert.regtest.network import Network
-from traincert.regtest.node import START_TIMEOUT, Node, Options, datadir_in_use, wait_for
+from traincert.regtest.node import Node, Options
+from traincert.regtest.processes import find_by_argument
 from traincert.regtest.snapshot import OPTIONS as SNAPSHOT_OPTIONS
 from traincert.regtest.snapshot import copy_files
 
@@ -265,9 +266,11 @@ class LastingNetwork(Network):
     def down(self) -> None:
         """End everything, and remove all that `create()` and what came after it made."""
         for node in self.nodes:
-            if node.pid is None and datadir_in_use(node.datadir):  # whoever started it was killed just then
-                wait_for(node.attach, START_TIMEOUT, f"the process of {node.name}")
             node.kill()  # what it would write is not kept
+            # If whoever started it was killed just then, there may be no pid file yet.
+            for process in find_by_argument(f"-datadir={node.datadir}"):
+                process.kill()
+                process.wait()
         self.stop()
         for name in [*(node.name for node in self.nodes), _LINKS, _SNAPSHOTS, OWNED]:
             shutil.rmtree(self.directory / name, ignore_errors=True)

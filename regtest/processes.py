@@ -60,6 +60,11 @@ def find_process(pid_file: Path, argument: str) -> psutil.Process | None:
     return None
 
 
+def find_by_argument(argument: str) -> list[psutil.Process]:
+    """Return the processes that have an argument on their command line."""
+    return [process for process in psutil.process_iter(["cmdline"]) if argument in (process.info["cmdline"] or [])]
+
+
 def is_running(process: psutil.Process) -> bool:
     """Whether a process has not ended; a zombie has."""
     try:

@@ -175,6 +175,14 @@ def test_network_whose_maker_was_killed_at_once_can_be_taken_down(node_programs:
     assert processes_of(str(folder)) == []
 
 
+def test_node_that_has_not_even_locked_its_data_directory_is_ended(network: LastingNetwork) -> None:
+    network.nodes[1].stop()
+    command = [sys.executable, "-c", "input()", f"-datadir={network.nodes[1].datadir}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as starting:
+        network.down()
+        assert starting.wait(30) == -signal.SIGKILL
+
+
 def test_folder_in_use_is_refused(network: LastingNetwork, tmp_path: Path) -> None:
     bitcoind = network.nodes[0].bitcoind
     with pytest.raises(NodeError, match=r"there is a network in .*network: traincert network start starts it"):
