@@ -179,8 +179,9 @@ def test_node_that_has_not_even_locked_its_data_directory_is_ended(network: Last
     network.nodes[1].stop()
     command = [sys.executable, "-c", "input()", f"-datadir={network.nodes[1].datadir}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as starting:
+        wait_for(lambda: starting.pid in processes_of(str(network.directory)), 30, "the process")
         network.down()
-        assert starting.wait(30) == -signal.SIGKILL
+        assert processes_of(str(network.directory)) == []
 
 
 def test_folder_in_use_is_refused(network: LastingNetwork, tmp_path: Path) -> None:
