@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -58,7 +59,7 @@ def up(run: Run, node_programs: Path) -> Run:
     return run
 
 
-def status(run: Run, *arguments: str) -> dict[str, dict[str, object]]:
+def status(run: Run, *arguments: str) -> dict[str, dict[str, Any]]:
     answer = json.loads(run("status", "--json", *arguments).stdout)
     return {node["name"]: node for node in answer["nodes"]}
 
@@ -108,7 +109,7 @@ def test_every_fault_is_shown_and_undone_by_its_opposite(up: Run) -> None:
     up("start", "node1")
     up("disk-full", "0")
     up("corrupt", "0")
-    assert [str(fault).split(":")[0] for fault in status(up)["node0"]["faults"]] == ["disk full", "corrupt"]  # type: ignore[attr-defined]
+    assert [fault.split(":")[0] for fault in status(up)["node0"]["faults"]] == ["disk full", "corrupt"]
     up("repair", "0")
     up("disk-free", "0")
     assert [(node["state"], node["faults"], node["peers"]) for node in status(up).values()] == [
@@ -177,9 +178,10 @@ def test_logs_show_the_end_and_follow(up: Run, tmp_path: Path) -> None:
     assert "node0/regtest/debug.log" in up("logs").stdout
     assert "node1" not in up("logs", "node0").stdout
     with start(tmp_path, "logs", "-f", "node1") as following:
-        assert following.stdout is not None
+        lines = following.stdout
+        assert lines is not None
         up("mine", "1")
-        wait_for(lambda: "height=2 " in (following.stdout or [""]).readline(), 30, "the line of the new block")  # type: ignore[union-attr]
+        wait_for(lambda: "height=2 " in lines.readline(), 30, "the line of the new block")
         following.terminate()
         following.communicate()
 
