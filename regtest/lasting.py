@@ -20,7 +20,7 @@ from traincert.regtest.errors import NodeError
 from traincert.regtest.links import Link
 from traincert.regtest.network import Network
 from traincert.regtest.node import Node, Options
-from traincert.regtest.processes import find_by_argument
+from traincert.regtest.processes import find_by_argument, kill
 from traincert.regtest.snapshot import OPTIONS as SNAPSHOT_OPTIONS
 from traincert.regtest.snapshot import copy_files
 
@@ -269,8 +269,7 @@ class LastingNetwork(Network):
             node.kill()  # what it would write is not kept
             # If whoever started it was killed just then, there may be no pid file yet.
             for process in find_by_argument(f"-datadir={node.datadir}"):
-                process.kill()
-                process.wait()
+                kill(process)
         self.stop()
         for name in [*(node.name for node in self.nodes), _LINKS, _SNAPSHOTS, OWNED]:
             shutil.rmtree(self.directory / name, ignore_errors=True)

@@ -12,7 +12,7 @@ import psutil
 from traincert.regtest import relay
 from traincert.regtest.errors import NodeError
 from traincert.regtest.node import wait_for
-from traincert.regtest.processes import find_process, spawn
+from traincert.regtest.processes import find_process, kill, spawn
 
 Link = tuple[int, int]
 """The numbers of two nodes, the lower one first: it makes the connection."""
@@ -82,8 +82,7 @@ class Relay:
         """End the relay, if there is one, and its connections with it."""
         process = self._process or self._find()
         if process is not None:
-            process.kill()
-            process.wait()
+            kill(process)
         self._process = None
         self._pid_file.unlink(missing_ok=True)
 

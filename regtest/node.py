@@ -17,7 +17,7 @@ import psutil
 import requests
 
 from traincert.regtest.errors import NodeError, NodeUnreachableError, RpcError, WaitTimeoutError
-from traincert.regtest.processes import find_process, is_running, spawn
+from traincert.regtest.processes import find_process, is_running, kill, spawn
 
 Options = Mapping[str, str | Sequence[str]]
 """bitcoin.conf options, without the dash: a name and its value, or its values where it may be repeated."""
@@ -196,9 +196,7 @@ class Node:
     def kill(self) -> None:
         """End the node at once, as a power failure would."""
         if self._process is not None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._process.kill()
-            self._process.wait()
+            kill(self._process)
             self._process = None
 
     def pause(self) -> None:
@@ -339,10 +337,9 @@ class Node:
         return self._stderr_file.read_text(errors="replace").strip()
 
     def _ending(self) -> str:
-        # psutil: None where it was no child of ours, a negative signal number as subprocess has it
-        code = self._process.wait() if self._process else None
-        if code is None:
+        if not isinstance(self._process, psutil.Popen):  # no child of ours
             return "exit code not known"
+        code = self._process.wait()  # a negative signal number, as subprocess has it
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,16 @@ def find_process(pid_file: Path, argument: str) -> psutil.Process | None:
 def find_by_argument(argument: str) -> list[psutil.Process]:
     """Return the processes that have an argument on their command line."""
     return [process for process in psutil.process_iter(["cmdline"]) if argument in (process.info["cmdline"] or [])]
+
+
+def kill(process: psutil.Process) -> None:
+    """End a process at once, and wait for its end."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+    if isinstance(process, psutil.Popen):
+        process.wait()
+    while is_running(process):  # no child of ours: psutil would wait until its parent knows
+        time.sleep(0.005)
 
 
 def is_running(process: psutil.Process) -> bool:
