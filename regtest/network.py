@@ -60,6 +60,15 @@ class Network:
         if not self.keep:
             self.stop()
 
+    def add(self, node: Node) -> None:
+        """Let another node take part, of whatever program, linked to every other: before it is started."""
+        node.options = _with_name(node.options, node.name)
+        for number in range(len(self.nodes)):
+            link = (number, len(self.nodes))
+            self.links.append(link)
+            self._relays[link] = self._relay(link)
+        self.nodes.append(node)
+
     def start(self) -> None:
         """Start all nodes and connect them; if one does not start, stop the others.
 
@@ -215,6 +224,9 @@ class Network:
             address = self._relays[link].start(other.relay_target, self.delays[link], node.relay_host)
         node.rpc("addnode", address, "onetry")
         return False
+
+    def _relay(self, link: Link) -> Relay:
+        return Relay(self.directory / "links" / f"{link[0]}-{link[1]}.pid", keep=self.keep)
 
     def _ends(self, link: Link) -> tuple[Node, Node]:
         return self.nodes[link[0]], self.nodes[link[1]]

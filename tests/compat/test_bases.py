@@ -24,12 +24,12 @@ def test_two_bases_follow_one_chain(
     network = bitcoin_network(1, chain.params.node_options())
     for block in blocks:
         assert submit(network.nodes[0], block) is None
-    with Node(base28_programs / "bitcoind", tmp_path / "base28", chain.params.node_options()) as older:
-        network.nodes.append(older)
+    older = Node(base28_programs / "bitcoind", tmp_path / "base28", chain.params.node_options())
+    network.add(older)
+    with older:
         network.connect()
         assert network.wait_until_same_tip() == blocks[-1].GetHash()[::-1].hex()
         ours, theirs = (node.rpc("getnetworkinfo")["version"] for node in network.nodes)
         assert (ours, theirs) == (319900, 289900)
         added = append(replace(chain), older, compat_pow=False)
         assert network.wait_until_same_tip() == added.GetHash()[::-1].hex()
-        network.nodes.remove(older)

@@ -29,7 +29,9 @@ def test_a_stock_node_syncs_and_reorganises_with_the_rest(
     first, second = network.nodes
     for block in blocks:
         assert submit(first, block) is None
-    network.nodes.append(stock_node)
+    stock_node.stop()
+    network.add(stock_node)
+    stock_node.start()
     network.connect()
     assert network.wait_until_same_tip() == blocks[-1].GetHash()[::-1].hex()
     assert stock_node.rpc("getblockcount") == LENGTH
