@@ -233,10 +233,14 @@ class LastingNetwork(Network):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         self.save()
-        copy_files([path for path in self.directory.iterdir() if path.name not in (_SNAPSHOTS, _LOCK, _LINKS)], new)
-        new.replace(copy)
-        self._for_each(lambda node: node.start() if node in running else None)
-        self.connect()
+        everything = [path for path in self.directory.iterdir() if path.name not in (_SNAPSHOTS, _LOCK, _LINKS)]
+        try:
+            copy_files(everything, new)
+            new.replace(copy)
+        finally:  # also where the disk is full
+            shutil.rmtree(new, ignore_errors=True)
+            self._for_each(lambda node: node.start() if node in running else None)
+            self.connect()
 
     def restore(self, name: str) -> None:
         """Make everything as it was at a snapshot, and start all nodes.

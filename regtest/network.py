@@ -50,7 +50,7 @@ class Network:
         self.links = read_topology(topology, count)
         self.groups: list[set[int]] = []
         self.delays: dict[Link, float] = {}
-        self._relays = {link: Relay(directory / "links" / f"{link[0]}-{link[1]}.pid", keep=keep) for link in self.links}
+        self._relays = {link: self._relay(link) for link in self.links}
 
     def __enter__(self) -> Self:
         self.start()
@@ -163,10 +163,10 @@ class Network:
 
     def set_time(self, time: int | None) -> None:
         """Let all nodes' clocks stand at a Unix time in seconds, also when they are restarted; None: the real time."""
-        self._set_clock(time)
         for node in self.nodes:
             if node.pid is not None and not node.paused:
                 node.rpc("setmocktime", time or 0)
+        self._set_clock(time)  # only now: a time that nodes refuse would keep them from starting
 
     def _set_clock(self, time: int | None) -> None:
         for node in self.nodes:

@@ -75,11 +75,11 @@ class _Bare:
     def answers(self) -> bool:
         """Whether it has a height; asked without bitcoin-cli, which waits a second between two tries."""
         try:
-            cookie = (self.datadir / "regtest/.cookie").read_text()
+            user, _, password = (self.datadir / "regtest/.cookie").read_text().partition(":")
             answer = requests.post(
                 f"http://127.0.0.1:{self.rpc_port}",
                 json={"method": "getblockcount"},
-                auth=tuple(cookie.split(":", 1)),  # type: ignore[arg-type]
+                auth=(user, password),
                 timeout=60,
             )
         except (OSError, requests.RequestException):

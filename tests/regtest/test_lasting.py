@@ -94,6 +94,12 @@ def test_snapshot_leaves_stopped_nodes_stopped(network: LastingNetwork) -> None:
     assert [node.state for node in network.status()] == ["running", "stopped"]
 
 
+def test_time_that_nodes_refuse_changes_nothing(network: LastingNetwork) -> None:
+    with pytest.raises(NodeError, match="setmocktime"):
+        network.set_time(-1)
+    assert network.time is None
+
+
 def test_snapshots_are_told_apart(network: LastingNetwork) -> None:
     network.snapshot("a")
     with pytest.raises(NodeError, match="there is a snapshot a already"):
@@ -105,11 +111,15 @@ def test_snapshots_are_told_apart(network: LastingNetwork) -> None:
             network.snapshot(name)
 
 
-def test_snapshot_that_cannot_be_written_leaves_none(network: LastingNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot_that_cannot_be_written_leaves_none_and_nodes_that_run(
+    network: LastingNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(OSError, match="cp"):
         network.snapshot("a")
     monkeypatch.undo()
+    assert [node.state for node in network.status()] == ["running", "running"]
+    assert list((network.directory / "snapshots").iterdir()) == []
     network.snapshot("a")
 
 
