@@ -1,6 +1,7 @@
 """Cycles: tasks, updates, scores, and the next model."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -221,8 +222,13 @@ class Trainer:
             except UpdateError as error:
                 readable.append(error)
         examples = self._score_examples(seed)
+        sent = Counter(
+            order.segment for order, update in zip(orders, readable, strict=True) if isinstance(update, Update)
+        )
+        # Each is measured at the share that it has of the segment's mean. All of it may well do harm where the mean
+        # helps: training on a few examples leaves noise, which averages out.
         candidates = (
-            update.applied(self.layout, order.segment, before.model)
+            update.scaled(1 / sent[order.segment]).applied(self.layout, order.segment, before.model)
             for order, update in zip(orders, readable, strict=True)
             if isinstance(update, Update)
         )

@@ -127,7 +127,9 @@ def _plot_miners(records: Sequence[Record]) -> Figure:
 
 
 def _plot_segments(records: Sequence[Record]) -> Figure:
-    figure, axis = _figure("What an update of each segment took off the loss, alone", "mean loss reduction (nats)")
+    figure, axis = _figure(
+        "What an update of each segment took off the loss, at its share of the mean", "mean loss reduction (nats)"
+    )
     for segment in sorted({task["segment"] for record in records for task in record["tasks"]}):
         points = []
         for record in records[1:]:

@@ -137,7 +137,7 @@ def nano_nats(loss: float) -> int:
 
 
 def score(miner: bytes, update: bytes, params: int, loss_before: int, loss_after: int) -> Contribution:
-    """Score an update that was checked: how much it alone lowers the loss, nano-nats, on the same examples.
+    """Score an update that was checked: the loss without it and with it alone, nano-nats, on the same examples.
 
     Raises UpdateError if the loss is not lower, so that the weight would be 0.
     """

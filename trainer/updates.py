@@ -58,6 +58,14 @@ class Update:
     move: torch.Tensor  # (params,) float32
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float32, or int64 for buffers of integers
 
+    def scaled(self, share: float) -> "Update":
+        """Return `share` of the change, 0 to 1; of integers rounded."""
+        buffers = {
+            name: delta * share if delta.is_floating_point() else (delta.double() * share).round().to(delta.dtype)
+            for name, delta in self.buffers.items()
+        }
+        return Update(self.move * share, buffers)
+
     def applied(self, layout: Layout, segment: Segment, state: State) -> State:
         """Return a new state: `state`, changed."""
         changed = dict(layout.add(state, segment, self.move))

@@ -17,7 +17,7 @@ from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
 from traincert.trainer.scoring import evaluate
 from traincert.trainer.state import initial_state, load_state, state_bytes, state_hash
-from traincert.trainer.updates import Reason
+from traincert.trainer.updates import Reason, Update, encode_update, read_update
 
 WriteJob = Callable[..., Path]
 MakeTrainer = Callable[..., AbstractContextManager[Trainer]]
@@ -189,6 +189,34 @@ def test_a_hostile_update_is_refused_and_the_others_count(
     assert result.loss_after < result.loss_before
     assert result.tasks[0].update_hash is not None
     assert result.tasks[1].update_hash is None
+
+
+def test_updates_of_which_each_does_harm_count_if_their_mean_helps(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real updates with noise that is gone from their mean: each is scored at the share that it has of it."""
+    whole = replace(job, segments=1, max_update_norm=100.0)
+    with make_trainer(whole, tmp_path) as trainer:
+        (plain,) = run(trainer, miners, 1)
+        (segment,) = trainer.segments
+        train = trainer._engine.train
+        noise = torch.randn(segment.params, generator=torch.Generator().manual_seed(0)) * 0.5
+
+        def noisy(*arguments: object) -> list[Answer | Reason]:
+            answers: list[Answer | Reason] = []
+            for answer, sign in zip(train(*arguments), (1, -1, 1, -1), strict=True):  # type: ignore[arg-type]
+                assert isinstance(answer, Answer)
+                update = read_update(answer.update, whole, segment, trainer.start().model)
+                changed = Update(update.move + sign * noise)
+                alone = trainer.evaluate(changed.applied(trainer.layout, segment, trainer.start().model))
+                assert alone.loss > trainer.start().evaluation.loss
+                answers.append(answer._replace(update=encode_update(changed, 1)[0]))
+            return answers
+
+        monkeypatch.setattr(trainer._engine, "train", noisy)
+        (result,) = run(trainer, miners, 1)
+    assert len(result.contributions) == 4
+    assert result.loss_after == pytest.approx(plain.loss_after, rel=0.1)
 
 
 def test_a_move_that_makes_the_model_much_worse_is_halved_or_not_made(

@@ -306,3 +306,12 @@ def test_an_applied_update_changes_the_segment_and_its_buffers_and_a_copy() -> N
     assert after["1.running_mean"].tolist() == [1, 1, 1]
     assert after["1.num_batches_tracked"].dtype == torch.int64
     assert int(after["1.num_batches_tracked"]) == 4
+
+
+def test_a_share_of_an_update_is_that_of_each_value() -> None:
+    buffers = {"mean": torch.tensor([1.0, 3.0]), "count": torch.tensor(5)}
+    quarter = Update(torch.tensor([1.0, -2.0]), buffers).scaled(0.25)
+    assert quarter.move.tolist() == [0.25, -0.5]
+    assert quarter.buffers["mean"].tolist() == [0.25, 0.75]
+    assert quarter.buffers["count"].dtype == torch.int64
+    assert int(quarter.buffers["count"]) == 1
