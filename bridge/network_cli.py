@@ -125,20 +125,20 @@ def up(
             raise click.UsageError("--bitcoind is for processes: containers run their image's")
         from traincert.regtest.containers import IMAGE  # takes a while
 
-        made = LastingNetwork.create(Path("bitcoind"), folder, count, topology, IMAGE, prepare)
+        LastingNetwork.create(Path("bitcoind"), folder, count, topology, IMAGE, prepare)
     else:
         program = bitcoind or show_build() / "bin" / "bitcoind"
-        made = LastingNetwork.create(program, folder, count, topology, None, prepare)
-    try:
-        made.start()
-        _leave_initial_download(made)
-        if fees:
-            _faucet(made).make_fee_history()
-        made.save()
-    except BaseException:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
-        made.down()
-        raise
+        LastingNetwork.create(program, folder, count, topology, None, prepare)
+    with LastingNetwork.opened(folder) as made:
+        try:
+            made.start()
+            _leave_initial_download(made)
+            if fees:
+                _faucet(made).make_fee_history()
+        except BaseException:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
+            made.down()
+            raise
     stdout_console().print(status_table(made.status(), made.time))
     option = "" if folder == DEFAULT_FOLDER else f" --dir {shlex.quote(str(folder))}"
     click.echo(f"\nTalk to it:   traincert network cli{option} node0 getblockchaininfo")

@@ -234,6 +234,19 @@ def test_interrupted_start_leaves_nothing(number: int, node_programs: Path, tmp_
     assert nodes_in(tmp_path / "network") == []
 
 
+def test_commands_wait_for_a_network_that_is_coming_up(run: Run, node_programs: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "bin/bitcoind"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nsleep 3\nexec {node_programs / "bitcoind"} "$@"\n')
+    slow.chmod(0o755)
+    with start(tmp_path, "up", "--nodes", "2", "--bitcoind", str(slow)) as starting:
+        wait_for((tmp_path / "network" / "node0").exists, 60, "the first node to start")
+        run("stop")
+        starting.communicate()
+    assert starting.returncode == 0
+    assert [node["state"] for node in status(run).values()] == ["stopped", "stopped"]
+
+
 def test_start_that_was_killed_can_be_taken_down(run: Run, node_programs: Path, tmp_path: Path) -> None:
     with start(tmp_path, "up", "--nodes", "4", "--bitcoind", str(node_programs / "bitcoind")) as starting:
         wait_for(lambda: list(tmp_path.glob("network/node*/regtest/.lock")), 30, "a node to be under way")
