@@ -35,6 +35,7 @@ DEFAULT_OPTIONS: Options = {
     "fallbackfee": "0.0002",  # regtest has no fee history, without this its wallets cannot send
     "fixedseeds": "0",
     "listenonion": "0",
+    "maxsigcachesize": "1",  # MiB; to make room for the usual 32 is a fifth of the work of a start
     "natpmp": "0",
     "peertimeout": "999999999",  # seconds of mock time: a jump of it must not look like peers that fell silent
     "printtoconsole": "0",

@@ -15,7 +15,7 @@ import requests
 
 from bench.rows import Row, row, timed
 from traincert.regtest import Network, Node, wait_for
-from traincert.regtest.node import DEFAULT_OPTIONS, _free_ports, write_conf
+from traincert.regtest.node import _free_ports
 from traincert.regtest.snapshot import OPTIONS, copy_snapshot, make_snapshot
 
 NODES = 3
@@ -62,14 +62,14 @@ def measure(bitcoind: Path, folder: Path) -> list[Row]:
 
 
 class _Bare:
-    """A bitcoind that is started without anything of ours."""
+    """A bitcoind that is started without anything of ours: with its own options, and ports that let several run."""
 
     def __init__(self, bitcoind: Path, datadir: Path) -> None:
         self.bitcoind, self.datadir = bitcoind, datadir
         datadir.mkdir(parents=True)
         self.rpc_port, p2p_port = _free_ports(2)
-        ours = {"port": str(p2p_port), "rpcport": str(self.rpc_port), "bind": f"127.0.0.1:{p2p_port}"}
-        write_conf(datadir, {**DEFAULT_OPTIONS, **ours})
+        ports = f"port={p2p_port}\nrpcport={self.rpc_port}\nbind=127.0.0.1:{p2p_port}\n"
+        (datadir / "bitcoin.conf").write_text(f"regtest=1\n[regtest]\n{ports}")
         self.process: subprocess.Popen[bytes] | None = None
 
     def answers(self) -> bool:
