@@ -97,7 +97,7 @@ def evaluate(
     """Measure `state` on `examples`; `model` is the job's, on its device, and has that state afterwards.
 
     Losses are computed in float64 from the model's outputs, summed, and divided once by their number, so that
-    `batch_size` (by default the job's, but at least 128) changes no more than the rounding. A loss that is no number,
+    `batch_size` (by default as `_batches` has it) changes no more than the rounding. A loss that is no number,
     or too large for 64 bits of nano-nats, counts as `MAX_NANO_NATS`.
     """
     set_state(model, state)
@@ -105,7 +105,8 @@ def evaluate(
 
 
 def _batches(job: TrainingJob, examples: Examples, batch_size: int | None = None) -> list[Examples]:
-    size = batch_size or max(job.batch_size, 128)
+    # A quarter, if that is fewer than 128: so that processors can share the work, however many there are.
+    size = batch_size or max(job.batch_size, min(128, math.ceil(len(examples) / 4)))
     return [
         Examples(
             tuple(column[start : start + size] for column in examples.inputs), examples.target[start : start + size]
