@@ -1,8 +1,8 @@
 """One task → one update, deterministic on one kind of machine."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -20,14 +20,13 @@ from traincert.trainer.updates import Update, encode_update
 
 _RESIDUAL = "residual"
 _OPTIMIZER = "optimizer."
-_TRAINED = "trained"  # 1 where the optimizer's state is one, 0 where it never was
 
 
 class Trained(NamedTuple):
     """What a task gives: an update's bytes, and what the miner keeps for its next task."""
 
     update: bytes
-    memory: State  # each (all trainable parameters,) float32
+    memory: State  # the optimizer's state of each tensor; what did not travel, (all trainable parameters,) float32
 
 
 @contextmanager
@@ -84,9 +83,10 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         model.to(job.device).train()
         trained, forward = _freeze_all_but(model, layout, segment)
         optimizer = build_optimizer(job, trained, task.cycle)
-        ranges = _ranges(trained, segment)
+        begins = accumulate((leaf.numel() for leaf in trained[:-1]), initial=segment.start)
+        leaves = dict(zip(begins, trained, strict=True))
         if job.keep_optimizer_state:
-            _restore(optimizer, ranges, memory)
+            _restore(optimizer, leaves, memory)
         loss_function = resolve(job.loss, "loss")
         for inputs, target in _batches(job, shard, task):
             optimizer.zero_grad()
@@ -95,7 +95,7 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         after = dict(state_of(model))
     kept = dict(memory)
     if job.keep_optimizer_state:
-        kept |= _saved(optimizer, ranges, memory, layout.params)
+        kept |= _saved(optimizer, leaves)
     for piece, leaf in zip(layout.pieces(segment), trained, strict=True):
         if leaf.numel() != after[piece.name].numel():
             after[piece.name].view(-1)[piece.begin : piece.end] = leaf.detach().cpu()
@@ -149,35 +149,26 @@ def _freeze_all_but(
     return leaves, forward
 
 
-def _ranges(trained: Sequence[nn.Parameter], segment: Segment) -> list[tuple[nn.Parameter, int, int]]:
-    """Return each leaf with its range of the flat vector."""
-    bounds = accumulate((leaf.numel() for leaf in trained), initial=segment.start)
-    return [(leaf, start, end) for leaf, (start, end) in zip(trained, pairwise(bounds), strict=True)]
+def _restore(optimizer: torch.optim.Optimizer, leaves: Mapping[int, nn.Parameter], memory: State) -> None:
+    """Give the optimizer the state that it had when the miner last trained these leaves, if it ever did.
+
+    Each leaf is named by the place in the flat vector where it begins.
+    """
+    for name, value in memory.items():
+        if name.startswith(_OPTIMIZER):
+            begin, key = name.removeprefix(_OPTIMIZER).split(".")
+            if (leaf := leaves.get(int(begin))) is not None:
+                # PyTorch has the count of steps on the CPU.
+                optimizer.state[leaf][key] = value.to("cpu" if key == "step" else leaf.device, copy=True)
 
 
-def _restore(optimizer: torch.optim.Optimizer, ranges: Sequence[tuple[nn.Parameter, int, int]], memory: State) -> None:
-    """Give the optimizer the state that it had when the miner last trained these parameters, if it ever did."""
-    for leaf, start, end in ranges:
-        for name, vector in memory.items():
-            if not name.startswith(_OPTIMIZER) or not memory[_TRAINED][start]:
-                continue
-            key, values = name.removeprefix(_OPTIMIZER), vector[start:end]
-            # A count of steps is the same for all of a tensor.
-            value = values[0].clone() if key == "step" else values.reshape(leaf.shape).to(leaf, copy=True)
-            optimizer.state[leaf][key] = value
-
-
-def _saved(
-    optimizer: torch.optim.Optimizer, ranges: Sequence[tuple[nn.Parameter, int, int]], memory: State, params: int
-) -> State:
-    """Return the optimizer's state as flat vectors, in which the other parameters' is as it was."""
-    saved = {name: vector.clone() for name, vector in memory.items() if name.startswith((_OPTIMIZER, _TRAINED))}
-    for leaf, start, end in ranges:
-        for key, value in {**optimizer.state[leaf], "": torch.ones(())}.items():
-            name = _OPTIMIZER + key if key else _TRAINED
-            vector = saved.setdefault(name, torch.zeros(params))
-            vector[start:end] = value.detach().cpu().float().reshape(-1)
-    return saved
+def _saved(optimizer: torch.optim.Optimizer, leaves: Mapping[int, nn.Parameter]) -> State:
+    """Return the optimizer's state, to be given to `_restore`."""
+    return {
+        f"{_OPTIMIZER}{begin}.{key}": value.detach().cpu()
+        for begin, leaf in leaves.items()
+        for key, value in optimizer.state[leaf].items()
+    }
 
 
 def _batches(job: TrainingJob, shard: Examples, task: Task) -> Iterator[Examples]:
