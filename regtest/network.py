@@ -202,28 +202,49 @@ class Network:
             result.result()
 
     def _connect(self, links: Sequence[Link]) -> None:
-        down = [link for link in links if not self._is_up(link)]  # all begin before we wait for one
-        for link in down:
-            node, other = self._ends(link)
-            what = f"{node.name} to connect to {other.name}"
-            wait_for(partial(self._is_up, link), CONNECT_TIMEOUT, what, node.log_tail)
+        """Wait until nodes are connected; where they are not, one tries, unless it has an earlier connection."""
+
+        def up() -> bool:
+            down = self._down(links)
+            for link in down:
+                self._call(link)
+            return not down
+
+        def still_down() -> str:
+            return "; ".join(
+                f"{node.name} and {other.name} are not" for node, other in map(self._ends, self._down(links))
+            )
+
+        wait_for(up, CONNECT_TIMEOUT, "nodes to connect", still_down)
+
+    def _call(self, link: Link) -> None:
+        """Let a node connect to another: the one from which the other is the shorter way round.
+
+        So every node of a ring, or of a full network, calls one and is called by another. bitcoind looks for an answer
+        to a call when it is called itself, or else after 50 ms (upstream: net.cpp, SELECT_TIMEOUT_MILLISECONDS).
+        """
+        node, other = self._ends(link)
+        if 2 * (link[1] - link[0]) > len(self.nodes):
+            node, other = other, node
+        address = other.p2p_address
+        if link in self.delays:
+            address = self._relays[link].start(other.relay_target, self.delays[link], node.relay_host)
+        node.rpc("addnode", address, "onetry")
+
+    def _down(self, links: Sequence[Link]) -> list[Link]:
+        """Which links are not up: there an end has not had the other's verack."""
+        peers = {number: self.nodes[number].rpc("getpeerinfo") for number in set[int]().union(*links)}
+
+        def has(number: int, other: int) -> bool:
+            return any("verack" in peer["bytesrecv_per_msg"] for peer in _named(peers[number], self.nodes[other]))
+
+        return [(first, second) for first, second in links if not (has(first, second) and has(second, first))]
 
     def _wait_for_headers(self, links: Sequence[Link]) -> None:
         """Wait until each of two nodes knows of as many blocks as the other has."""
         for node, other in map(self._ends, links):
             what = f"{node.name} and {other.name} to know of the same blocks"
             wait_for(partial(_know_the_same, node, other), CONNECT_TIMEOUT, what, node.log_tail)
-
-    def _is_up(self, link: Link) -> bool:
-        """Whether two nodes are connected; if not, one tries, which it does not while it has an earlier connection."""
-        node, other = self._ends(link)
-        if _connected(node, other):
-            return True
-        address = other.p2p_address
-        if link in self.delays:
-            address = self._relays[link].start(other.relay_target, self.delays[link], node.relay_host)
-        node.rpc("addnode", address, "onetry")
-        return False
 
     def _relay(self, link: Link) -> Relay:
         return Relay(self.directory / "links" / f"{link[0]}-{link[1]}.pid", keep=self.keep)
@@ -253,19 +274,16 @@ def _with_name(options: Options, name: str) -> Options:
 
 def _peers(node: Node, other: Node) -> list[dict[str, Any]]:
     """The connections that `node` has with `other`."""
-    return [peer for peer in node.rpc("getpeerinfo") if f"({other.name};" in peer["subver"].replace(")", ";")]
+    return _named(node.rpc("getpeerinfo"), other)
+
+
+def _named(peers: list[dict[str, Any]], node: Node) -> list[dict[str, Any]]:
+    """Those of a node's peers that are `node`."""
+    return [peer for peer in peers if f"({node.name};" in peer["subver"].replace(")", ";")]
 
 
 def _strangers(node: Node, other: Node) -> bool:
     return not _peers(node, other) and not _peers(other, node)
-
-
-def _connected(node: Node, other: Node) -> bool:
-    """Whether both have the other's verack."""
-    return all(
-        any("verack" in peer["bytesrecv_per_msg"] for peer in _peers(one, another))
-        for one, another in ((node, other), (other, node))
-    )
 
 
 def _know_the_same(node: Node, other: Node) -> bool:
