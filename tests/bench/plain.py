@@ -55,14 +55,12 @@ def main() -> None:
     seconds = time.perf_counter() - start
     if arguments.save:
         arguments.save.write_bytes(state_bytes(state_of(model)))
-    validation = read_examples(job, dataset.held_out_folder, dataset.validation)
-    test = read_examples(job, dataset.held_out_folder, dataset.test)
-    held_out, tested = (evaluate(model, job, state_of(model), examples) for examples in (validation, test))
+    tested = evaluate(model, job, state_of(model), read_examples(job, dataset.held_out_folder, dataset.test))
     print(
         json.dumps(
             {
                 "samples_per_second": arguments.steps * arguments.batch_size / seconds,
-                "loss": held_out.loss / 1e9,
+                "test_loss": tested.loss / 1e9,
                 "test_metric": tested.metric,
             }
         )

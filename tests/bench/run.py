@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,18 +37,17 @@ def bitcoind(kind: NodeKind, what: str) -> Path:
     return build_node(kind) / "bin/bitcoind"
 
 
-def measure(patched: Path, stock: Path) -> list[Row]:
-    rows = table.measure()
+def measure(patched: Path, stock: Path) -> Iterator[list[Row]]:
+    yield table.measure()
     with tempfile.TemporaryDirectory(prefix="traincert-bench-") as temporary:
         folder = Path(temporary)
         ours = certificate_blocks(reindex.BLOCKS)
         theirs = stock_blocks(stock, folder / "mined", reindex.BLOCKS)
-        rows += submit.measure(patched, stock, folder / "submit", ours, theirs)
-        rows += reindex.measure(patched, stock, folder / "reindex", ours, theirs)
-        rows += instructions.measure(patched, stock, folder / "instructions")
-        rows += harness.measure(patched, folder / "harness")
-        rows += training.measure(folder / "training")
-    return rows
+        yield submit.measure(patched, stock, folder / "submit", ours, theirs)
+        yield reindex.measure(patched, stock, folder / "reindex", ours, theirs)
+        yield instructions.measure(patched, stock, folder / "instructions")
+        yield harness.measure(patched, folder / "harness")
+        yield from training.measure(folder / "training")
 
 
 def show(rows: list[Row]) -> None:
@@ -77,13 +77,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if shutil.which("valgrind") is None:
         sys.exit("valgrind not found; on Debian: apt-get install valgrind")
+    rows: list[Row] = []
     try:
         patched = arguments.patched or bitcoind(NodeKind(), "the patched node")
-        rows = measure(patched, arguments.stock or bitcoind(NodeKind(stock=True), "the node without the patch"))
+        for found in measure(patched, arguments.stock or bitcoind(NodeKind(stock=True), "the node without the patch")):
+            rows += found
+            write(rows)  # as far as it is: all of it takes an hour
     except RegtestError as error:
         sys.exit(str(error))
     show(rows)
-    write(rows)
     sys.exit(not all(each["holds"] for each in rows))
 
 

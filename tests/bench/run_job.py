@@ -56,7 +56,7 @@ def main() -> None:
                 "gigabytes": memory / 1e9,
                 "times_smaller": 4 * values / size,
                 "accepted": accepted / (job.cycles * arguments.miners),
-                "loss": state.evaluation.loss / 1e9,
+                "test_loss": tested.loss / 1e9,
                 "test_metric": tested.metric,
             }
         )

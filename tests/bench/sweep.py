@@ -70,7 +70,9 @@ def main() -> None:
     points = []
     print("| density | times smaller | held-out loss above float32's, % | test metric |\n|---|---|---|---|")
     for density, runs in found.items():
-        gaps = [100 * (each["loss"] / plain["loss"] - 1) for each, plain in zip(runs, found[1.0], strict=True)]
+        gaps = [
+            100 * (each["test_loss"] / plain["test_loss"] - 1) for each, plain in zip(runs, found[1.0], strict=True)
+        ]
         times = statistics.mean(each["times_smaller"] for each in runs)
         metric = statistics.mean(each["test_metric"] for each in runs)
         points.append((times, gaps))
