@@ -15,7 +15,7 @@ from traincert.regtest.node import wait_for
 from traincert.regtest.processes import find_process, kill, spawn
 
 Link = tuple[int, int]
-"""The numbers of two nodes, the lower one first."""
+"""The numbers of two nodes, the lower one first: it makes the connection."""
 
 RELAY_TIMEOUT = 30.0  # seconds for a relay to start
 
