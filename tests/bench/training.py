@@ -39,8 +39,8 @@ def _fashion(bench: _Bench, job: TrainingJob) -> list[Row]:
         job,
         density=1.0,
         segments=4,
-        cycles=2 * job.cycles,  # shorter, because segments that move at once know less of each other
-        local_steps=job.local_steps // 2,
+        cycles=3 * job.cycles,  # shorter, because segments that move at once know less of each other
+        local_steps=job.local_steps // 3,
         outer_learning_rate=0.7,
         outer_momentum=0.5,
         keep_optimizer_state=True,
