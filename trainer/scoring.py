@@ -69,7 +69,7 @@ class Scorer:
     @deterministic()
     def evaluate(self, states: Iterable[State], examples: Examples) -> list[Evaluation]:
         """Measure each state on `examples`, with the same result as `evaluate`. Few of them are in memory at a time."""
-        batches = _batches(self._job, examples)
+        batches = _batches(examples)
         left = iter(states)
         found: list[Evaluation] = []
         while group := list(itertools.islice(left, self._threads)):
@@ -101,12 +101,12 @@ def evaluate(
     or too large for 64 bits of nano-nats, counts as `MAX_NANO_NATS`.
     """
     set_state(model, state)
-    return _evaluation([_measure(model, job, batch) for batch in _batches(job, examples, batch_size)], examples)
+    return _evaluation([_measure(model, job, batch) for batch in _batches(examples, batch_size)], examples)
 
 
-def _batches(job: TrainingJob, examples: Examples, batch_size: int | None = None) -> list[Examples]:
+def _batches(examples: Examples, batch_size: int | None = None) -> list[Examples]:
     # A quarter, if that is fewer than 128: so that processors can share the work, however many there are.
-    size = batch_size or max(job.batch_size, min(128, math.ceil(len(examples) / 4)))
+    size = batch_size or min(128, math.ceil(len(examples) / 4))
     return [
         Examples(
             tuple(column[start : start + size] for column in examples.inputs), examples.target[start : start + size]
