@@ -203,29 +203,26 @@ class Network:
             result.result()
 
     def _connect(self, links: Sequence[Link]) -> None:
-        """Wait until nodes are connected; where they are not, one tries, unless it has an earlier connection."""
-
-        def up() -> bool:
-            down = self._down(links)
-            for link in down:
-                self._call(link)
-            for caller in {link[0] for link in down}:
-                _wake(self.nodes[caller])
-            return not down
+        """Wait until nodes are connected."""
 
         def still_down() -> str:
-            return "; ".join(
-                f"{node.name} and {other.name} are not" for node, other in map(self._ends, self._down(links))
-            )
+            ends = map(self._ends, self._down(links))
+            return "; ".join(f"{node.name} has no {other.name}, its log: {node.log_tail()}" for node, other in ends)
 
-        wait_for(up, CONNECT_TIMEOUT, "nodes to connect", still_down)
+        for caller in {first for first, _ in self._try(links)}:
+            _wake(self.nodes[caller])
+        wait_for(lambda: not self._try(links), CONNECT_TIMEOUT, "nodes to connect", still_down)
 
-    def _call(self, link: Link) -> None:
-        node, other = self._ends(link)
-        address = other.p2p_address
-        if link in self.delays:
-            address = self._relays[link].start(other.relay_target, self.delays[link], node.relay_host)
-        node.rpc("addnode", address, "onetry")
+    def _try(self, links: Sequence[Link]) -> list[Link]:
+        """Return which links are not up; there a node tries to connect, unless it has an earlier connection."""
+        down = self._down(links)
+        for link in down:
+            node, other = self._ends(link)
+            address = other.p2p_address
+            if link in self.delays:
+                address = self._relays[link].start(other.relay_target, self.delays[link], node.relay_host)
+            node.rpc("addnode", address, "onetry")
+        return down
 
     def _down(self, links: Sequence[Link]) -> list[Link]:
         """Which links are not up: there an end has not had the other's verack."""
