@@ -141,7 +141,8 @@ class Run:
     def replay(self, cycle: int | None = None) -> Iterator["Replayed"]:
         """Do the tasks of a cycle again, or of all those whose models are still there, and compare.
 
-        Raises RunError if the cycle is not there, and IntegrityError if a file that it needs is missing or damaged.
+        Raises RunError if the cycle is not there, IntegrityError if a file that it needs is missing or damaged, and
+        JobError if this machine does not have the job's device.
         """
         if cycle is not None and not 1 <= cycle <= self.cycles:
             raise RunError(f"{self.folder} has no cycle {cycle}; it has 1 to {self.cycles}")

@@ -1,5 +1,6 @@
 """One task → one update, deterministic on one kind of machine."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -45,12 +46,20 @@ def deterministic() -> Iterator[None]:
     torch.set_deterministic_debug_mode("error")
     # Lower settings let the CPU backend multiply in bfloat16 where it has the instructions.
     torch.set_float32_matmul_precision("highest")
+    # What cuBLAS needs for that; it is read when a process multiplies on a GPU for the first time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(strictness)
         torch.set_float32_matmul_precision(precision)
+
+
+def check_device(job: TrainingJob) -> None:
+    """Raise JobError if this machine does not have the job's device."""
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise JobError("device = 'cuda': PyTorch finds no such device here; must be 'cpu'")
 
 
 def build_optimizer(job: TrainingJob, trained: Sequence[nn.Parameter], cycle: int) -> torch.optim.Optimizer:
@@ -72,7 +81,7 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
 
     `memory` is what the miner kept from its last task: empty at first, or if the job keeps nothing.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if job.device == "cuda" else []):
         torch.manual_seed(_seed(task))  # for dropout and the like
         model = build_model(job)
         layout = Layout(model)

@@ -33,7 +33,7 @@ from traincert.bridge.journal import Journal
 from traincert.bridge.node import NodeClient
 from traincert.bridge.params import TrainingKeys, TrainingParams
 from traincert.bridge.producer import Producer
-from traincert.regtest import Network, Node, wait_for
+from traincert.regtest import Network, Node, WaitTimeoutError, wait_for
 from traincert.regtest.plugin import NetworkFactory
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
@@ -129,8 +129,18 @@ class Trial:
         return signed
 
     def check(self, height: int) -> None:
-        """Whether all nodes agree on a valid chain, and nobody has seen two certificates for a slot and round."""
-        self.network.wait_until_same_tip()
+        """Whether all nodes agree on a valid chain, and nobody has seen two certificates for a slot and round.
+
+        A winner that was late, which a busy machine is enough for where a round takes a second, leaves a rival to the
+        last block: the next slot decides.
+        """
+        try:
+            self.network.wait_until_same_tip(20)
+        except WaitTimeoutError:
+            assert {node.rpc("getblockcount") for node in self.network.nodes} == {height}
+            assert any(certificate.height == height for certificate, _ in self.absent)
+            height = self.close_slot().certificate.height
+            self.network.wait_until_same_tip()
         seen = defaultdict(set)
         for node in self.network.nodes:
             with NodeClient.from_datadir(node.datadir) as client:
@@ -329,8 +339,8 @@ def test_a_coordinator_that_was_killed_signs_the_same_certificate_again_and_no_o
     with pytest.raises(JournalError, match="block 1, round 0"):  # other miners, another cycle
         trial.make_coordinator(journal=Journal(trial.journal)).close_slot(dict(list(trial.producers.items())[:-1]))
     trial.fault = no_fault
-    slot = trial.make_coordinator(journal=Journal(trial.journal)).close_slot(trial.producers)
-    assert slot.certificate.body() == body
+    trial.coordinator = trial.make_coordinator(journal=Journal(trial.journal))
+    assert trial.close_slot().certificate.body() == body
     trial.check(1)
 
 

@@ -23,13 +23,13 @@ from typing import NamedTuple, cast
 
 import torch
 
-from traincert.trainer.errors import EngineError, JobError
+from traincert.trainer.errors import EngineError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.segments import Segment
 from traincert.trainer.state import State, load_state, save_state
 from traincert.trainer.tasks import Task
-from traincert.trainer.training import train_task
+from traincert.trainer.training import check_device, train_task
 from traincert.trainer.updates import Reason
 
 _SPAWN = multiprocessing.get_context("spawn")  # forking a process in which torch has run is not safe
@@ -76,8 +76,7 @@ class LocalEngine:
     def __init__(self, job: TrainingJob, store: Path, *, workers: int) -> None:
         if workers < 1:
             raise ValueError(f"workers = {workers}: must be at least 1")
-        if job.device == "cuda" and not torch.cuda.is_available():
-            raise JobError("device = 'cuda': PyTorch finds no such device here; must be 'cpu'")
+        check_device(job)
         self.job = job
         self.store = store
         store.mkdir(parents=True, exist_ok=True)
@@ -217,6 +216,8 @@ class Executor:
     """Carries out orders: reads what they name, trains, and stores what the miner keeps."""
 
     def __init__(self, job: TrainingJob, store: Path) -> None:
+        """Prepare for orders. Raises JobError if this machine does not have the job's device."""
+        check_device(job)
         self._job = job
         self._store = store
         self._model: bytes = b""
@@ -246,7 +247,6 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     Thread(target=_exit_with_parent, daemon=True).start()
     if job.device == "cuda":
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic matrix products need
         torch.cuda.set_device(number % torch.cuda.device_count())
     executor = Executor(job, store)
     importlib.import_module("torch._dynamo")  # now, because the first optimizer would, in its task's time
