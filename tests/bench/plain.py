@@ -2,7 +2,8 @@
 
     tests/bench/plain.py JOB.toml FOLDER --steps N --batch-size N
 
-trains one process on one thread, on all shards together, and prints JSON; `--save FILE` keeps the model.
+trains one process on one thread, or on the job's GPU, on all shards together, and prints JSON; `--save FILE` keeps the
+model.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def main() -> None:
     inputs = [torch.cat(columns) for columns in zip(*(shard.inputs for shard in shards), strict=True)]
     target = torch.cat([shard.target for shard in shards])
 
-    model = build_model(job).train()
+    model = build_model(job)
     set_state(model, initial_state(job))
+    model.to(job.device).train()
     loss_function = resolve(job.loss, "loss")
     optimizer = getattr(torch.optim, job.optimizer)(model.parameters(), lr=job.learning_rate, **job.optimizer_options)
     torch.manual_seed(job.seed)
@@ -50,8 +52,11 @@ def main() -> None:
             left = torch.randperm(len(target))
         batch, left = left[: arguments.batch_size], left[arguments.batch_size :]
         optimizer.zero_grad()
-        loss_function(model(*(column[batch] for column in inputs)), target[batch]).backward()
+        outputs = model(*(column[batch].to(job.device) for column in inputs))
+        loss_function(outputs, target[batch].to(job.device)).backward()
         optimizer.step()
+    if job.device == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     if arguments.save:
         arguments.save.write_bytes(state_bytes(state_of(model)))

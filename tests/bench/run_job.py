@@ -1,6 +1,6 @@
 """Runs a job's cycles and prints JSON: where the time went, how much memory there was, and what came of it.
 
-tests/bench/run_job.py JOB.toml FOLDER [--miners N]
+tests/bench/run_job.py JOB.toml FOLDER [--miners N] [--workers N]
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--miners", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=WORKERS)
     arguments = parser.parse_args()
     job = TrainingJob.load(arguments.job)
     dataset = prepare_dataset(job, arguments.folder / "data")
     miners = [number.to_bytes(32, "big") for number in range(arguments.miners)]
-    with LocalEngine(job, arguments.folder / "store", workers=WORKERS) as engine, Trainer(dataset, engine) as trainer:
+    workers: int = arguments.workers
+    with LocalEngine(job, arguments.folder / "store", workers=workers) as engine, Trainer(dataset, engine) as trainer:
         state = trainer.start()
         seconds = training = 0.0
         size = values = accepted = 0
@@ -43,7 +45,7 @@ def main() -> None:
             accepted += len(result.contributions)
             if number:  # in the first one, the workers are still starting
                 seconds += elapsed
-                training += sum(task.seconds for task in result.tasks) / WORKERS
+                training += sum(task.seconds for task in result.tasks) / workers
         memory = sum(_peak_memory(pid) for pid in [os.getpid(), *engine.pids])
         tested = trainer.test(state.model)
     samples = (job.cycles - 1) * arguments.miners * job.local_steps * job.batch_size
