@@ -44,10 +44,10 @@ def deterministic() -> Iterator[None]:
     torch.set_num_threads(1)
     # An operation that has no deterministic implementation raises, instead of being a little different each time.
     torch.set_deterministic_debug_mode("error")
+    # What cuBLAS needs to be deterministic. It stays: a process reads it once, when it first multiplies on a GPU.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Lower settings let the CPU backend multiply in bfloat16 where it has the instructions.
     torch.set_float32_matmul_precision("highest")
-    # What cuBLAS needs for that; it is read when a process multiplies on a GPU for the first time.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         yield
     finally:
