@@ -2,37 +2,27 @@
 
     tests/bench/sweep.py JOB FOLDER PICTURE.png [--seeds N]
 
-JOB is as for `traincert job run`. Results are kept in FOLDER, so that a sweep that was interrupted goes on. Each seed
-has a float32 run of its own, with which its others are compared.
+JOB is as for `traincert job run`; `text` begins as in `training.py`, with a model that plain PyTorch has trained.
+Results are kept in FOLDER, so that a sweep that was interrupted goes on. Each seed has a float32 run of its own, with
+which its others are compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.training import Numbers, Runs, trained_text
 from traincert.trainer.job import TrainingJob
 
 DENSITIES = (1.0, 0.3, 0.11, 0.042, 0.02)
-
-
-def run(job: TrainingJob, folder: Path, name: str) -> dict[str, Any]:
-    """What `run_job.py` prints, of this run or of an earlier sweep's."""
-    kept = folder / f"{name}.json"
-    if not kept.exists():
-        (folder / "job.toml").write_text(job.to_toml())
-        command = [sys.executable, str(Path(__file__).parent / "run_job.py"), str(folder / "job.toml"), str(folder)]
-        kept.write_text(subprocess.check_output(command, text=True))
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
 
 
 def draw(points: list[tuple[float, list[float]]], picture: Path, name: str) -> None:
@@ -60,13 +50,12 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    job = TrainingJob.named(arguments.job)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    found: dict[float, list[dict[str, Any]]] = {density: [] for density in DENSITIES}
+    bench, name = Runs(arguments.folder), Path(arguments.job).stem
+    job = trained_text(bench) if arguments.job == "text" else TrainingJob.named(arguments.job)
+    found: dict[float, list[Numbers]] = {density: [] for density in DENSITIES}
     for seed in range(arguments.seeds):
         for density in DENSITIES:
-            changed = replace(job, seed=seed, density=density)
-            found[density].append(run(changed, arguments.folder, f"seed{seed}-density{density}"))
+            found[density].append(bench.run(name, replace(job, seed=seed, density=density)))
     points = []
     print("| density | times smaller | held-out loss above float32's, % | test metric |\n|---|---|---|---|")
     for density, runs in found.items():
@@ -78,7 +67,7 @@ def main() -> None:
         points.append((times, gaps))
         each_gap = ", ".join(f"{gap:+.1f}" for gap in gaps)
         print(f"| {density:g} | {times:.1f} | {statistics.mean(gaps):+.1f} ({each_gap}) | {metric:.4f} |")
-    draw(points, arguments.picture, Path(arguments.job).stem)
+    draw(points, arguments.picture, name)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the cycle loop has two workers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import subprocess
@@ -29,14 +30,14 @@ Numbers = dict[str, Any]
 def measure(folder: Path) -> Iterator[list[Row]]:
     """Run all jobs, one after the other."""
     digits, fashion, text = map(TrainingJob.named, ("digits", "fashion", "text"))
-    bench = _Bench(folder)
+    bench = Runs(folder)
     accuracy = bench.run("digits", digits)["test_metric"]
     yield [row("digits, 4 miners: test accuracy", accuracy, "", at_least=0.95), *_miners(bench, digits)]
     yield _fashion(bench, fashion)
     yield _text(bench, text)
 
 
-def _fashion(bench: _Bench, job: TrainingJob) -> list[Row]:
+def _fashion(bench: Runs, job: TrainingJob) -> list[Row]:
     plain = bench.plain("fashion", job)
     whole = bench.run("fashion", job)
     segments = replace(
@@ -67,13 +68,10 @@ def _fashion(bench: _Bench, job: TrainingJob) -> list[Row]:
     ]
 
 
-def _text(bench: _Bench, job: TrainingJob) -> list[Row]:
+def _text(bench: Runs, job: TrainingJob) -> list[Row]:
     """From nothing, and from a model that plain PyTorch trained first, as in DiLoCo's own experiments."""
     fresh = bench.run("text", job)["test_loss"] / bench.plain("text", job)["test_loss"]
-    start = bench.folder / "text.safetensors"
-    first = replace(job, schedule="constant", learning_rate=0.004, batch_size=8, cycles=25)
-    bench.plain("text", first, save=start)
-    job = replace(job, initial_model=str(start))
+    job = trained_text(bench)
     plain = bench.plain("text", job)
     whole = bench.run("text", job)
     return [
@@ -86,29 +84,36 @@ def _text(bench: _Bench, job: TrainingJob) -> list[Row]:
     ]
 
 
-def _compression(bench: _Bench, name: str, job: TrainingJob) -> list[Row]:
+def trained_text(bench: Runs) -> TrainingJob:
+    """Return the job `text`, beginning with a model that plain PyTorch has trained."""
+    job = TrainingJob.named("text")
+    start = bench.folder / "text.safetensors"
+    if not start.exists():
+        first = replace(job, schedule="constant", learning_rate=0.004, batch_size=8, cycles=25)
+        bench.plain("text", first, save=start)
+    return replace(job, initial_model=str(start))
+
+
+def _compression(bench: Runs, name: str, job: TrainingJob) -> list[Row]:
     """Means over seeds, because one run's loss differs by as much as what is looked for."""
 
-    def mean(density: float, key: str) -> float:
-        jobs = [replace(job, density=density, seed=job.seed + number) for number in range(SEEDS)]
-        return statistics.mean(float(bench.run(name, each)[key]) for each in jobs)
+    def runs(density: float) -> list[Numbers]:
+        return [bench.run(name, replace(job, density=density, seed=job.seed + number)) for number in range(SEEDS)]
 
-    plain = mean(1.0, "test_loss")
-    rows = [row(f"{name}, float32: held-out loss, mean of {SEEDS} seeds", plain, "nats")]
+    plain = [float(each["test_loss"]) for each in runs(1.0)]
+    rows = [row(f"{name}, float32: held-out loss, mean of {SEEDS} seeds", statistics.mean(plain), "nats")]
     for density, times, gap in ((0.11, 50, 1.01), (0.042, 100, 1.03)):
+        found = runs(density)
+        smaller = statistics.mean(each["times_smaller"] for each in found)
+        ratio = statistics.mean(each["test_loss"] / loss for each, loss in zip(found, plain, strict=True))
         rows += [
-            row(
-                f"{name}, density {density}: smaller than float32",
-                mean(density, "times_smaller"),
-                "times",
-                at_least=times,
-            ),
-            row("the same: held-out loss against float32", mean(density, "test_loss") / plain, "ratio", gap),
+            row(f"{name}, density {density}: smaller than float32", smaller, "times", at_least=times),
+            row("the same: held-out loss, against float32 of the same seed", ratio, "ratio", gap),
         ]
     return rows
 
 
-def _speed(bench: _Bench, name: str, job: TrainingJob, found: Numbers) -> list[Row]:
+def _speed(bench: Runs, name: str, job: TrainingJob, found: Numbers) -> list[Row]:
     """In turns, because the machine's own speed comes and goes."""
     short = replace(job, cycles=SPEED_CYCLES)
     turns = [(bench.speed(name, short), bench.plain_speed(name, short)) for _ in range(TURNS)]
@@ -128,7 +133,7 @@ def _speed(bench: _Bench, name: str, job: TrainingJob, found: Numbers) -> list[R
     ]
 
 
-def _miners(bench: _Bench, job: TrainingJob) -> list[Row]:
+def _miners(bench: Runs, job: TrainingJob) -> list[Row]:
     """The same total work by 2 miners and by 64."""
     per_task = {}
     for miners in (2, 64):
@@ -142,19 +147,20 @@ def _miners(bench: _Bench, job: TrainingJob) -> list[Row]:
     ]
 
 
-class _Bench:
-    """Runs programs on jobs; the data are prepared once for each name."""
+class Runs:
+    """Runs programs on jobs. The data of each name are prepared once, and results are kept in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._found: dict[tuple[str, int], Numbers] = {}
 
     def run(self, name: str, job: TrainingJob, miners: int = MINERS) -> Numbers:
         """Run a job's cycles, once."""
-        key = (job.to_toml(), miners)
-        if key not in self._found:
-            self._found[key] = _result(self._start("run_job.py", name, job, "--miners", miners))
-        return self._found[key]
+        key = hashlib.sha256(f"{job.to_toml()} {miners}".encode()).hexdigest()
+        kept = self.folder / name / f"{key}.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(_result(self._start("run_job.py", name, job, "--miners", miners))))
+        found: Numbers = json.loads(kept.read_text())
+        return found
 
     def plain(self, name: str, job: TrainingJob, save: Path | None = None) -> Numbers:
         """Train as many samples as the job's miners, in as many steps, in one process."""
