@@ -22,7 +22,7 @@ from traincert.trainer.job import TrainingJob
 
 MINERS = 4
 SPEED_CYCLES = 7  # of which the first is not counted
-TURNS = 3
+TURNS = 5
 SEEDS = 3
 Numbers = dict[str, Any]
 
