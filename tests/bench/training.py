@@ -151,7 +151,7 @@ class Runs:
     """Runs programs on jobs. The data of each name are prepared once, and results are kept in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # it is in jobs, whose own folder is another
 
     def run(self, name: str, job: TrainingJob, miners: int = MINERS) -> Numbers:
         """Run a job's cycles, once."""
