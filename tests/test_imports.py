@@ -14,8 +14,8 @@ MAY_IMPORT = {"trainer": {"trainer"}, "regtest": {"regtest"}, "bridge": {"bridge
 # In the order in which data meets them: a file imports only from those before it.
 ORDER = {
     "trainer": (
-        "errors job store datasets preprocessing models state segments tasks updates training scoring aggregation "
-        "engines.local cycle records report run"
+        "errors determinism job store datasets preprocessing models state segments tasks updates training scoring "
+        "aggregation engines.local cycle records report run"
     ),
     "bridge": (
         "errors codec params lottery certificate beacon keys node block invalid producer journal chain appointing "

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from traincert.trainer.determinism import deterministic
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.scoring import Contribution
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State
-from traincert.trainer.training import deterministic
 from traincert.trainer.updates import Update
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from traincert.trainer.determinism import deterministic
 from traincert.trainer.job import TrainingJob, resolve
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Examples
 from traincert.trainer.state import State, set_state
-from traincert.trainer.training import deterministic
 from traincert.trainer.updates import Reason, UpdateError
 
 MAX_NANO_NATS = 2**64 - 1

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import safetensors
 import torch
 
+from traincert.trainer.determinism import deterministic
 from traincert.trainer.errors import TrainerError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.segments import Layout, Segment
@@ -100,6 +101,7 @@ def encode_update(update: Update, density: float) -> tuple[bytes, torch.Tensor]:
     return state_bytes(tensors | buffers), torch.from_numpy(_unpack(len(values), kept, positive, scales))
 
 
+@deterministic()
 def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -> Update:
     """Check and decode `data`, the bytes that a miner sent as its update of a segment; cheap checks come first.
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from traincert.trainer.determinism import deterministic
 from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
@@ -18,7 +19,7 @@ from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.segments import Layout, Segment, cut_segments
 from traincert.trainer.state import State, initial_state, state_from_bytes, state_hash
 from traincert.trainer.tasks import Task
-from traincert.trainer.training import Trained, build_optimizer, deterministic, train_task
+from traincert.trainer.training import Trained, build_optimizer, train_task
 from traincert.trainer.updates import read_update
 
 WriteJob = Callable[..., Path]
