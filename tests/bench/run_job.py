@@ -36,7 +36,8 @@ def main() -> None:
         size = values = accepted = 0
         for number in range(job.cycles):
             begin = time.perf_counter()
-            result = trainer.run_cycle(state, miners, seed=number.to_bytes(8, "big"))
+            seed = (job.seed << 32 | number).to_bytes(8, "big")  # nothing else in a cycle depends on the job's
+            result = trainer.run_cycle(state, miners, seed=seed)
             elapsed = time.perf_counter() - begin
             state = result.after
             trainer.prune(state)

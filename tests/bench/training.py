@@ -63,7 +63,7 @@ def _fashion(bench: Runs, job: TrainingJob) -> list[Row]:
         row("fashion, 4 segments, 4 miners, same samples: behind plain PyTorch", behind(same), "points", 3),
         row("the same, three times the samples", behind(more), "points", 1.5),
         *_compression(bench, "fashion", job),
-        *_speed(bench, "fashion", job, whole),
+        *_speed(bench, "fashion", job),
         row("fashion: peak memory of coordinator and 2 workers", whole["gigabytes"], "GB", 2.5),
     ]
 
@@ -80,7 +80,7 @@ def _text(bench: Runs, job: TrainingJob) -> list[Row]:
         row("text from a trained model, whole model, 4 miners: held-out loss", whole["test_loss"], "nats"),
         row("the same, against plain PyTorch", whole["test_loss"] / plain["test_loss"], "ratio", 1.03),
         *_compression(bench, "text", job),
-        *_speed(bench, "text", job, whole),
+        *_speed(bench, "text", job),
     ]
 
 
@@ -113,23 +113,25 @@ def _compression(bench: Runs, name: str, job: TrainingJob) -> list[Row]:
     return rows
 
 
-def _speed(bench: Runs, name: str, job: TrainingJob, found: Numbers) -> list[Row]:
+def _speed(bench: Runs, name: str, job: TrainingJob) -> list[Row]:
     """In turns, because the machine's own speed comes and goes."""
     short = replace(job, cycles=SPEED_CYCLES)
-    turns = [(bench.speed(name, short), bench.plain_speed(name, short)) for _ in range(TURNS)]
+    turns = [(bench.run_again(name, short), bench.plain_speed(name, short)) for _ in range(TURNS)]
+    ratios = [loop["samples_per_second"] / plain for loop, plain in turns]
+    shares = [100 * loop["outside_training"] for loop, _ in turns]
     return [
         row(
             f"{name}: samples per second of the cycle loop, 2 workers",
-            statistics.median(loop for loop, _ in turns),
+            statistics.median(loop["samples_per_second"] for loop, _ in turns),
             "1/s",
         ),
         row(
             f"the same, against two plain PyTorch processes side by side, median of {TURNS}",
-            statistics.median(loop / plain for loop, plain in turns),
+            statistics.median(ratios),
             "ratio",
             at_least=0.9,
         ),
-        row(f"{name}: share of a cycle that is not training", 100 * found["outside_training"], "%", 10),
+        row(f"{name}: share of a cycle that is not training, median of {TURNS}", statistics.median(shares), "%", 10),
     ]
 
 
@@ -154,13 +156,17 @@ class Runs:
         self.folder = folder.absolute()  # it is in jobs, whose own folder is another
 
     def run(self, name: str, job: TrainingJob, miners: int = MINERS) -> Numbers:
-        """Run a job's cycles, once."""
+        """Run a job's cycles, unless that was done before."""
         key = hashlib.sha256(f"{job.to_toml()} {miners}".encode()).hexdigest()
         kept = self.folder / name / f"{key}.json"
         if not kept.exists():
-            kept.write_text(json.dumps(_result(self._start("run_job.py", name, job, "--miners", miners))))
+            kept.write_text(json.dumps(self.run_again(name, job, miners)))
         found: Numbers = json.loads(kept.read_text())
         return found
+
+    def run_again(self, name: str, job: TrainingJob, miners: int = MINERS) -> Numbers:
+        """Run a job's cycles, even if that was done before: for what differs from run to run."""
+        return _result(self._start("run_job.py", name, job, "--miners", miners))
 
     def plain(self, name: str, job: TrainingJob, save: Path | None = None) -> Numbers:
         """Train as many samples as the job's miners, in as many steps, in one process."""
@@ -168,10 +174,6 @@ class Runs:
         if save:
             options += ["--save", save]
         return _result(self._start("plain.py", name, job, *options))
-
-    def speed(self, name: str, job: TrainingJob) -> float:
-        """Measure the cycle loop: samples per second."""
-        return float(_result(self._start("run_job.py", name, job, "--miners", MINERS))["samples_per_second"])
 
     def plain_speed(self, name: str, job: TrainingJob) -> float:
         """Measure processes that do the steps of the loop's workers side by side: samples per second of all."""
