@@ -36,7 +36,7 @@ def main() -> None:
         size = values = accepted = 0
         for number in range(job.cycles):
             begin = time.perf_counter()
-            seed = (job.seed << 32 | number).to_bytes(8, "big")  # nothing else in a cycle depends on the job's
+            seed = (job.seed << 32 | number).to_bytes(8, "big")  # other tasks for other seeds, too
             result = trainer.run_cycle(state, miners, seed=seed)
             elapsed = time.perf_counter() - begin
             state = result.after

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from traincert.trainer.determinism import deterministic
 from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
@@ -301,16 +300,3 @@ def test_another_segments_optimizer_state_stays_as_it_was(job: TrainingJob, shar
     for name in kept:
         assert torch.equal(second.memory[name], first.memory[name])
     assert second.memory[f"optimizer.{end}.momentum_buffer"].any()
-
-
-def test_switches_are_set_inside_and_restored_after() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with deterministic():
-            assert torch.get_num_threads() == 1
-            assert torch.are_deterministic_algorithms_enabled()
-        assert torch.get_num_threads() == 2
-        assert not torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.set_num_threads(threads)
