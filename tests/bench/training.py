@@ -123,7 +123,7 @@ def _compression(bench: Runs, name: str, job: TrainingJob) -> list[Row]:
 
 def _speed(bench: Runs, name: str, job: TrainingJob) -> list[Row]:
     """In turns, because the machine's own speed comes and goes."""
-    short = replace(job, cycles=SPEED_CYCLES)
+    short = replace(job, cycles=SPEED_CYCLES, warmup_cycles=0)
     turns = [(bench.run_again(name, short), bench.plain_speed(name, short)) for _ in range(TURNS)]
     ratios = [loop["samples_per_second"] / plain for loop, plain in turns]
     shares = [100 * loop["outside_training"] for loop, _ in turns]
