@@ -21,7 +21,7 @@ from bench.run_job import WORKERS
 from traincert.trainer.job import TrainingJob
 
 MINERS = 4
-SPEED_CYCLES = 7  # of which the first is not counted
+SPEED_CYCLES = 13  # of which the first is not counted; the second still has what happens once
 TURNS = 5
 SEEDS = 3
 Numbers = dict[str, Any]
