@@ -65,6 +65,18 @@ def test_the_order_of_the_miners_does_not_matter() -> None:
     assert len({state_hash({"velocity": velocity}) for _, velocity in results}) == 1
 
 
+@pytest.mark.parametrize("block", [1, 5, 16])
+def test_the_size_of_the_blocks_does_not_matter(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    updates = [accepted(number, weight, SEGMENTS[number % 2]) for number, weight in enumerate([10**9, 5, 3, 2**70])]
+    velocity = torch.rand(LAYOUT.params)
+    job = replace(JOB, outer_momentum=0.7, outer_learning_rate=0.3)
+    at_once, moving = aggregate(job, LAYOUT, state(), velocity, updates, share=0.5)
+    monkeypatch.setattr("traincert.trainer.aggregation._BLOCK", block)
+    after, moving_after = aggregate(job, LAYOUT, state(), velocity, updates, share=0.5)
+    assert state_hash(after) == state_hash(at_once)
+    assert moving_after.equal(moving)
+
+
 @settings(max_examples=25)
 @given(st.floats(0, 0.99), st.floats(0.01, 2), st.integers(0, 99))
 def test_the_outer_step_is_that_of_torchs_nesterov_momentum(momentum: float, rate: float, seed: int) -> None:
