@@ -12,16 +12,16 @@ from typing import Any
 from bitcoin.core import lx
 from coincurve import PrivateKey
 
-from traincert.bridge.beacon import Beacon
-from traincert.bridge.certificate import Certificate, draw_winner
 from traincert.bridge.chain import read_params
+from traincert.bridge.consensus.beacon import Beacon
+from traincert.bridge.consensus.certificate import Certificate, draw_winner
+from traincert.bridge.consensus.lottery import ContributionTable
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.journal import Journal
 from traincert.bridge.keys import create_network_keys, load_network_keys, xonly_key
-from traincert.bridge.lottery import ContributionTable
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingKeys, TrainingParams
 from traincert.bridge.producer import Producer, ask_for_template
+from traincert.bridge.rpc import NodeClient
+from traincert.bridge.signer import Journal
 
 NO_TABLE = ContributionTable([])
 NO_MODEL = bytes(32)

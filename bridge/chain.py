@@ -7,13 +7,13 @@ from typing import Any
 
 from bitcoin.core import CBlock
 
-from traincert.bridge.beacon import check_reveal
-from traincert.bridge.block import check_block
-from traincert.bridge.certificate import Certificate, Draw
+from traincert.bridge.consensus.beacon import check_reveal
+from traincert.bridge.consensus.block import check_block
+from traincert.bridge.consensus.certificate import Certificate, Draw
+from traincert.bridge.consensus.lottery import contribution_weight, draw_ticket, follow_path, leaf_node
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.errors import CertificateError
-from traincert.bridge.lottery import contribution_weight, draw_ticket, follow_path, leaf_node
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingKeys, TrainingParams
+from traincert.bridge.rpc import NodeClient
 
 
 @dataclass(frozen=True)

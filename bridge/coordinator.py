@@ -11,16 +11,16 @@ from threading import Thread
 from bitcoin.core import CBlock, lx
 from coincurve import PrivateKey
 
-from traincert.bridge.beacon import Beacon
-from traincert.bridge.block import read_payload
-from traincert.bridge.certificate import Certificate, Draw, draw_winner
-from traincert.bridge.codec import tagged_hash
+from traincert.bridge.consensus.beacon import Beacon
+from traincert.bridge.consensus.block import read_payload
+from traincert.bridge.consensus.certificate import Certificate, Draw, draw_winner
+from traincert.bridge.consensus.codec import tagged_hash
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf
+from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.journal import Journal
-from traincert.bridge.lottery import ContributionTable, Leaf
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingParams
 from traincert.bridge.producer import Producer
+from traincert.bridge.rpc import NodeClient
+from traincert.bridge.signer import Journal
 from traincert.trainer.cycle import CycleResult, RunState, Trainer
 from traincert.trainer.state import state_hash
 

@@ -10,11 +10,11 @@ from bitcoin.core import CBlock, b2lx
 from coincurve import PrivateKey
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from traincert.bridge.block import build_block
-from traincert.bridge.certificate import Certificate
+from traincert.bridge.consensus.block import build_block
+from traincert.bridge.consensus.certificate import Certificate
+from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingParams
+from traincert.bridge.rpc import NodeClient
 
 CATCH_UP_TIME = 30.0  # seconds for the node to hear of the block before, and for its clock
 

@@ -12,12 +12,12 @@ from bitcoin.core.script import OP_0, OP_TRUE, CScript
 from coincurve import PrivateKey
 
 from traincert import regtest
-from traincert.bridge.beacon import Beacon
-from traincert.bridge.block import build_block
-from traincert.bridge.certificate import Certificate, Draw, draw_winner
-from traincert.bridge.invalid import AUX, Forger, digest
-from traincert.bridge.lottery import ContributionTable, Leaf, contribution_weight
-from traincert.bridge.params import TrainingKeys, TrainingParams
+from traincert.bridge.consensus.beacon import Beacon
+from traincert.bridge.consensus.block import build_block
+from traincert.bridge.consensus.certificate import Certificate, Draw, draw_winner
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf, contribution_weight
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
+from traincert.bridge.testing.invalid import AUX, Forger, digest
 
 ANYONE_CAN_SPEND = CScript([OP_TRUE])
 PAYOUT_SCRIPT = CScript([OP_0, hashlib.sha256(ANYONE_CAN_SPEND).digest()])  # P2WSH

@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from traincert.bridge.invalid import digest
-from traincert.bridge.lottery import ContributionTable, Leaf, contribution_weight
-from traincert.bridge.params import GENESIS_HASH
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf, contribution_weight
+from traincert.bridge.consensus.params import GENESIS_HASH
+from traincert.bridge.testing.invalid import digest
 from traincert.regtest import Node
 from training_chain import MINERS, TrainingChain
 

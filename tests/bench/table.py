@@ -10,7 +10,14 @@ import hashlib
 import resource
 
 from bench.rows import Row, row, timed
-from traincert.bridge.lottery import ContributionTable, Leaf, Node, contribution_weight, follow_path, leaf_node
+from traincert.bridge.consensus.lottery import (
+    ContributionTable,
+    Leaf,
+    Node,
+    contribution_weight,
+    follow_path,
+    leaf_node,
+)
 
 LEAVES = 1_000_000
 PATHS = 1000

@@ -11,15 +11,15 @@ import pytest
 from coincurve import PrivateKey
 
 from traincert.bridge.appointing import AppointingCoordinator
-from traincert.bridge.beacon import Beacon
 from traincert.bridge.chain import read_chain, read_params
+from traincert.bridge.consensus.beacon import Beacon
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.errors import BridgeError, JournalError, KeyFileError
-from traincert.bridge.journal import Journal
 from traincert.bridge.keys import create_network_keys, load_network_keys, xonly_key
-from traincert.bridge.lottery import ContributionTable, Leaf
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingKeys, TrainingParams
 from traincert.bridge.producer import Producer
+from traincert.bridge.rpc import NodeClient
+from traincert.bridge.signer import Journal
 from traincert.regtest import Node
 from traincert.regtest.plugin import NetworkFactory
 from training_chain import PAYOUT_SCRIPT
@@ -30,7 +30,7 @@ MODEL = bytes([7] * 32)
 ANOTHER_PROCESS = """
 import sys
 from pathlib import Path
-from traincert.bridge.node import NodeClient
+from traincert.bridge.rpc import NodeClient
 sys.path[:0] = [{tests!r}, {here!r}]
 from test_appointing import coordinator_of
 with NodeClient.from_datadir(Path({datadir!r})) as client:

@@ -22,17 +22,17 @@ from bitcoin.core import CBlock
 
 from traincert.bridge import coordinator as coordinator_module
 from traincert.bridge import node as node_module
-from traincert.bridge.beacon import Beacon
-from traincert.bridge.block import read_payload
-from traincert.bridge.certificate import Certificate
 from traincert.bridge.chain import check_with_parent, read_chain, read_params
+from traincert.bridge.consensus.beacon import Beacon
+from traincert.bridge.consensus.block import read_payload
+from traincert.bridge.consensus.certificate import Certificate
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.coordinator import ClosedSlot, Coordinator
 from traincert.bridge.errors import BridgeError, JournalError, NodeUnreachableError
-from traincert.bridge.invalid import digest
-from traincert.bridge.journal import Journal
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingKeys, TrainingParams
 from traincert.bridge.producer import Producer
+from traincert.bridge.rpc import NodeClient
+from traincert.bridge.signer import Journal
+from traincert.bridge.testing.invalid import digest
 from traincert.regtest import Network, Node, WaitTimeoutError, wait_for
 from traincert.regtest.plugin import NetworkFactory
 from traincert.trainer.cycle import Trainer

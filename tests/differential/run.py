@@ -22,14 +22,14 @@ from bitcoin.core.script import OP_RETURN, CScript
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from traincert.bridge.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, check_block, payload_script, winner_sighash
-from traincert.bridge.certificate import Certificate, Draw, draw_of
 from traincert.bridge.chain import check_round, check_with_parent
-from traincert.bridge.codec import compact_size
+from traincert.bridge.consensus.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, check_block, payload_script, winner_sighash
+from traincert.bridge.consensus.certificate import Certificate, Draw, draw_of
+from traincert.bridge.consensus.codec import compact_size
+from traincert.bridge.consensus.lottery import U64_MAX, ContributionTable, Leaf, Node
+from traincert.bridge.consensus.params import GENESIS_HASH, TrainingParams
 from traincert.bridge.errors import CertificateError
-from traincert.bridge.invalid import AUX, WRONG, WRONG_WITH_PARENT, digest, payload_of, with_scripts
-from traincert.bridge.lottery import U64_MAX, ContributionTable, Leaf, Node
-from traincert.bridge.params import GENESIS_HASH, TrainingParams
+from traincert.bridge.testing.invalid import AUX, WRONG, WRONG_WITH_PARENT, digest, payload_of, with_scripts
 from traincert.regtest import node_folder
 from training_chain import MINERS, TrainingChain, made_table
 

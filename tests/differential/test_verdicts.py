@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from differential.run import compare
-from traincert.bridge.invalid import WRONG, WRONG_WITH_PARENT
+from traincert.bridge.testing.invalid import WRONG, WRONG_WITH_PARENT
 
 
 def test_node_and_bridge_agree_on_blocks_that_are_wrong_in_many_ways(node_programs: Path) -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from payments import Rpc, Watcher
-from traincert.bridge.plugin import TrainingNetworkFactory
-from traincert.bridge.testing import TrainingNetwork
+from traincert.bridge.testing.network import TrainingNetwork
+from traincert.bridge.testing.plugin import TrainingNetworkFactory
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from bitcoin.core.script import OP_0, CScript
 from coincurve import PrivateKey
 
 from traincert.bridge.appointing import AppointingCoordinator
-from traincert.bridge.beacon import Beacon
-from traincert.bridge.block import build_block
+from traincert.bridge.consensus.beacon import Beacon
+from traincert.bridge.consensus.block import build_block
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.invalid import Forger, break_rule, digest, full_reason
-from traincert.bridge.lottery import ContributionTable, Leaf
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingKeys, TrainingParams
 from traincert.bridge.producer import Producer, ask_for_template
+from traincert.bridge.rpc import NodeClient
+from traincert.bridge.testing.invalid import Forger, break_rule, digest, full_reason
 from traincert.regtest import Network, Node
 from traincert.regtest.node import Options
 

@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from traincert.bridge.certificate import Certificate
+from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.errors import JournalError
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 
+from traincert.bridge.cli.network import network
+from traincert.bridge.cli.view import show_build
 from traincert.bridge.errors import BridgeError, NodeUnreachableError
-from traincert.bridge.network_cli import network
-from traincert.bridge.view import show_build
 from traincert.regtest import errors as regtest_errors
 from traincert.regtest.build import NodeKind, node_folder
 from traincert.trainer.errors import TrainerError
@@ -121,8 +121,8 @@ def chain(datadir: Path, as_json: bool) -> None:
     A line for each winner that the node saw sign two blocks under one certificate comes last.
     """
     from traincert.bridge.chain import certificate_json, read_chain, read_params
-    from traincert.bridge.node import NodeClient
-    from traincert.bridge.view import chain_table, print_equivocations, stdout_console
+    from traincert.bridge.cli.view import chain_table, print_equivocations, stdout_console
+    from traincert.bridge.rpc import NodeClient
 
     with NodeClient.from_datadir(datadir) as client:
         blocks = read_chain(client, read_params(client))
@@ -166,7 +166,7 @@ def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
 
     JOB is a TOML file, or the name of a job that comes with traincert: digits, fashion or text.
     """
-    from traincert.bridge.view import JobView, stdout_console
+    from traincert.bridge.cli.view import JobView, stdout_console
     from traincert.trainer.errors import JobError
     from traincert.trainer.job import TrainingJob
 
@@ -195,7 +195,7 @@ def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
 @click.option("--cycle", type=click.IntRange(1), help="Only this cycle.  [default: all that the store still has]")
 def job_replay(folder: Path, cycle: int | None) -> None:
     """Do a run's tasks again, from its records and its store, and compare the updates' hashes."""
-    from traincert.bridge.view import stdout_console
+    from traincert.bridge.cli.view import stdout_console
     from traincert.trainer.records import Run
 
     console = stdout_console()
@@ -227,7 +227,7 @@ def coordinator_prepare(directory: Path, miners: int, nodes: int) -> None:
 
     The nodes' data directories are DIRECTORY/node0, node1, ..., and so are their containers' host names.
     """
-    from traincert.bridge.run import prepare_containers  # torch takes seconds to import
+    from traincert.bridge.deployment import prepare_containers  # torch takes seconds to import
 
     prepare_containers(directory, miners, nodes)
 
@@ -239,8 +239,8 @@ def coordinator_run(directory: Path) -> None:
 
     A run that was interrupted goes on where it was.
     """
-    from traincert.bridge.run import run_containers
-    from traincert.bridge.view import CyclesView
+    from traincert.bridge.cli.view import CyclesView
+    from traincert.bridge.deployment import run_containers
 
     with CyclesView() as view:
         cycles = run_containers(directory, view)
@@ -280,8 +280,8 @@ def demo(
     """Run a training network on this machine, and check what it is said to do."""
     # Not before they are needed: torch, matplotlib and scikit-learn take seconds to import. But before the build, which
     # takes a quarter of an hour, and would be for nothing if one of them is not there.
-    from traincert.bridge.demo import PICTURE, Plan, run_demo
-    from traincert.bridge.view import CyclesView, chain_table, print_claims, stdout_console
+    from traincert.bridge.cli.demo import PICTURE, Plan, run_demo
+    from traincert.bridge.cli.view import CyclesView, chain_table, print_claims, stdout_console
 
     programs = show_build() / "bin"
     with CyclesView() as view:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from math import isqrt
 from typing import NamedTuple
 
-from traincert.bridge.codec import tagged_hash
+from traincert.bridge.consensus.codec import tagged_hash
 from traincert.bridge.errors import CertificateError
 
 U64_MAX = 2**64 - 1

@@ -74,7 +74,7 @@ def test_the_demo_reaches_its_accuracy_and_every_claim_holds(demo: tuple[Path, s
 
 
 def test_the_readme_shows_what_the_demo_prints(demo: tuple[Path, str]) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
     shown, promised = (
         [re.sub(r"[0-9.]+", "#", line.strip()) for line in text.splitlines() if line.strip().startswith("✓")]
         for text in (demo[1], readme)

@@ -13,7 +13,7 @@ import pytest
 
 # As in regtest/plugin.py the rest is imported where it is needed.
 if TYPE_CHECKING:
-    from traincert.bridge.testing import TrainingNetwork
+    from traincert.bridge.testing.network import TrainingNetwork
     from traincert.regtest.plugin import NetworkFactory
 
 
@@ -25,7 +25,7 @@ class TrainingNetworkFactory(Protocol):
 
 
 def _factory(bitcoin_network: NetworkFactory) -> Iterator[TrainingNetworkFactory]:
-    from traincert.bridge.testing import TrainingNetwork
+    from traincert.bridge.testing.network import TrainingNetwork
 
     with ExitStack() as stack:
         yield lambda nodes=1, *, start_height=1: stack.enter_context(

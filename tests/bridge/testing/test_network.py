@@ -6,10 +6,10 @@ import pytest
 
 from traincert.bridge.chain import read_chain
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.invalid import WRONG, WRONG_WITH_PARENT
-from traincert.bridge.node import NodeClient
-from traincert.bridge.plugin import TrainingNetworkFactory
-from traincert.bridge.testing import TrainingNetwork
+from traincert.bridge.rpc import NodeClient
+from traincert.bridge.testing.invalid import WRONG, WRONG_WITH_PARENT
+from traincert.bridge.testing.network import TrainingNetwork
+from traincert.bridge.testing.plugin import TrainingNetworkFactory
 
 
 def test_appended_blocks_are_valid_on_every_node(training_network: TrainingNetworkFactory) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from traincert.bridge.chain import read_chain
+from traincert.bridge.consensus.params import TrainingParams
+from traincert.bridge.deployment import JOB, network_params
 from traincert.bridge.keys import load_network_keys
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingParams
-from traincert.bridge.run import JOB, network_params
+from traincert.bridge.rpc import NodeClient
 from traincert.regtest import Network
 from traincert.trainer.job import TrainingJob
 

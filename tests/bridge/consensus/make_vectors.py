@@ -1,6 +1,6 @@
 """Makes the test vectors that the bridge and the node are both held to.
 
-`python tests/bridge/make_vectors.py` writes them again after a change of the rules. The C++ side is
+`python tests/bridge/consensus/make_vectors.py` writes them again after a change of the rules. The C++ side is
 bitcoind-patch/src/test/training_tests.cpp.
 """
 
@@ -18,22 +18,22 @@ from bitcoin.core import CMutableTransaction, COutPoint, CTxIn, CTxOut, b2lx
 from bitcoin.core.script import CScript
 from coincurve import PrivateKey
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from traincert.bridge.block import read_payload, winner_sighash
-from traincert.bridge.certificate import Certificate
-from traincert.bridge.invalid import WRONG, WRONG_WITH_PARENT, digest, with_certificate
-from traincert.bridge.lottery import ContributionTable, Leaf, contribution_weight, draw_ticket
-from traincert.bridge.params import GENESIS_HASH, TrainingKeys, TrainingParams
+from traincert.bridge.consensus.block import read_payload, winner_sighash
+from traincert.bridge.consensus.certificate import Certificate
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf, contribution_weight, draw_ticket
+from traincert.bridge.consensus.params import GENESIS_HASH, TrainingKeys, TrainingParams
+from traincert.bridge.testing.invalid import WRONG, WRONG_WITH_PARENT, digest, with_certificate
 from training_chain import COORDINATORS, TrainingChain, made_table
 
-VECTORS = Path(__file__).parents[2] / "bitcoind-patch/src/test/data/training.json"
+VECTORS = Path(__file__).parents[3] / "bitcoind-patch/src/test/data/training.json"
 U64_MAX = 2**64 - 1
 
 
 def make() -> dict[str, Any]:
     return {
-        "comment": "Made by tests/bridge/make_vectors.py. Hashes are hex in byte order, block hashes reversed.",
+        "comment": "Made by tests/bridge/consensus/make_vectors.py. Hashes are in byte order, block hashes reversed.",
         "networks": [_network(params) for params in _networks()],
         "wrong_options": list(_wrong_options()),
         **_certificates_and_blocks(),

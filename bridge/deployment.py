@@ -21,16 +21,16 @@ from bitcoin.core import Hash160
 from bitcoin.core.script import OP_0, CScript
 from coincurve import PrivateKey
 
-from traincert.bridge.beacon import Beacon
-from traincert.bridge.certificate import Certificate
+from traincert.bridge.consensus.beacon import Beacon
+from traincert.bridge.consensus.certificate import Certificate
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.coordinator import ClosedSlot, Coordinator
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.journal import Journal
 from traincert.bridge.keys import NetworkKeys, create_network_keys, load_network_keys, xonly_key
-from traincert.bridge.lottery import ContributionTable, Leaf
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingKeys, TrainingParams
 from traincert.bridge.producer import Producer
+from traincert.bridge.rpc import NodeClient
+from traincert.bridge.signer import Journal
 from traincert.regtest.node import write_conf
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine

@@ -2,7 +2,7 @@
 
 import pytest
 
-from traincert.bridge.beacon import BEACON_LENGTH, Beacon, check_reveal
+from traincert.bridge.consensus.beacon import BEACON_LENGTH, Beacon, check_reveal
 from traincert.bridge.errors import BridgeError
 
 

@@ -24,10 +24,10 @@ from bitcoin.core import (
 from bitcoin.core.script import OP_0, OP_RETURN, CScript, CScriptInvalidError, CScriptWitness
 from bitcoin.core.serialize import uint256_from_compact, uint256_from_str
 
-from traincert.bridge.certificate import Certificate
-from traincert.bridge.codec import Reader, tagged_hash, verify_schnorr
+from traincert.bridge.consensus.certificate import Certificate
+from traincert.bridge.consensus.codec import Reader, tagged_hash, verify_schnorr
+from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError, CertificateError
-from traincert.bridge.params import TrainingParams
 
 PAYLOAD_MAGIC = b"TCRT"
 SIGNATURE_SIZE = 64

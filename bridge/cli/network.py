@@ -18,9 +18,9 @@ from typing import Any
 import click
 
 from traincert.bridge.appointing import load_coordinator, make_keys
+from traincert.bridge.cli.view import show_build, shown_time, status_table, stdout_console
 from traincert.bridge.errors import BridgeError, NodeCallError
-from traincert.bridge.node import NodeClient
-from traincert.bridge.view import show_build, shown_time, status_table, stdout_console
+from traincert.bridge.rpc import NodeClient
 from traincert.regtest.faucet import Faucet
 from traincert.regtest.lasting import OWNED, LastingNetwork, status_json
 from traincert.regtest.node import Node, Options

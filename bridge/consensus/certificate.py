@@ -12,10 +12,10 @@ from typing import Any
 
 from coincurve import PrivateKey
 
-from traincert.bridge.codec import Reader, compact_size, tagged_hash, verify_schnorr
+from traincert.bridge.consensus.codec import Reader, compact_size, tagged_hash, verify_schnorr
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf, Node, draw_ticket
+from traincert.bridge.consensus.params import TrainingKeys
 from traincert.bridge.errors import CertificateError
-from traincert.bridge.lottery import ContributionTable, Leaf, Node, draw_ticket
-from traincert.bridge.params import TrainingKeys
 
 VERSION = 1
 

@@ -12,12 +12,12 @@ import bitcoin
 from bitcoin.core import CheckBlock, ValidationError
 
 from traincert.bridge.chain import CertifiedBlock, certificate_json, read_chain, read_params
+from traincert.bridge.cli.picture import draw_picture
+from traincert.bridge.consensus.params import TrainingParams
+from traincert.bridge.deployment import COORDINATOR_KEYS, JOB, NetworkRun, View, network_params, open_run
 from traincert.bridge.errors import BridgeError, CertificateError
 from traincert.bridge.keys import create_network_keys
-from traincert.bridge.node import NodeClient
-from traincert.bridge.params import TrainingParams
-from traincert.bridge.picture import draw_picture
-from traincert.bridge.run import COORDINATOR_KEYS, JOB, NetworkRun, View, network_params, open_run
+from traincert.bridge.rpc import NodeClient
 from traincert.regtest.network import Network
 from traincert.regtest.node import datadir_in_use
 from traincert.trainer.job import TrainingJob

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from traincert.bridge.errors import CertificateError
-from traincert.bridge.lottery import (
+from traincert.bridge.consensus.lottery import (
     NO_ROOT,
     U64_MAX,
     ContributionTable,
@@ -19,6 +18,7 @@ from traincert.bridge.lottery import (
     follow_path,
     leaf_node,
 )
+from traincert.bridge.errors import CertificateError
 
 
 def leaves(weights: list[int]) -> list[Leaf]:

@@ -13,10 +13,10 @@ from bitcoin.core import b2lx, lx
 
 from traincert.bridge import node as node_module
 from traincert.bridge import producer as producer_module
-from traincert.bridge.certificate import Certificate
+from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.errors import BridgeError, NodeCallError, NodeUnreachableError
-from traincert.bridge.node import NodeClient
 from traincert.bridge.producer import Producer
+from traincert.bridge.rpc import NodeClient
 from traincert.regtest import Node, wait_for
 from traincert.regtest.plugin import NetworkFactory
 from training_chain import MINERS, PAYOUT_SCRIPT, TrainingChain, submit, template

@@ -15,12 +15,12 @@ from bitcoin.core import CBlock, CMutableTransaction, CTxOut
 from bitcoin.core.script import OP_RETURN, CScript
 from coincurve import PrivateKey
 
-from traincert.bridge.beacon import Beacon
-from traincert.bridge.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, payload_script, winner_sighash
-from traincert.bridge.certificate import Certificate, CoordinatorSignature, Draw, draw_of, draw_winner
+from traincert.bridge.consensus.beacon import Beacon
+from traincert.bridge.consensus.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, payload_script, winner_sighash
+from traincert.bridge.consensus.certificate import Certificate, CoordinatorSignature, Draw, draw_of, draw_winner
+from traincert.bridge.consensus.lottery import U64_MAX, ContributionTable, Node
+from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.lottery import U64_MAX, ContributionTable, Node
-from traincert.bridge.params import TrainingParams
 
 AUX = bytes(32)  # BIP340's auxiliary bytes, fixed so that vectors can be made again
 PREFIX = "bad-traincert-"

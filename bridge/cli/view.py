@@ -17,8 +17,8 @@ from rich.table import Table
 from traincert.regtest.build import PATCHED, NodeKind, build_node
 
 if TYPE_CHECKING:
-    from traincert.bridge.certificate import Certificate
     from traincert.bridge.chain import CertifiedBlock
+    from traincert.bridge.consensus.certificate import Certificate
     from traincert.bridge.coordinator import ClosedSlot
     from traincert.regtest.lasting import NodeStatus
 

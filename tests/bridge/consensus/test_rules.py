@@ -15,11 +15,11 @@ from bitcoin.core import CBlock, CMutableTransaction, COutPoint, CTxIn, CTxInWit
 from bitcoin.core.script import CScriptWitness
 from bitcoin.core.serialize import uint256_from_compact, uint256_from_str
 
-from traincert.bridge.certificate import Certificate, draw_of
 from traincert.bridge.chain import certificate_json, read_chain, read_params
-from traincert.bridge.invalid import WRONG, WRONG_WITH_PARENT
-from traincert.bridge.lottery import ContributionTable
-from traincert.bridge.node import NodeClient
+from traincert.bridge.consensus.certificate import Certificate, draw_of
+from traincert.bridge.consensus.lottery import ContributionTable
+from traincert.bridge.rpc import NodeClient
+from traincert.bridge.testing.invalid import WRONG, WRONG_WITH_PARENT
 from traincert.regtest import Network, Node, NodeError, RpcError, wait_for
 from traincert.regtest.plugin import NetworkFactory
 from training_chain import (
@@ -123,7 +123,7 @@ def test_a_block_that_is_wrong_in_one_thing_is_refused_for_it(
 
 
 def test_the_cases_cover_just_the_reasons_that_the_node_has() -> None:
-    source = Path(__file__).parents[2] / "bitcoind-patch/src/training/validation.cpp"
+    source = Path(__file__).parents[3] / "bitcoind-patch/src/training/validation.cpp"
     reasons = {text.partition('"')[2].partition('"')[0] for text in source.read_text().split("Reject(state,")[1:]}
     assert {f"bad-traincert-{reason}" for reason in reasons} == set(ALL_WRONG)
 

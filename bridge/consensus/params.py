@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bitcoin.core import CoreRegTestParams
 
-from traincert.bridge.codec import compact_size, tagged_hash
+from traincert.bridge.consensus.codec import compact_size, tagged_hash
 
 GENESIS_HASH: bytes = CoreRegTestParams.GENESIS_BLOCK.GetHash()
 """Of regtest, in header byte order."""

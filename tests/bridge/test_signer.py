@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from traincert.bridge.certificate import Certificate
+from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.errors import JournalError
-from traincert.bridge.journal import Journal
+from traincert.bridge.signer import Journal
 from training_chain import TrainingChain
 
 CHAIN_ID = bytes(32)

@@ -8,13 +8,13 @@ import pytest
 from bitcoin.core import CBlock
 
 from make_vectors import VECTORS, make
-from traincert.bridge.block import check_block
-from traincert.bridge.certificate import Certificate
 from traincert.bridge.chain import check_round, check_with_parent
-from traincert.bridge.codec import Reader, compact_size
+from traincert.bridge.consensus.block import check_block
+from traincert.bridge.consensus.certificate import Certificate
+from traincert.bridge.consensus.codec import Reader, compact_size
+from traincert.bridge.consensus.lottery import Leaf, Node, follow_path, leaf_node
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.errors import CertificateError
-from traincert.bridge.lottery import Leaf, Node, follow_path, leaf_node
-from traincert.bridge.params import TrainingKeys, TrainingParams
 
 COMMITTED = json.loads(VECTORS.read_text())
 
