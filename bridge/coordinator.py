@@ -21,7 +21,7 @@ from traincert.bridge.errors import BridgeError
 from traincert.bridge.producer import Producer
 from traincert.bridge.rpc import NodeClient
 from traincert.bridge.signer import Journal
-from traincert.trainer.cycle import CycleResult, RunState, Trainer
+from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
 from traincert.trainer.state import state_hash
 
 MAX_ROUND = 2**16 - 1
@@ -53,7 +53,7 @@ class Coordinator:
         journal: Journal,
         node: NodeClient,
         trainer: Trainer,
-        state: RunState,
+        state: Checkpoint,
         table: ContributionTable | None = None,
     ) -> None:
         self.params = params

@@ -35,7 +35,7 @@ from traincert.regtest.node import write_conf
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import Record, Run
+from traincert.trainer.records import Record, RunFolder
 from traincert.trainer.state import initial_state, state_hash
 
 JOB = "digits"
@@ -65,7 +65,7 @@ class View(Protocol):
 class NetworkRun:
     """What `open_run` gives: the run, and who takes part in it. `clients` are of the nodes, in their order."""
 
-    run: Run
+    run: RunFolder
     trainer: Trainer
     clients: Sequence[NodeClient]
     producers: Mapping[bytes, Producer]
@@ -107,7 +107,7 @@ def open_run(
     Raises BridgeError or TrainerError if that cannot be done, or if another process has it open.
     """
     with ExitStack() as stack:
-        run = stack.enter_context(Run(directory / "run", job))
+        run = stack.enter_context(RunFolder(directory / "run", job))
         view.step("preparing the data")
         dataset = run.dataset()
         clients = [stack.enter_context(NodeClient.from_datadir(datadir)) for datadir in datadirs]

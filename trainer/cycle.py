@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from traincert.trainer.aggregation import Accepted, aggregate
-from traincert.trainer.engines.local import Answer, LocalEngine, Order
+from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.engines.orders import Answer, Order
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.scoring import Contribution, Evaluation, Refusal, Scorer, score
 from traincert.trainer.segments import Layout, cut_segments
-from traincert.trainer.state import State, initial_state, save_state, state_hash
+from traincert.trainer.state import State, initial_state, save_state
 from traincert.trainer.store import prune
 from traincert.trainer.tasks import assign
 from traincert.trainer.training import build_optimizer
@@ -27,12 +28,14 @@ HALVINGS = 4
 
 
 @dataclass(frozen=True)
-class RunState:
+class Checkpoint:
     """What a run has come to, and all that its next cycle needs."""
 
     cycle: int
     """How many cycles there have been."""
     model: State
+    model_hash: bytes
+    """The model's SHA-256 (32 raw bytes), under which the engine's store has it."""
     evaluation: Evaluation
     """Of the model, on the validation examples."""
     best_loss: int
@@ -65,7 +68,7 @@ class CycleResult:
 
     model_before: bytes
     model_after: bytes
-    after: RunState
+    after: Checkpoint
     """The next cycle's beginning; its model's hash is `model_after`."""
     dataset_root: bytes
     loss_before: int
@@ -118,14 +121,15 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._scorer.__exit__(kind, error, tb)
 
-    def start(self) -> RunState:
+    def start(self) -> Checkpoint:
         """Return the state that the first cycle begins with: a function of the job.
 
         Raises JobError if its `initial_model` cannot be used.
         """
         model = initial_state(self.job)
+        model_hash = save_state(self._engine.store, model)
         evaluation = self.evaluate(model)
-        return RunState(0, model, evaluation, evaluation.loss, torch.zeros(self.layout.params))
+        return Checkpoint(0, model, model_hash, evaluation, evaluation.loss, torch.zeros(self.layout.params))
 
     def evaluate(self, model: State) -> Evaluation:
         """Measure a model on the validation examples."""
@@ -138,7 +142,7 @@ class Trainer:
 
     def run_cycle(
         self,
-        before: RunState,
+        before: Checkpoint,
         miners: Sequence[bytes],
         *,
         seed: bytes,
@@ -154,12 +158,11 @@ class Trainer:
         Raises ValueError if a miner is there twice, and EngineError if a task fails for a reason that is not its
         miner's.
         """
-        model_before = save_state(self._engine.store, before.model)
         orders = [
             Order(
                 task,
                 self.segments[task.segment],
-                model_before,
+                before.model_hash,
                 self.dataset.shards[task.shard],
                 before.memories.get(task.miner),
             )
@@ -173,17 +176,18 @@ class Trainer:
             # If the guard lets nothing through, it is as if nothing had been sent, and the outer optimizer begins anew.
             model, velocity, evaluation = moved or (model, torch.zeros_like(velocity), evaluation)
             memories = _memories(tasks, answers) if moved else {}
-        after = RunState(
+        after = Checkpoint(
             cycle=before.cycle + 1,
             model=model,
+            model_hash=before.model_hash if model is before.model else save_state(self._engine.store, model),
             evaluation=evaluation,
             best_loss=min(before.best_loss, evaluation.loss),
             velocity=velocity,
             memories={**before.memories, **memories},
         )
         return CycleResult(
-            model_before=model_before,
-            model_after=state_hash(model),
+            model_before=before.model_hash,
+            model_after=after.model_hash,
             after=after,
             dataset_root=self.dataset.root,
             loss_before=before.evaluation.loss,
@@ -192,12 +196,12 @@ class Trainer:
             tasks=tuple(tasks),
         )
 
-    def prune(self, state: RunState) -> None:
+    def prune(self, state: Checkpoint) -> None:
         """Remove from the engine's store what cycles from `state` on do not need."""
-        prune(self._engine.store, [state_hash(state.model), *state.memories.values()])
+        prune(self._engine.store, [state.model_hash, *state.memories.values()])
 
     def _aggregate(
-        self, before: RunState, accepted: Sequence[Accepted]
+        self, before: Checkpoint, accepted: Sequence[Accepted]
     ) -> tuple[State, torch.Tensor, Evaluation] | None:
         """Return the next model, velocity and the model's evaluation: the guard halves a move that does harm."""
         for halvings in range(HALVINGS + 1):
@@ -210,7 +214,7 @@ class Trainer:
         return None
 
     def _judge(
-        self, before: RunState, orders: Sequence[Order], answers: Sequence[Answer | Reason], seed: bytes
+        self, before: Checkpoint, orders: Sequence[Order], answers: Sequence[Answer | Reason], seed: bytes
     ) -> tuple[list[TaskResult], list[Accepted]]:
         """Check and score what the miners sent."""
         readable: list[Update | UpdateError] = []
@@ -263,9 +267,9 @@ class Trainer:
 def _memories(tasks: Sequence[TaskResult], answers: Sequence[Answer | Reason]) -> dict[bytes, bytes]:
     """Return what miners keep now; one whose update is refused goes on with what it had."""
     return {
-        task.order.task.miner: answer.memory
+        task.order.task.miner: answer.memory_hash
         for task, answer in zip(tasks, answers, strict=True)
-        if task.contribution and isinstance(answer, Answer) and answer.memory
+        if task.contribution and isinstance(answer, Answer) and answer.memory_hash
     }
 
 

@@ -10,29 +10,26 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from traincert.trainer.cycle import CycleResult, RunState, TaskResult
-from traincert.trainer.engines.local import Executor, Order
+from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult
 from traincert.trainer.errors import IntegrityError, RunError
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
+from traincert.trainer.preprocessing import Dataset, prepare_dataset
 from traincert.trainer.scoring import Evaluation
-from traincert.trainer.segments import cut_segments
 from traincert.trainer.state import load_state, save_state
 from traincert.trainer.store import prune, write_file
-from traincert.trainer.tasks import Task
+
+VERSION = 1
+"""Of the records' format."""
 
 Record = dict[str, Any]
 """A cycle's record, as in its JSON file; record 0 is the run's beginning. Hashes are in hex."""
 
 
-class Run:
+class RunFolder:
     """A run's folder, locked while this is open. Use it as a context manager."""
 
     def __init__(self, folder: Path, job: TrainingJob | None = None) -> None:
@@ -87,20 +84,26 @@ class Run:
         """Return the job's data; prepare it if that was not done yet."""
         return prepare_dataset(self.job, self.folder / "data")
 
-    def begin(self, state: RunState, dataset: Dataset) -> None:
+    def begin(self, state: Checkpoint, dataset: Dataset) -> None:
         """Write record 0."""
-        model = save_state(self.store, state.model).hex()
         self._append(
-            {"cycle": 0, "dataset_root": dataset.root.hex(), "model_after": model, **_evaluation(state), "tasks": []},
+            {
+                "cycle": 0,
+                "dataset_root": dataset.root.hex(),
+                "model_after": state.model_hash.hex(),
+                **_evaluation(state),
+                "tasks": [],
+            },
             state,
         )
 
-    def load(self) -> RunState:
+    def load(self) -> Checkpoint:
         """Return what the last cycle left; raises IntegrityError if it is damaged."""
         last = self.records[-1]
-        return RunState(
+        return Checkpoint(
             cycle=last["cycle"],
             model=load_state(self.store, bytes.fromhex(last["model_after"])),
+            model_hash=bytes.fromhex(last["model_after"]),
             evaluation=Evaluation(last["loss_after"], last["metric"]),
             best_loss=min(record["loss_after"] for record in self.records),
             velocity=load_state(self.store, bytes.fromhex(last["velocity"]))["velocity"],
@@ -108,8 +111,11 @@ class Run:
         )
 
     def save(self, result: CycleResult) -> None:
-        """Write a cycle's record, durably; before it whatever it names, and after it remove what is too old."""
-        save_state(self.store, result.after.model)
+        """Write a cycle's record, durably, and remove from the store what is too old.
+
+        The record names files by their hashes: the trainer has stored the models and memories, and the velocity is
+        stored here, before the record.
+        """
         self._append(
             {
                 "cycle": result.after.cycle,
@@ -125,7 +131,8 @@ class Run:
         )
         self._prune()
 
-    def _append(self, record: Record, state: RunState) -> None:
+    def _append(self, record: Record, state: Checkpoint) -> None:
+        record["version"] = VERSION
         record["velocity"] = save_state(self.store, {"velocity": state.velocity}).hex()
         record["memories"] = {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())}
         write_file(self._cycles / f"{record['cycle']:08}.json", _encode(record))
@@ -137,59 +144,6 @@ class Run:
         for record in self.records[1:][-self.job.history :]:
             kept |= {record["model_before"], *(task["memory"] for task in record["tasks"] if task["memory"])}
         prune(self.store, [bytes.fromhex(digest) for digest in kept])
-
-    def replay(self, cycle: int | None = None) -> Iterator["Replayed"]:
-        """Do the tasks of a cycle again, or of all those whose models are still there, and compare.
-
-        Raises RunError if the cycle is not there, IntegrityError if a file that it needs is missing or damaged, and
-        JobError if this machine does not have the job's device.
-        """
-        if cycle is not None and not 1 <= cycle <= self.cycles:
-            raise RunError(f"{self.folder} has no cycle {cycle}; it has 1 to {self.cycles}")
-        first = max(1, self.cycles + 1 - self.job.history)
-        if cycle is not None and cycle < first:
-            raise RunError(
-                f"the store has the models of cycles {first} to {self.cycles} only: history = {self.job.history}"
-            )
-        dataset = self.dataset()
-        validation = read_examples(self.job, dataset.held_out_folder, dataset.validation)
-        segments = cut_segments(build_model(self.job), self.job, validation)
-        executor = Executor(self.job, self.store)
-        for number in [cycle] if cycle else range(first, self.cycles + 1):
-            record = self.records[number]
-            for task in record["tasks"]:
-                if task["update_hash"] is None:
-                    continue  # it came to no end
-                order = Order(
-                    Task(
-                        miner=bytes.fromhex(task["miner"]),
-                        segment=task["segment"],
-                        shard=dataset.shards.index(bytes.fromhex(task["shard"])),
-                        seed=bytes.fromhex(task["seed"]),
-                        cycle=number - 1,
-                    ),
-                    segments[task["segment"]],
-                    bytes.fromhex(record["model_before"]),
-                    bytes.fromhex(task["shard"]),
-                    bytes.fromhex(task["memory"]) if task["memory"] else None,
-                )
-                found = hashlib.sha256(executor.execute(dataset.shard_folder, order).update).hexdigest()
-                yield Replayed(number, task["miner"], task["update_hash"], found)
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """A task that was done again; ids and hashes in hex."""
-
-    cycle: int
-    miner: str
-    recorded: str
-    found: str
-
-    @property
-    def same(self) -> bool:
-        """Whether it gave the same update."""
-        return self.recorded == self.found
 
 
 def _lock(path: Path) -> IO[str]:
@@ -203,7 +157,10 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _read_records(folder: Path) -> list[Record]:
-    """Read all records, each checked against the hash in the next one."""
+    """Read all records, each checked against the hash in the next one.
+
+    Raises IntegrityError for one that is damaged or missing, and RunError for one of another format.
+    """
     paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{8}\.json", path.name))
     records: list[Record] = []
     for number, path in enumerate(paths):
@@ -215,6 +172,11 @@ def _read_records(folder: Path) -> list[Record]:
         is_next = isinstance(record, dict) and path.name == f"{number:08}.json" and record.get("cycle") == number
         if not is_next or (number and record.get("parent") != _digest(records[-1]).hex()):
             raise IntegrityError(f"{path}: does not follow the record before it")
+        if record.get("version") != VERSION:
+            raise RunError(
+                f"{path} has format {record.get('version')}, this traincert reads format {VERSION}: "
+                "go on with the traincert that made it, or start a new run in another folder"
+            )
         records.append(record)
     return records
 
@@ -227,7 +189,7 @@ def _digest(record: Record) -> bytes:
     return hashlib.sha256(_encode(record)).digest()
 
 
-def _evaluation(state: RunState) -> Record:
+def _evaluation(state: Checkpoint) -> Record:
     return {"loss_after": state.evaluation.loss, "metric": state.evaluation.metric}
 
 
@@ -236,9 +198,9 @@ def _task_record(result: TaskResult) -> Record:
     return {
         "miner": order.task.miner.hex(),
         "segment": order.task.segment,
-        "shard": order.shard.hex(),
+        "shard": order.shard_hash.hex(),
         "seed": order.task.seed.hex(),
-        "memory": order.memory.hex() if order.memory else None,
+        "memory": order.memory_hash.hex() if order.memory_hash else None,
         "update_hash": result.update_hash.hex() if result.update_hash else None,
         "update_size": result.update_size,
         "params": order.segment.params,

@@ -8,7 +8,7 @@ from typing import Protocol
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import Record, Run
+from traincert.trainer.records import Record, RunFolder
 from traincert.trainer.report import TensorBoard, write_report
 from traincert.trainer.scoring import Evaluation
 
@@ -45,7 +45,7 @@ def run_job(job: TrainingJob, folder: Path, miners: int, workers: int, view: Vie
     Raises TrainerError if it cannot be run to its end.
     """
     ids = [hashlib.sha256(b"miner" + number.to_bytes(8, "little")).digest() for number in range(miners)]
-    with Run(folder, job) as run:
+    with RunFolder(folder, job) as run:
         view.step("preparing the data")
         dataset = run.dataset()
         view.step(f"starting {workers} worker processes")

@@ -196,12 +196,13 @@ def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
 def job_replay(folder: Path, cycle: int | None) -> None:
     """Do a run's tasks again, from its records and its store, and compare the updates' hashes."""
     from traincert.bridge.cli.view import stdout_console
-    from traincert.trainer.records import Run
+    from traincert.trainer.records import RunFolder
+    from traincert.trainer.replay import replay
 
     console = stdout_console()
     different = total = 0
-    with Run(folder) as run:
-        for each in run.replay(cycle):
+    with RunFolder(folder) as run:
+        for each in replay(run, cycle):
             total += 1
             different += not each.same
             verdict = "[green]same[/]" if each.same else f"[red]DIFFERENT[/], now {each.found}"

@@ -21,7 +21,7 @@ import pytest
 from bitcoin.core import CBlock
 
 from traincert.bridge import coordinator as coordinator_module
-from traincert.bridge import node as node_module
+from traincert.bridge import rpc as rpc_module
 from traincert.bridge.chain import check_with_parent, read_chain, read_params
 from traincert.bridge.consensus.beacon import Beacon
 from traincert.bridge.consensus.block import read_payload
@@ -362,7 +362,7 @@ def test_the_coordinator_goes_on_after_its_own_node_was_restarted(trial: Trial) 
 
 
 def test_the_coordinator_ends_when_its_own_node_is_gone(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_module, "RETRY_TIME", 0.2)
+    monkeypatch.setattr(rpc_module, "RETRY_TIME", 0.2)
 
     def fault(now: str, _: Certificate) -> None:
         if now == BEFORE_SUBMIT:

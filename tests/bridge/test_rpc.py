@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from bitcoin.core import b2lx, lx
 
-from traincert.bridge import node as node_module
 from traincert.bridge import producer as producer_module
+from traincert.bridge import rpc as rpc_module
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.errors import BridgeError, NodeCallError, NodeUnreachableError
 from traincert.bridge.producer import Producer
@@ -54,7 +54,7 @@ def test_a_client_finds_the_node_again_after_a_restart(node: Node, client: NodeC
 
 
 def test_a_node_that_is_stopped_is_unreachable(node: Node, client: NodeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_module, "RETRY_TIME", 0.2)
+    monkeypatch.setattr(rpc_module, "RETRY_TIME", 0.2)
     assert client.call("getblockcount") == 0
     node.stop()
     with pytest.raises(NodeUnreachableError, match="node0"):

@@ -5,15 +5,19 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
 from traincert.trainer.cycle import Trainer
-from traincert.trainer.engines.local import Answer, Executor, LocalEngine, Order
+from traincert.trainer.engines.executor import Executor
+from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.engines.orders import Answer, Order
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import Dataset, prepare_dataset
+from traincert.trainer.records import RunFolder
 from traincert.trainer.updates import Reason
 
 WriteJob = Callable[..., Path]
@@ -126,3 +130,28 @@ def write_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteJob:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def small(job: TrainingJob) -> TrainingJob:
+    return replace(
+        job, cycles=20, density=0.25, keep_optimizer_state=True, outer_momentum=0.3, local_steps=5, history=3
+    )
+
+
+@pytest.fixture
+def go_on(make_trainer: MakeTrainer, small: TrainingJob, miners: list[bytes], tmp_path: Path) -> Callable[..., Path]:
+    """Opens the folder of a run, or makes it, and does some cycles more, with the first `count` miners."""
+
+    def go(cycles: int, count: int = 4, folder: Path = tmp_path / "run", job: TrainingJob = small) -> Path:
+        with RunFolder(folder, job) as run, make_trainer(job, folder) as trainer:
+            if not run.records:
+                run.begin(trainer.start(), trainer.dataset)
+            state = run.load()
+            for _ in range(cycles):
+                result = trainer.run_cycle(state, miners[:count], seed=run.seed())
+                run.save(result)
+                state = result.after
+        return folder
+
+    return go

@@ -14,7 +14,8 @@ from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset, read_examples
-from traincert.trainer.records import Run
+from traincert.trainer.records import RunFolder
+from traincert.trainer.replay import replay
 from traincert.trainer.run import run_job
 from traincert.trainer.scoring import evaluate
 from traincert.trainer.state import initial_state, state_hash
@@ -39,10 +40,10 @@ def test_a_job_is_trained_on_a_gpu_with_the_same_bits_twice(name: str, tmp_path:
     job = replace(TrainingJob.named(name), device="cuda", cycles=3, local_steps=20, warmup_cycles=0)
     first, second = (run_job(job, tmp_path / number, 2, 1, Silent()) for number in ("first", "second"))
     assert first.head == second.head
-    with Run(tmp_path / "first") as finished:
+    with RunFolder(tmp_path / "first") as finished:
         losses = [record["loss_after"] for record in finished.records]
         assert losses[-1] < losses[0]
-        replayed = list(finished.replay())
+        replayed = list(replay(finished))
     assert len(replayed) == 6
     assert all(each.same for each in replayed)
 
@@ -93,5 +94,5 @@ def test_without_a_gpu_a_job_for_one_is_refused_in_one_line(job: TrainingJob, tm
         LocalEngine(on_gpu, tmp_path / "store", workers=1)
     with pytest.raises(JobError, match=refusal):
         run_job(on_gpu, tmp_path / "run", 1, 1, Silent())
-    with Run(tmp_path / "run") as begun, pytest.raises(JobError, match=refusal):
-        list(begun.replay())
+    with RunFolder(tmp_path / "run") as begun, pytest.raises(JobError, match=refusal):
+        list(replay(begun))

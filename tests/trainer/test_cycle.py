@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from traincert.trainer.cycle import CycleResult, RunState, Trainer
-from traincert.trainer.engines.local import Answer, LocalEngine
+from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
+from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.engines.orders import Answer
 from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
@@ -24,7 +25,7 @@ MakeTrainer = Callable[..., AbstractContextManager[Trainer]]
 
 
 def run(
-    trainer: Trainer, miners: Sequence[bytes], cycles: int, state: RunState | None = None, seeds: int = 0
+    trainer: Trainer, miners: Sequence[bytes], cycles: int, state: Checkpoint | None = None, seeds: int = 0
 ) -> list[CycleResult]:
     results: list[CycleResult] = []
     state = state or trainer.start()
@@ -273,7 +274,7 @@ def test_a_refused_update_leaves_its_miners_residual_as_it_was(
         (second,) = run(trainer, miners, 1, first.after, seeds=1)
     assert second.contributions == ()
     assert second.after.memories == first.after.memories
-    assert {task.order.memory for task in second.tasks} >= set(first.after.memories.values())
+    assert {task.order.memory_hash for task in second.tasks} >= set(first.after.memories.values())
 
 
 def test_residuals_change_what_is_sent(

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from traincert.trainer.errors import RunError
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import Run
+from traincert.trainer.records import RunFolder
 from traincert.trainer.run import run_job
 
 TRAINCERT = str(Path(sys.executable).parent / "traincert")
@@ -148,7 +148,7 @@ def test_a_run_that_is_killed_and_interrupted_comes_to_the_same_end(
             wait_until(lambda moment=moment, process=process: moment() or process.poll() is not None, "the moment")  # type: ignore[misc]
             if moment is not prepares and number == signal.SIGKILL and not kill_all:
                 with pytest.raises(RunError, match="is in use by another process"):
-                    Run(folder)
+                    RunFolder(folder)
             time.sleep(random.uniform(0, 0.1))
             assert process.poll() is None, process.communicate()
             if kill_all:

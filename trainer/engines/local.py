@@ -19,38 +19,19 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 
+from traincert.trainer.engines.executor import Executor
+from traincert.trainer.engines.orders import Answer, Order
 from traincert.trainer.errors import EngineError
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Dataset, Examples, read_examples
-from traincert.trainer.segments import Segment
-from traincert.trainer.state import State, load_state, save_state
-from traincert.trainer.tasks import Task
-from traincert.trainer.training import check_device, train_task
+from traincert.trainer.preprocessing import Dataset
+from traincert.trainer.training import check_device
 from traincert.trainer.updates import Reason
 
 _SPAWN = multiprocessing.get_context("spawn")  # forking a process in which torch has run is not safe
-
-
-class Order(NamedTuple):
-    """A task, and the hashes of the files that it needs."""
-
-    task: Task
-    segment: Segment
-    model: bytes
-    shard: bytes
-    memory: bytes | None  # what the miner kept from its last task; None: nothing
-
-
-class Answer(NamedTuple):
-    """What came of a task."""
-
-    update: bytes
-    memory: bytes | None  # hash of what the miner keeps for its next task; None: nothing
-    seconds: float  # that the training took
 
 
 @dataclass(eq=False)
@@ -210,35 +191,6 @@ def _end(worker: _Worker) -> None:
     worker.process.kill()
     worker.process.join()
     worker.connection.close()
-
-
-class Executor:
-    """Carries out orders: reads what they name, trains, and stores what the miner keeps."""
-
-    def __init__(self, job: TrainingJob, store: Path) -> None:
-        """Prepare for orders. Raises JobError if this machine does not have the job's device."""
-        check_device(job)
-        self._job = job
-        self._store = store
-        self._model: bytes = b""
-        self._state: State = {}
-        self._shards: dict[bytes, Examples] = {}  # memory-mapped
-
-    def execute(self, shards: Path, order: Order) -> Answer:
-        """Train, and return the update; each shard is checked against its hash when it is first used.
-
-        Raises IntegrityError if a file is missing or damaged.
-        """
-        if order.model != self._model:
-            self._model, self._state = order.model, load_state(self._store, order.model)
-        if order.shard not in self._shards:
-            self._shards[order.shard] = read_examples(self._job, shards, order.shard)
-        memory = load_state(self._store, order.memory) if order.memory else {}
-        begin = time.perf_counter()
-        trained = train_task(self._job, self._state, order.segment, self._shards[order.shard], order.task, memory)
-        seconds = time.perf_counter() - begin
-        kept = save_state(self._store, trained.memory) if trained.memory else None
-        return Answer(trained.update, kept, seconds)
 
 
 def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> None:

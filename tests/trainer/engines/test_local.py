@@ -15,7 +15,8 @@ from threading import Event, Thread
 import pytest
 
 from traincert.trainer.cycle import Trainer
-from traincert.trainer.engines.local import Answer, LocalEngine, Order
+from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.engines.orders import Answer, Order
 from traincert.trainer.errors import EngineError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
@@ -60,7 +61,7 @@ def orders_of(dataset: Dataset, miners: Sequence[bytes], store: Path) -> list[Or
 
 def results(answers: Sequence[Answer | Reason]) -> list[tuple[bytes, bytes | None] | Reason]:
     """All of the answers but the time that they took."""
-    return [answer if isinstance(answer, Reason) else (answer.update, answer.memory) for answer in answers]
+    return [answer if isinstance(answer, Reason) else (answer.update, answer.memory_hash) for answer in answers]
 
 
 def test_a_killed_worker_costs_nothing_but_time(
@@ -163,7 +164,7 @@ def test_only_the_task_that_is_late_or_dies_is_lost_and_the_next_cycle_goes_on(
 def test_a_damaged_shard_is_an_error_that_names_the_file(job: TrainingJob, miners: list[bytes], tmp_path: Path) -> None:
     dataset = prepare_dataset(job, tmp_path / "data")
     orders = orders_of(dataset, miners, tmp_path / "store")
-    damaged = dataset.shard_folder / orders[0].shard.hex()
+    damaged = dataset.shard_folder / orders[0].shard_hash.hex()
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)
@@ -199,7 +200,7 @@ def test_closing_leaves_no_process(job: TrainingJob, dataset: Dataset, miners: l
         with pytest.raises(KeyboardInterrupt):
             engine.train(dataset, orders, interrupt)
     assert not any(is_running(pid) for pid in pids)
-    assert [path.name for path in tmp_path.iterdir()] == [orders[0].model.hex()]
+    assert [path.name for path in tmp_path.iterdir()] == [orders[0].model_hash.hex()]
     engine.close()
 
 
@@ -225,7 +226,7 @@ def test_a_worker_maps_its_shards_and_never_opens_what_is_held_out(
 ) -> None:
     """After tasks on all shards: what is mapped and open in the workers' processes, and what they were told."""
     orders = orders_of(dataset, miners, engine.store)
-    assert {order.shard for order in orders} == set(dataset.shards)
+    assert {order.shard_hash for order in orders} == set(dataset.shards)
     engine.train(dataset, orders)
     mapped = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in engine.pids)
     opened = [str(path.readlink()) for pid in engine.pids for path in Path(f"/proc/{pid}/fd").iterdir()]
@@ -248,7 +249,8 @@ PARENT = """
 import os
 import sys
 from pathlib import Path
-from traincert.trainer.engines.local import LocalEngine, Order
+from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.engines.orders import Order
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset

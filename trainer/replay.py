@@ -1,0 +1,69 @@
+"""Doing a run's tasks again, from its records and its store, to see that they give the same updates."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from traincert.trainer.engines.executor import Executor
+from traincert.trainer.engines.orders import Order
+from traincert.trainer.errors import RunError
+from traincert.trainer.models import build_model
+from traincert.trainer.preprocessing import read_examples
+from traincert.trainer.records import RunFolder
+from traincert.trainer.segments import cut_segments
+from traincert.trainer.tasks import Task
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A task that was done again; miner and hashes in hex."""
+
+    cycle: int
+    """Counted from 1, as in the records."""
+    miner: str
+    recorded: str
+    """SHA-256 of the update that the record names."""
+    found: str
+    """SHA-256 of the update that the task gave now."""
+
+    @property
+    def same(self) -> bool:
+        """Whether the task gave the same update."""
+        return self.recorded == self.found
+
+
+def replay(run: RunFolder, cycle: int | None = None) -> Iterator[Replayed]:
+    """Do the tasks of one cycle again (counted from 1), or of all cycles whose models the store still has.
+
+    Raises RunError if the run has no such cycle, IntegrityError if a file that it needs is missing or damaged, and
+    JobError if this machine does not have the job's device.
+    """
+    if cycle is not None and not 1 <= cycle <= run.cycles:
+        raise RunError(f"{run.folder} has no cycle {cycle}; it has 1 to {run.cycles}")
+    first = max(1, run.cycles + 1 - run.job.history)
+    if cycle is not None and cycle < first:
+        raise RunError(f"the store has the models of cycles {first} to {run.cycles} only: history = {run.job.history}")
+    dataset = run.dataset()
+    validation = read_examples(run.job, dataset.held_out_folder, dataset.validation)
+    segments = cut_segments(build_model(run.job), run.job, validation)
+    executor = Executor(run.job, run.store)
+    for number in [cycle] if cycle else range(first, run.cycles + 1):
+        record = run.records[number]
+        for task in record["tasks"]:
+            if task["update_hash"] is None:
+                continue  # the task gave no update
+            order = Order(
+                Task(
+                    miner=bytes.fromhex(task["miner"]),
+                    segment=task["segment"],
+                    shard=dataset.shards.index(bytes.fromhex(task["shard"])),
+                    seed=bytes.fromhex(task["seed"]),
+                    cycle=number - 1,
+                ),
+                segments[task["segment"]],
+                bytes.fromhex(record["model_before"]),
+                bytes.fromhex(task["shard"]),
+                bytes.fromhex(task["memory"]) if task["memory"] else None,
+            )
+            found = hashlib.sha256(executor.execute(dataset.shard_folder, order).update).hexdigest()
+            yield Replayed(number, task["miner"], task["update_hash"], found)
