@@ -8,6 +8,7 @@ PYTHON ?= python3
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEBIAN := build-essential ccache cmake libboost-dev libevent-dev libsqlite3-dev libzmq3-dev ninja-build patch pkgconf python3-venv
 DOCKER ?= docker
+PROCESSES ?= 3
 DOCKER_BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(if $(PROGRAMS),--build-arg PROGRAMS=$(PROGRAMS)) \
   $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
 STAMP := .venv/complete
@@ -16,7 +17,7 @@ CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder;
 # Recipe line: installs Debian's packages $(2) if the program or file $(1) is missing. Elsewhere its user says that it is.
 if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
-.PHONY: demo data test test-upstream bench setup node images lock
+.PHONY: check demo data test test-upstream bench setup node images lock
 
 demo: setup
 	.venv/bin/traincert demo
@@ -26,16 +27,21 @@ data:
 	$(call if_missing,/usr/share/datasets/fashion-mnist,dataset-fashion-mnist)
 	$(call if_missing,/usr/share/doc/python3.11/html/_sources,python3.11-doc)
 
-test: node data
-	$(call if_missing,npm,nodejs npm)
+# What needs no node: in a minute.
+check: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy -p traincert
 	.venv/bin/mypy tests
 	.venv/bin/mypy examples/outside-project
+	.venv/bin/pytest --quiet tests/test_imports.py
+
+# pytest's processes: more than there are processors, because tests of nodes mostly wait.
+test: check node data
+	$(call if_missing,npm,nodejs npm)
 	find bitcoind-patch/src -name '*.h' -o -name '*.cpp' | \
 	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses $(PROCESSES) --dist loadfile
 
 # All of upstream's tests, on the node with and without the patch: hours, and it goes on where it was interrupted.
 test-upstream: setup

@@ -5,23 +5,22 @@ For networks that other software is tested on: a block takes milliseconds, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bitcoin.core import lx
-from coincurve import PrivateKey
 
 from traincert.bridge.chain import read_params
 from traincert.bridge.consensus.beacon import Beacon
-from traincert.bridge.consensus.certificate import Certificate, draw_winner
+from traincert.bridge.consensus.certificate import Certificate, Draw, draw_winner, new_certificate
 from traincert.bridge.consensus.lottery import ContributionTable
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.keys import create_network_keys, load_network_keys, xonly_key
 from traincert.bridge.producer import Producer, ask_for_template
 from traincert.bridge.rpc import NodeClient
-from traincert.bridge.signer import Journal
+from traincert.bridge.signer import Signer
 
 NO_TABLE = ContributionTable([])
 NO_MODEL = bytes(32)
@@ -35,24 +34,21 @@ _MINERS = 4
 class AppointingCoordinator:
     """Certifies cycles that train nothing, and has their winners append their blocks.
 
-    It knows of the chain what the node says, so another process can go on where one ended. `secrets` are the keys by
-    their position among those in force: as many as must sign. With a `journal` it never signs two certificates for one
-    slot and round. `producers` are the miners.
+    All that it knows of the chain it asks the node, so another process can go on where this one ends. `sign` returns a
+    certificate with the coordinator's signatures: usually `Signer.sign`. `producers` are the miners.
     """
 
     def __init__(
         self,
         params: TrainingParams,
-        secrets: Mapping[int, PrivateKey],
+        sign: Callable[[Certificate], Certificate],
         beacon: Beacon,
-        journal: Journal | None,
         producers: Sequence[Producer],
     ) -> None:
         self.params = params
         self.producers = producers
-        self._secrets = secrets
+        self._sign = sign
         self._beacon = beacon
-        self._journal = journal
         self._tables: dict[str, ContributionTable] = {}  # by the hash of their block
 
     def append(
@@ -65,20 +61,20 @@ class AppointingCoordinator:
     ) -> str:
         """Append a block to a node's tip, and return its hash as RPC shows it.
 
-        Its winner is `miner`, a number or a key, by default one after the other; but where the parent has a table, the
-        draw decides, and `miner` is only compared with it. `table` is the block's own, which its child's winner will be
-        drawn from; by default it is empty. For a round > 0 the node's clock must have come to that round's time.
+        Where the parent has a table, the draw decides who wins. Elsewhere `miner` wins, given by number or key; by
+        default the miners take turns. If `miner` is given and another miner was drawn, that is an error. `table` is the
+        block's own, from which its child's winner will be drawn; by default it is empty. A round above 0 is possible
+        only when the node's clock has come to that round's time.
 
-        Raises BridgeError if there is no such miner, if another was drawn, if the parent's table is not known here, if
-        the node does not answer or refuses the block; and JournalError.
+        Raises BridgeError if there is no such miner, if another was drawn, or if only another coordinator knows the
+        parent's table; JournalError if this slot was certified otherwise; RpcError or BridgeError if the node refuses
+        the block; NodeUnreachableError if it does not answer.
         """
         template = ask_for_template(node, self.params)
         table = table or NO_TABLE
         certificate = self.next_certificate(node, template, miner, table, round_)
-        if self._journal:
-            self._journal.record(certificate, self.params.chain_id)
-        signed = certificate.sign(self.params.chain_id, self._secrets)
-        block_hash = self._producer(certificate.winner_key).append(node, template, signed, self.params)
+        producer = self._producer(certificate.winner_key)
+        block_hash = producer.append(node, template, self._sign(certificate), self.params)
         if table.count:
             self._tables[block_hash] = table
         return block_hash
@@ -99,28 +95,24 @@ class AppointingCoordinator:
             model = bytes.fromhex(node.call("gettrainingcertificate", prev_hash)["model_after"])
         beacon_reveal = self._beacon.reveal(height - start)
         parent_table = self.parent_table(template)
+        winner: tuple[bytes, Draw | None]
         if parent_table.count:
-            winner_key, draw = draw_winner(parent_table, beacon_reveal, prev_block, round_)
-            self._check_drawn(winner_key, miner, height)
+            winner = draw_winner(parent_table, beacon_reveal, prev_block, round_)
+            self._check_drawn(winner[0], miner, height)
         else:
             turn = (height + round_) % len(self.producers)
-            winner_key, draw = self._producer(turn if miner is None else miner).miner_key, None
-        return Certificate(
+            winner = self._producer(turn if miner is None else miner).miner_key, None
+        return new_certificate(
             height=height,
             prev_block=prev_block,
-            round=round_,
+            round_=round_,
             beacon_reveal=beacon_reveal,
             model_before=model,
             model_after=model,
             dataset_root=bytes(32),
-            loss_before=0,
-            loss_after=0,
-            params_trained=sum(leaf.params for leaf in table.leaves),
-            contributions_root=table.root,
-            contributions_weight=table.weight,
-            contributions_count=table.count,
-            winner_key=winner_key,
-            draw=draw,
+            losses=(0, 0),
+            table=table,
+            winner=winner,
         )
 
     def parent_table(self, template: Mapping[str, Any]) -> ContributionTable:
@@ -134,7 +126,7 @@ class AppointingCoordinator:
         if parent not in self._tables:
             raise BridgeError(
                 f"the winner of block {template['height']} is drawn from the table of block {parent}, which only the "
-                "coordinator has that certified it"
+                "coordinator that certified it has"
             )
         return self._tables[parent]
 
@@ -168,16 +160,14 @@ def load_coordinator(folder: Path, node: NodeClient, payout_script: bytes) -> Ap
 
     `payout_script` is the scriptPubKey that all blocks pay to.
 
-    Raises KeyFileError, BridgeError if the node is on another network, and NodeCallError if it is on none.
+    Raises KeyFileError, JournalError, BridgeError if the node is on another network, and RpcError if it is on none.
     """
     keys, params = load_network_keys(folder / _KEYS), read_params(node)
     beacon = Beacon(keys.beacon)
     if params.beacon != beacon.anchor:
         raise BridgeError(f"{node.name} is on network {params.chain_id.hex()}, which the keys in {folder} are not for")
+    secrets = dict(enumerate(keys.coordinators[:_THRESHOLD]))
+    signer = Signer(folder / "journal.sqlite", params.chain_id, secrets)
     return AppointingCoordinator(
-        params,
-        {i: PrivateKey(keys.coordinators[i]) for i in range(_THRESHOLD)},
-        beacon,
-        Journal(folder / "journal.sqlite"),
-        [Producer(secret, Path(), payout_script) for secret in keys.miners],
+        params, signer.sign, beacon, [Producer(secret, payout_script) for secret in keys.miners]
     )

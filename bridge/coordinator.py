@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
 
 from bitcoin.core import CBlock, lx
-from coincurve import PrivateKey
 
 from traincert.bridge.consensus.beacon import Beacon
-from traincert.bridge.consensus.block import read_payload
-from traincert.bridge.consensus.certificate import Certificate, Draw, draw_winner
+from traincert.bridge.consensus.certificate import Certificate, Draw, draw_winner, new_certificate
 from traincert.bridge.consensus.codec import tagged_hash
 from traincert.bridge.consensus.lottery import ContributionTable, Leaf
 from traincert.bridge.consensus.params import TrainingParams
+from traincert.bridge.consensus.rules import read_training_payload
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.producer import Producer
+from traincert.bridge.producer import NodeProducer
 from traincert.bridge.rpc import NodeClient
-from traincert.bridge.signer import Journal
+from traincert.bridge.signer import Signer
+from traincert.regtest.errors import RegtestError
 from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
-from traincert.trainer.state import state_hash
+from traincert.trainer.scoring import Contribution
 
 MAX_ROUND = 2**16 - 1
 OWN_NODE_TIME = 30.0  # seconds for the coordinator's node to be again where it was, after a restart
@@ -37,20 +37,25 @@ class ClosedSlot:
     result: CycleResult
 
 
+def contribution_table(contributions: Iterable[Contribution]) -> ContributionTable:
+    """Return the table of a cycle's contributions."""
+    return ContributionTable(
+        Leaf(each.miner, each.update_hash, each.params, each.loss_reduction, each.weight) for each in contributions
+    )
+
+
 class Coordinator:
     """Runs cycles and certifies them.
 
-    `secrets` are its secret keys by their position among those in force: as many as must sign. `state` is what the next
-    cycle starts from, and `table` the one that the next winner is drawn from: those that the last cycle left, for one
-    that goes on where another was killed.
+    `state` is what the next cycle starts from, and `table` what the next winner is drawn from. A coordinator that goes
+    on where another was killed is given what the other's last cycle left.
     """
 
     def __init__(
         self,
         params: TrainingParams,
-        secrets: Mapping[int, PrivateKey],
+        signer: Signer,
         beacon: Beacon,
-        journal: Journal,
         node: NodeClient,
         trainer: Trainer,
         state: Checkpoint,
@@ -59,73 +64,63 @@ class Coordinator:
         self.params = params
         self.state = state
         self.table = table or ContributionTable([])
-        self._secrets = secrets
+        self._signer = signer
         self._beacon = beacon
-        self._journal = journal
         self._node = node
         self._trainer = trainer
         self._tip: str | None = None  # the block that closed the last slot
 
     def close_slot(
         self,
-        producers: Mapping[bytes, Producer],
+        producers: Mapping[bytes, NodeProducer],
         on_update: Callable[[int, int], None] | None = None,
         on_absent: Callable[[Certificate, str], None] | None = None,
     ) -> ClosedSlot:
         """Run one cycle with all miners, certify it, and wait for the winner's block.
 
-        If it does not come within the round's time, the next round's winner is certified for the same cycle, and so
-        on; a block that an earlier one makes after all closes the slot too. `producers` are the miners by their key,
-        `on_update` is called with the number of tasks done and their total, and `on_absent` with the certificate of
-        each winner whose time is over and what is known of why.
+        If the block does not come within the round's time, the next round's winner gets a certificate for the same
+        cycle, and so on. A late block of an earlier round's winner closes the slot too. So does a block that the chain
+        has from before a crash, if this cycle's result is what that block certifies.
 
-        A block that the chain has already, from before a coordinator was killed, closes its slot if the cycle comes to
-        what it certifies.
+        `producers` are the miners by their key. `on_update` is called with the number of tasks done and their total.
+        `on_absent` is called for each winner whose time is over, with its certificate and what is known of the reason.
 
-        Raises BridgeError if the coordinator's own node fails, or leaves the chain that is being built.
+        Raises BridgeError if the coordinator's own node leaves the chain that is being built, RegtestError if that node
+        fails, and JournalError if the journal has another certificate for the slot.
         """
         height = self.params.start_height + self.state.cycle
         tip = self._find_parent(height)
         parent = self._node.call("getblockheader", tip)
         prev_block: bytes = lx(tip)
-        # Nobody chooses who trains what: nobody knows the parent's hash before its winner has signed it.
+        # The parent's hash decides who trains what: nobody knows it before the parent's winner has signed, so nobody
+        # can choose.
         seed = tagged_hash("traincert/assignment", self._trainer.job.seed.to_bytes(8, "little") + prev_block)
         result = self._trainer.run_cycle(self.state, list(producers), seed=seed, on_update=on_update)
-        table = ContributionTable(
-            Leaf(each.miner, each.update_hash, each.params, each.loss_reduction, each.weight)
-            for each in result.contributions
-        )
+        table = contribution_table(result.contributions)
         beacon_reveal = self._beacon.reveal(self.state.cycle)
         present = self._certificate_at(height)
         certificates: list[Certificate] = []
         for round_ in range(MAX_ROUND + 1):
-            winner_key, draw = self._draw(beacon_reveal, prev_block, height, round_, sorted(producers))
-            certificate = Certificate(
+            certificate = new_certificate(
                 height=height,
                 prev_block=prev_block,
-                round=round_,
+                round_=round_,
                 beacon_reveal=beacon_reveal,
                 model_before=result.model_before,
                 model_after=result.model_after,
                 dataset_root=result.dataset_root,
-                loss_before=result.loss_before,
-                loss_after=result.loss_after,
-                params_trained=result.params_trained,
-                contributions_root=table.root,
-                contributions_weight=table.weight,
-                contributions_count=table.count,
-                winner_key=winner_key,
-                draw=draw,
+                losses=(result.loss_before, result.loss_after),
+                table=table,
+                winner=self._draw(beacon_reveal, prev_block, height, round_, sorted(producers)),
             )
-            self._journal.record(certificate, self.params.chain_id)
-            certificates.append(certificate.sign(self.params.chain_id, self._secrets))
+            certificates.append(self._signer.sign(certificate))
             if present:
                 if round_ < present.round:
                     continue
                 break
             # Each winner has its round's time from now on; the next round's block must also be late enough.
             begin = max(time.time(), parent["time"] + round_ * self.params.round_seconds)
-            handover = _hand_over(certificates[-1], producers.get(winner_key), self.params)
+            handover = _hand_over(certificates[-1], producers.get(certificate.winner_key), self.params)
             if self._wait_for_block(height, begin + self.params.round_seconds):
                 break
             reason = _why_absent(handover)
@@ -150,7 +145,7 @@ class Coordinator:
         block_hash: str = self._node.call("getblockhash", height - 1)
         if self.state.cycle:
             parent = self._certificate_in(block_hash)
-            if (parent.model_after, parent.contributions_root) != (state_hash(self.state.model), self.table.root):
+            if (parent.model_after, parent.contributions_root) != (self.state.model_hash, self.table.root):
                 raise BridgeError(
                     f"{self._node.name}: block {block_hash} does not certify what cycle {self.state.cycle} came to"
                 )
@@ -164,7 +159,7 @@ class Coordinator:
 
     def _certificate_in(self, block_hash: str) -> Certificate:
         block = CBlock.deserialize(bytes.fromhex(self._node.call("getblock", block_hash, 0)))
-        return read_payload(block.vtx[0]).certificate
+        return read_training_payload(block.vtx[0]).certificate
 
     def _wait_for_block(self, height: int, until: float) -> bool:
         """Whether our node has a block at a height before the clock says `until`."""
@@ -189,10 +184,11 @@ class Coordinator:
         return draw_winner(self.table, beacon_reveal, prev_block, round_)
 
 
-def _hand_over(certificate: Certificate, producer: Producer | None, params: TrainingParams) -> Future[str]:
+def _hand_over(certificate: Certificate, producer: NodeProducer | None, params: TrainingParams) -> Future[str]:
     """Give a certificate to its winner, and to nobody else, and do not wait for what it does.
 
-    A winner whose node hangs may answer much later, or never: a daemon thread holds up neither the loop nor our end.
+    A winner whose node hangs may answer much later, or never. A daemon thread delays neither the loop nor the
+    end of the process.
     """
     handover = Future[str]()
 
@@ -201,7 +197,7 @@ def _hand_over(certificate: Certificate, producer: Producer | None, params: Trai
             if producer is None:
                 raise BridgeError("it takes part no longer")
             handover.set_result(producer.produce(certificate, params))
-        except BaseException as error:  # whatever it is: it is raised or told where the result is asked for
+        except BaseException as error:  # _why_absent tells it, or raises it
             handover.set_exception(error)
 
     Thread(target=produce, name=f"block {certificate.height}, round {certificate.round}", daemon=True).start()
@@ -215,6 +211,6 @@ def _why_absent(handover: Future[str]) -> str:
     error = handover.exception()
     if error is None:
         return f"its node took block {handover.result()}, but ours has not heard of it"
-    if not isinstance(error, BridgeError):
+    if not isinstance(error, BridgeError | RegtestError):
         raise error
     return str(error)

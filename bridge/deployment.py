@@ -1,10 +1,10 @@
-"""A job's cycles on running nodes, each closed by a block, from the first one or from where they were interrupted.
+"""All roles of one training network on this machine. Each cycle of the job is closed by a block on running nodes.
 
-In the coordinator's folder:
+It begins with the first cycle, or goes on after an interruption. Its folder has
 
-    keys/           secrets
-    run/            the job, its data, and what each cycle came to: `traincert job replay` reads it
-    journal.sqlite  what was signed
+    keys/           the secrets of the coordinator and of all miners
+    run/            the run folder: the job, its data, and each cycle's record; `traincert job replay` reads it
+    journal.sqlite  the certificates that were signed
     node0/, ...     the nodes' data directories
 """
 
@@ -17,25 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bitcoin.core import Hash160
-from bitcoin.core.script import OP_0, CScript
-from coincurve import PrivateKey
-
 from traincert.bridge.consensus.beacon import Beacon
 from traincert.bridge.consensus.certificate import Certificate
-from traincert.bridge.consensus.lottery import ContributionTable, Leaf
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
-from traincert.bridge.coordinator import ClosedSlot, Coordinator
+from traincert.bridge.coordinator import ClosedSlot, Coordinator, contribution_table
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.keys import NetworkKeys, create_network_keys, load_network_keys, xonly_key
-from traincert.bridge.producer import Producer
+from traincert.bridge.keys import NetworkKeys, create_network_keys, load_network_keys, payout_script, xonly_key
+from traincert.bridge.producer import NodeProducer
 from traincert.bridge.rpc import NodeClient
-from traincert.bridge.signer import Journal
+from traincert.bridge.signer import Signer
 from traincert.regtest.node import write_conf
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import Record, RunFolder
+from traincert.trainer.records import RunFolder
 from traincert.trainer.state import initial_state, state_hash
 
 JOB = "digits"
@@ -46,10 +41,10 @@ RPC_PORT = "18443"
 
 
 class View(Protocol):
-    """Shows how the cycles are getting on."""
+    """Shows the progress of the cycles."""
 
     def step(self, text: str) -> None:
-        """Say what is being done now."""
+        """Show the step that begins now."""
 
     def update(self, done: int, total: int) -> None:
         """Show how many of the cycle's tasks are done."""
@@ -62,21 +57,24 @@ class View(Protocol):
 
 
 @dataclass(frozen=True)
-class NetworkRun:
-    """What `open_run` gives: the run, and who takes part in it. `clients` are of the nodes, in their order."""
+class Deployment:
+    """What `open_deployment` gives: the run, and who takes part in it.
+
+    `clients` are those of the nodes, in order; `names` are the miners' names by their key.
+    """
 
     run: RunFolder
     trainer: Trainer
     clients: Sequence[NodeClient]
-    producers: Mapping[bytes, Producer]
+    producers: Mapping[bytes, NodeProducer]
     coordinator: Coordinator
     names: Mapping[bytes, str]
     view: View
 
     def train(self, cycles: int) -> None:
-        """Go on until there have been so many cycles, saving each when its block is in the chain.
+        """Go on until there have been so many cycles, and save each as soon as the chain has its block.
 
-        Raises BridgeError or TrainerError if that cannot be done.
+        Raises BridgeError, RegtestError or TrainerError if that cannot be done.
         """
 
         def on_absent(certificate: Certificate, reason: str) -> None:
@@ -90,21 +88,20 @@ class NetworkRun:
 
 
 @contextmanager
-def open_run(
+def open_deployment(
     directory: Path,
     job: TrainingJob,
     keys: NetworkKeys,
     params: TrainingParams,
+    producers: Sequence[NodeProducer],
     datadirs: Sequence[Path],
     view: View,
-    *,
-    compat_pow: bool = True,
-) -> Iterator[NetworkRun]:
-    """Open the run in a coordinator's folder, on the nodes with these data directories.
+) -> Iterator[Deployment]:
+    """Open the deployment in a folder, on the nodes that run on these data directories.
 
-    The first node is also the coordinator's; miners are spread over all.
+    The first node is the coordinator's. `producers` are the miners, see `make_producers`.
 
-    Raises BridgeError or TrainerError if that cannot be done, or if another process has it open.
+    Raises BridgeError, RegtestError or TrainerError if that cannot be done, or if another process has it open.
     """
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder(directory / "run", job))
@@ -116,36 +113,33 @@ def open_run(
         trainer = stack.enter_context(Trainer(dataset, engine))
         if not run.records:
             run.begin(trainer.start(), dataset)
-        producers = {
-            xonly_key(secret): Producer(
-                secret, datadirs[i % len(datadirs)], payout_script(secret), compat_pow=compat_pow
-            )
-            for i, secret in enumerate(keys.miners)
-        }
-        coordinator = Coordinator(
-            params,
-            {i: PrivateKey(keys.coordinators[i]) for i in range(THRESHOLD)},
-            Beacon(keys.beacon),
-            Journal(directory / "journal.sqlite"),
-            clients[0],
-            trainer,
-            run.load(),
-            _table(run.records[-1]),
-        )
-        names = {key: f"miner{i}" for i, key in enumerate(producers)}
-        yield NetworkRun(run, trainer, clients, producers, coordinator, names, view)
+        signer = Signer(directory / "journal.sqlite", params.chain_id, dict(enumerate(keys.coordinators[:THRESHOLD])))
+        table = contribution_table(run.contributions())
+        coordinator = Coordinator(params, signer, Beacon(keys.beacon), clients[0], trainer, run.load(), table)
+        by_key = {producer.miner_key: producer for producer in producers}
+        names = {key: f"miner{i}" for i, key in enumerate(by_key)}
+        yield Deployment(run, trainer, clients, by_key, coordinator, names, view)
 
 
-def prepare_containers(directory: Path, miners: int, nodes: int) -> None:
-    """Make the keys of a network, and a data directory with a bitcoin.conf for each of its nodes.
+def make_producers(keys: NetworkKeys, datadirs: Sequence[Path], *, compat_pow: bool = True) -> list[NodeProducer]:
+    """Return a producer for each miner's key, spread over the nodes; each is paid to its own key (P2WPKH)."""
+    return [
+        NodeProducer(secret, payout_script(secret), datadirs[i % len(datadirs)], compat_pow=compat_pow)
+        for i, secret in enumerate(keys.miners)
+    ]
 
-    Each node has its container, whose host name is the data directory's: node0, node1, ... What is there already stays.
+
+def prepare_coordinator(directory: Path, miners: int, nodes: int) -> None:
+    """Make the keys of a network, and a data directory with a bitcoin.conf for each node.
+
+    The nodes are for containers with the host names node0, node1, ..., one container each. Keys that exist already are
+    kept.
 
     Raises KeyFileError or OSError if something cannot be written.
     """
     folder = directory / "keys"
     if not folder.exists():
-        unfinished = directory / "keys.unfinished"  # one that was interrupted begins again
+        unfinished = directory / "keys.unfinished"  # renamed when complete: an interrupted one is made anew
         shutil.rmtree(unfinished, ignore_errors=True)
         create_network_keys(unfinished, COORDINATOR_KEYS, miners)
         unfinished.rename(folder)
@@ -156,7 +150,7 @@ def prepare_containers(directory: Path, miners: int, nodes: int) -> None:
             **params.node_options(),
             "addnode": [other for other in names if other != name],
             "printtoconsole": "1",
-            "rpcallowip": "0.0.0.0/0",  # whoever the containers' network lets in, with the cookie's password
+            "rpcallowip": "0.0.0.0/0",  # the containers' network decides who reaches it; the cookie is the password
             "rpcbind": "0.0.0.0",  # noqa: S104 - a container's own network
             "rpcconnect": name,
             "rpcport": RPC_PORT,
@@ -165,19 +159,20 @@ def prepare_containers(directory: Path, miners: int, nodes: int) -> None:
         write_conf(directory / name, options)
 
 
-def run_containers(directory: Path, view: View) -> int:
-    """Train JOB to its last cycle, with the keys and the nodes of a folder that `prepare_containers` made.
+def run_coordinator(directory: Path, view: View) -> int:
+    """Train JOB to its last cycle on the nodes of a folder that `prepare_coordinator` made.
 
-    Returns how many cycles there have been.
+    Returns the number of cycles.
 
-    Raises BridgeError or TrainerError if that cannot be done.
+    Raises BridgeError, RegtestError or TrainerError if that cannot be done.
     """
     if not (directory / "keys").exists():
         raise BridgeError(f"{directory} is not prepared: run traincert coordinator prepare {directory}")
     job, keys = TrainingJob.named(JOB), load_network_keys(directory / "keys")
     datadirs = sorted(directory.glob("node*"))
-    with open_run(directory, job, keys, network_params(keys, job), datadirs, view) as run:
-        run.train(job.cycles)
+    params, producers = network_params(keys, job), make_producers(keys, datadirs)
+    with open_deployment(directory, job, keys, params, producers, datadirs, view) as deployment:
+        deployment.train(job.cycles)
     return job.cycles
 
 
@@ -186,23 +181,3 @@ def network_params(keys: NetworkKeys, job: TrainingJob, round_seconds: int = 60)
     coordinators = TrainingKeys(THRESHOLD, tuple(map(xonly_key, keys.coordinators)))
     model = state_hash(initial_state(job))
     return TrainingParams({1: coordinators}, Beacon(keys.beacon).anchor, model, round_seconds)
-
-
-def payout_script(secret: bytes) -> CScript:
-    """Return the scriptPubKey (P2WPKH, BIP141) that a miner is paid to: its own key's."""
-    return CScript([OP_0, Hash160(PrivateKey(secret).public_key.format())])
-
-
-def _table(record: Record) -> ContributionTable:
-    """Return the contribution table of a cycle that was saved; it is empty before the first."""
-    return ContributionTable(
-        Leaf(
-            bytes.fromhex(task["miner"]),
-            bytes.fromhex(task["update_hash"]),
-            task["params"],
-            task["loss_reduction"],
-            task["weight"],
-        )
-        for task in record["tasks"]
-        if task["refusal"] is None
-    )

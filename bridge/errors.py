@@ -1,20 +1,30 @@
 """What can go wrong in the bridge.
 
 BridgeError
-├── CertificateError   bytes or values that no certificate may have; `reason` is the node's name for it
+├── EncodingError      a value that its field cannot hold
+├── CertificateError   a certificate that breaks a rule; `reason` is the node's name for the rule
 ├── KeyFileError       a key file that cannot be made or must not be used
-├── JournalError       a second certificate for one slot and round
-├── NodeCallError      a node refused a call
-└── NodeUnreachableError   a node did not answer
+└── JournalError       a journal that refuses to sign, or that cannot be used
+
+A node that refuses a call or does not answer raises the harness's errors, traincert.regtest.errors: RpcError and
+NodeUnreachableError.
 """
 
 
 class BridgeError(Exception):
-    """Anything the user of the bridge may have to act on: one line that says what, where and what to do."""
+    """Base of the bridge's errors: one line that says what is wrong, where, and what to do."""
+
+
+class EncodingError(BridgeError):
+    """A value that its field cannot hold: a hash of another length than 32 bytes, or a number out of range."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        super().__init__(f"{field}: {expected} expected, found {value!r}")
+        self.field = field
 
 
 class CertificateError(BridgeError):
-    """A certificate that is not valid, for a reason that the node has the same name for."""
+    """A certificate that breaks a rule of SPEC.md. `reason` is what the node calls it, bad-traincert-..."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(f"bad-traincert-{reason}: {message}")
@@ -26,16 +36,4 @@ class KeyFileError(BridgeError):
 
 
 class JournalError(BridgeError):
-    """A second certificate for one slot and round."""
-
-
-class NodeCallError(BridgeError):
-    """A node refused a call: `code` is its JSON-RPC error code."""
-
-    def __init__(self, node: str, method: str, code: int, message: str) -> None:
-        super().__init__(f"{node}: {method}: {message} (RPC error {code})")
-        self.code = code
-
-
-class NodeUnreachableError(BridgeError):
-    """No answer from a node."""
+    """The journal has another certificate for the slot and round, or is no journal of this format."""

@@ -1,4 +1,4 @@
-"""Key files: 32 secret bytes in hex, readable by their owner only."""
+"""Key files (32 secret bytes in hex, mode 0600), and what is derived from a key."""
 
 import os
 import secrets
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 
+from bitcoin.core import Hash160
+from bitcoin.core.script import OP_0, CScript
 from coincurve import PrivateKey
 
 from traincert.bridge.errors import KeyFileError
@@ -91,3 +93,8 @@ def _load_numbered(folder: Path, role: str) -> tuple[bytes, ...]:
 def xonly_key(secret: bytes) -> bytes:
     """Return a secret's x-only public key, 32 bytes (BIP340)."""
     return PrivateKey(secret).public_key_xonly.format()
+
+
+def payout_script(secret: bytes) -> CScript:
+    """Return the scriptPubKey (P2WPKH, BIP141) that pays to a secret's public key."""
+    return CScript([OP_0, Hash160(PrivateKey(secret).public_key.format())])

@@ -8,48 +8,32 @@ from typing import Any
 
 from bitcoin.core import CBlock, b2lx
 from coincurve import PrivateKey
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from traincert.bridge.consensus.block import build_block
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.rpc import NodeClient
+from traincert.bridge.rpc import NodeClient, retrying
 
-CATCH_UP_TIME = 30.0  # seconds for the node to hear of the block before, and for its clock
+CATCH_UP_TIME = 30.0  # seconds for the node to receive the parent block, and for its clock to come to the round's time
 
 
 class Producer:
-    """A miner's key, the data directory of the node that it trusts, and the scriptPubKey that it is paid to.
+    """A miner's key, and the scriptPubKey that its blocks pay to.
 
-    Unless `compat_pow` is off its blocks also meet the network's target, see `build_block`.
+    With `compat_pow` its blocks also meet the network's target, see `build_block`.
     """
 
-    def __init__(self, secret: bytes, datadir: Path, payout_script: bytes, *, compat_pow: bool = True) -> None:
+    def __init__(self, secret: bytes, payout_script: bytes, *, compat_pow: bool = True) -> None:
         self._key = PrivateKey(secret)
         self.miner_key: bytes = self._key.public_key_xonly.format()
-        self.datadir = datadir
         self.payout_script = payout_script
         self.compat_pow = compat_pow
-
-    def produce(self, certificate: Certificate, params: TrainingParams) -> str:
-        """Append the block that a certificate allows, and return its hash as RPC shows it.
-
-        Raises BridgeError if the certificate is another miner's or another network's, if the node does not answer, if
-        it does not have the block before or has another on it, or if it refuses the new one, with the node's reason.
-        """
-        if certificate.winner_key != self.miner_key:
-            raise BridgeError(f"the certificate for block {certificate.height} is for another miner")
-        with NodeClient.from_datadir(self.datadir) as node:  # a connection of our own: one that hangs is only ours
-            before = b2lx(certificate.prev_block)
-            if not node.wait_for_tip(before, CATCH_UP_TIME):
-                raise BridgeError(f"{node.name} is not at block {before}, nor was within {CATCH_UP_TIME:g} s")
-            return self.append(node, _wait_for_template(node, certificate, params), certificate, params)
 
     def append(
         self, node: NodeClient, template: Mapping[str, Any], certificate: Certificate, params: TrainingParams
     ) -> str:
-        """Append the block to a node which has given a template for it, and return its hash as RPC shows it.
+        """Append a certificate's block to the node that gave the template, and return its hash as RPC shows it.
 
         Raises BridgeError if the template is for another slot, and if the node refuses the block.
         """
@@ -73,6 +57,28 @@ class Producer:
             raise BridgeError(f"{refused}: {answer}")
 
 
+class NodeProducer(Producer):
+    """A producer with a node of its own, which it trusts: the one that runs on `datadir`."""
+
+    def __init__(self, secret: bytes, payout_script: bytes, datadir: Path, *, compat_pow: bool = True) -> None:
+        super().__init__(secret, payout_script, compat_pow=compat_pow)
+        self.datadir = datadir
+
+    def produce(self, certificate: Certificate, params: TrainingParams) -> str:
+        """Append the block that a certificate allows, and return its hash as RPC shows it.
+
+        Raises BridgeError if the certificate is another miner's or another network's, or if the node lacks the parent
+        block, has another block on it, or refuses the new one; NodeUnreachableError if the node does not answer.
+        """
+        if certificate.winner_key != self.miner_key:
+            raise BridgeError(f"the certificate for block {certificate.height} is for another miner")
+        with NodeClient.from_datadir(self.datadir) as node:  # our own connection: if it hangs, only we wait
+            parent = b2lx(certificate.prev_block)
+            if not node.wait_for_tip(parent, CATCH_UP_TIME):
+                raise BridgeError(f"{node.name} is not at block {parent}, nor was within {CATCH_UP_TIME:g} s")
+            return self.append(node, _wait_for_template(node, certificate, params), certificate, params)
+
+
 class _TooEarlyError(BridgeError):
     """The node's clock is behind the coordinator's."""
 
@@ -81,13 +87,7 @@ def _wait_for_template(node: NodeClient, certificate: Certificate, params: Train
     """Return a template for the certificate's slot, at a time from which on its round is allowed."""
     parent_time: int = node.call("getblockheader", b2lx(certificate.prev_block))["time"]
     earliest = parent_time + certificate.round * params.round_seconds if certificate.round else 0
-    retrying = Retrying(
-        retry=retry_if_exception_type(_TooEarlyError),
-        stop=stop_after_delay(CATCH_UP_TIME),
-        wait=wait_fixed(0.2),
-        reraise=True,
-    )
-    return retrying(_template, node, certificate.round, earliest, params)
+    return retrying(_TooEarlyError, CATCH_UP_TIME)(_template, node, certificate.round, earliest, params)
 
 
 def ask_for_template(node: NodeClient, params: TrainingParams) -> Mapping[str, Any]:

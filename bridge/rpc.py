@@ -1,4 +1,9 @@
-"""RPC to one node. The only file that knows the RPC library, bitcoinrpc."""
+"""One node over RPC: a connection that stays open, is asked again while a node starts, and waits for blocks.
+
+The only file that knows the library, bitcoinrpc. Errors are the harness's, so that a caller has one kind of each. The
+harness itself (traincert.regtest.Node.rpc) makes a new connection for each call with requests: its calls come from many
+threads at once, and from tests that run inside an event loop, where bitcoinrpc's own loop could not run.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +20,11 @@ import orjson
 from bitcoinrpc import BitcoinRPC, RPCError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from traincert.bridge.errors import BridgeError, NodeCallError, NodeUnreachableError
+from traincert.bridge.errors import BridgeError
+from traincert.regtest.errors import NodeUnreachableError, RpcError
+from traincert.regtest.node import RPC_IN_WARMUP, RPC_TIMEOUT, read_conf, read_cookie
 
-CALL_TIMEOUT = 60.0  # seconds
 RETRY_TIME = 5.0  # seconds in which a node that is starting, or not there yet, is asked again
-_RPC_IN_WARMUP = -28
 
 
 class _NotReadyError(NodeUnreachableError):
@@ -28,6 +33,19 @@ class _NotReadyError(NodeUnreachableError):
 
 class _CutOffError(NodeUnreachableError):
     """The node ended, or dropped the connection, before it answered."""
+
+
+def retrying(error: type[Exception], seconds: float) -> Retrying:
+    """Return a caller of functions: while one raises `error` it calls again, for at most so many seconds.
+
+    Then it raises the last error.
+    """
+    return Retrying(
+        retry=retry_if_exception_type(error),
+        stop=stop_after_delay(seconds),
+        wait=wait_exponential(multiplier=0.05, max=1),
+        reraise=True,
+    )
 
 
 class NodeClient:
@@ -51,10 +69,9 @@ class NodeClient:
         Raises BridgeError if there is no bitcoin.conf that names its port.
         """
         try:
-            lines = [line.partition("=") for line in (datadir / "bitcoin.conf").read_text().splitlines()]
+            options = read_conf(datadir)
         except OSError as error:
             raise BridgeError(f"{datadir} is no node's data directory: {error.strerror}: bitcoin.conf") from error
-        options = {name.strip(): value.strip() for name, _, value in lines}
         if "rpcport" not in options:
             raise BridgeError(f"{datadir / 'bitcoin.conf'} names no rpcport")
         url = f"http://{options.get('rpcconnect', '127.0.0.1')}:{options['rpcport']}"
@@ -76,17 +93,9 @@ class NodeClient:
     def call(self, method: str, *params: object) -> Any:
         """Call an RPC method and return its result, as JSON has it.
 
-        Raises NodeCallError with the node's own error, and NodeUnreachableError if it did not answer.
+        Raises RpcError with the node's own error, and NodeUnreachableError if it did not answer.
         """
-        for attempt in Retrying(
-            retry=retry_if_exception_type(_NotReadyError),
-            stop=stop_after_delay(RETRY_TIME),
-            wait=wait_exponential(multiplier=0.05, max=1),
-            reraise=True,
-        ):
-            with attempt:
-                return self._run(self._call(method, params))
-        raise AssertionError("tenacity ends with a result or an exception")
+        return retrying(_NotReadyError, RETRY_TIME)(lambda: self._run(self._call(method, params)))
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         try:
@@ -97,14 +106,14 @@ class NodeClient:
     async def _call(self, method: str, params: tuple[object, ...]) -> Any:
         try:
             if self._rpc is None:
-                user, _, password = self._cookie_file.read_text().partition(":")
+                login = read_cookie(self._cookie_file)
                 # trust_env: a proxy from the environment has no business between us and our node
-                self._rpc = BitcoinRPC.from_config(self.url, (user, password), timeout=CALL_TIMEOUT, trust_env=False)
+                self._rpc = BitcoinRPC.from_config(self.url, login, timeout=RPC_TIMEOUT, trust_env=False)
             return await self._rpc.acall(method, list(params))
         except RPCError as error:
-            if error.error["code"] == _RPC_IN_WARMUP:
+            if error.error["code"] == RPC_IN_WARMUP:
                 raise _NotReadyError(f"{self.name}: {error}") from error
-            raise NodeCallError(self.name, method, error.error["code"], str(error)) from error
+            raise RpcError(self.name, method, error.error["code"], str(error)) from error
         except FileNotFoundError:
             raise _NotReadyError(f"{self.name} is not running: no {self._cookie_file}") from None
         except httpx.ConnectError as error:
@@ -146,12 +155,12 @@ class NodeClient:
                     == block_hash
                 ):
                     return True
-                with contextlib.suppress(NodeCallError):  # it has not heard of the block yet
+                with contextlib.suppress(RpcError):  # it has not heard of the block yet
                     self.call("preciousblock", block_hash)
             if time.monotonic() >= deadline:
                 return False
 
     def _long_poll(self, method: str, awaited: str | int, deadline: float) -> Mapping[str, Any]:
-        left = min(deadline - time.monotonic(), CALL_TIMEOUT / 2)
+        left = min(deadline - time.monotonic(), RPC_TIMEOUT / 2)
         answer: Mapping[str, Any] = self.call(method, awaited, max(1, int(left * 1000)))  # 0 would mean without end
         return answer

@@ -1,7 +1,8 @@
-"""Networks of real Bitcoin Core nodes on this machine; knows nothing of training."""
+"""Networks of real Bitcoin Core nodes on this machine, without any training."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from traincert.lazy import importer
 
 if TYPE_CHECKING:
     from traincert.regtest.build import NodeKind, build_node, node_folder
@@ -14,16 +15,26 @@ if TYPE_CHECKING:
         SourceError,
         WaitTimeoutError,
     )
+    from traincert.regtest.faucet import Faucet
+    from traincert.regtest.lasting import LastingNetwork, NodeStatus
+    from traincert.regtest.links import Link
     from traincert.regtest.network import Network
-    from traincert.regtest.node import Node, wait_for
+    from traincert.regtest.node import Node, Options, wait_for
+    from traincert.regtest.plugin import NetworkFactory
 
 __all__ = [
     "BuildError",
+    "Faucet",
+    "LastingNetwork",
+    "Link",
     "Network",
+    "NetworkFactory",
     "Node",
     "NodeError",
     "NodeKind",
+    "NodeStatus",
     "NodeUnreachableError",
+    "Options",
     "RegtestError",
     "RpcError",
     "SourceError",
@@ -33,14 +44,27 @@ __all__ = [
     "wait_for",
 ]
 
-_MODULES = ("errors", "build", "node", "network")
-
-
-def __getattr__(name: str) -> Any:
-    # Imported when asked for: every start of pytest, in any project, imports this package because of plugin.py.
-    if name in __all__:
-        for module in _MODULES:
-            found = getattr(import_module(f"{__name__}.{module}"), name, None)
-            if found is not None:
-                return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = importer(
+    __name__,
+    {
+        "BuildError": "errors",
+        "Faucet": "faucet",
+        "LastingNetwork": "lasting",
+        "Link": "links",
+        "Network": "network",
+        "NetworkFactory": "plugin",
+        "Node": "node",
+        "NodeError": "errors",
+        "NodeKind": "build",
+        "NodeStatus": "lasting",
+        "NodeUnreachableError": "errors",
+        "Options": "node",
+        "RegtestError": "errors",
+        "RpcError": "errors",
+        "SourceError": "errors",
+        "WaitTimeoutError": "errors",
+        "build_node": "build",
+        "node_folder": "build",
+        "wait_for": "node",
+    },
+)

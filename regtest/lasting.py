@@ -27,6 +27,9 @@ from traincert.regtest.snapshot import copy_files
 OWNED = "owned"
 """A folder in the network's for whatever its owner keeps with it: it is in snapshots, and gone with the network."""
 
+VERSION = 1
+"""Of the format of network.json."""
+
 _STATE = "network.json"
 _LOCK = "lock"
 _LINKS = "links"
@@ -115,10 +118,9 @@ class LastingNetwork(Network):
     def load(cls, directory: Path) -> Self:
         """Return the network in a folder, with the nodes that run. Raises NodeError if there is none."""
         directory = directory.absolute()
-        try:
-            made_of = json.loads((directory / _STATE).read_text())["made_of"]
-        except FileNotFoundError:
-            raise NodeError(f"there is no network in {directory}: traincert network up makes one") from None
+        if not (directory / _STATE).exists():
+            raise NodeError(f"there is no network in {directory}: traincert network up makes one")
+        made_of = _read_state_file(directory / _STATE)["made_of"]
         topology = [(a, b) for a, b in made_of["topology"]]
         arguments = made_of["count"], made_of["options"], topology, made_of["image"]
         network = cls(Path(made_of["bitcoind"]), directory, *arguments)
@@ -143,6 +145,7 @@ class LastingNetwork(Network):
     def save(self) -> None:
         """Write the state file: wholly or not at all."""
         state = {
+            "version": VERSION,
             "made_of": self._made_of,
             "groups": [sorted(group) for group in self.groups],
             "delays": [[*link, seconds] for link, seconds in self.delays.items()],
@@ -155,7 +158,7 @@ class LastingNetwork(Network):
         new.replace(self.directory / _STATE)
 
     def _read_state(self) -> None:
-        state = json.loads((self.directory / _STATE).read_text())
+        state = _read_state_file(self.directory / _STATE)
         self.groups = [set(group) for group in state["groups"]]
         self.delays = {(a, b): seconds for a, b, seconds in state["delays"]}
         self.flips = {number: (path, offset) for number, path, offset in state["flips"]}
@@ -251,6 +254,7 @@ class LastingNetwork(Network):
         if not copy.exists():
             there = sorted(path.name for path in copy.parent.glob("*") if _NAME.fullmatch(path.name))
             raise NodeError(f"there is no snapshot {name}; there are: {', '.join(there) or 'none'}")
+        _read_state_file(copy / _STATE)  # raises before anything has changed
         for node in self.nodes:
             node.kill()  # what it would write is not kept
         self.stop()
@@ -281,6 +285,22 @@ class LastingNetwork(Network):
             (self.directory / name).unlink(missing_ok=True)
         if not any(self.directory.iterdir()):
             self.directory.rmdir()
+
+
+def _read_state_file(path: Path) -> dict[str, Any]:
+    """Read a network's state file. Raises NodeError if it is damaged, or has another format than VERSION."""
+    try:
+        state = json.loads(path.read_text())
+    except ValueError:
+        state = None
+    if not isinstance(state, dict):
+        raise NodeError(f"{path} is damaged: end the nodes of this network, remove the folder, and make it again")
+    if state.get("version") != VERSION:
+        raise NodeError(
+            f"{path} has format {state.get('version')}, this traincert reads format {VERSION}: take the network down "
+            "with the traincert that made it, and make it again"
+        )
+    return state
 
 
 def status_json(status: Sequence[NodeStatus]) -> list[Mapping[str, Any]]:

@@ -41,7 +41,8 @@ DEFAULT_OPTIONS: Options = {
     "printtoconsole": "0",
 }
 
-_RPC_IN_WARMUP = -28
+RPC_IN_WARMUP = -28
+"""Bitcoin Core's error code while a node starts (src/rpc/protocol.h)."""
 _logger = logging.getLogger(__name__)
 
 
@@ -134,9 +135,8 @@ class Node:
         return self._process is not None
 
     def _read_ports(self) -> None:
-        conf = self.datadir / "bitcoin.conf"
-        if conf.exists():
-            options = dict(line.split("=", 1) for line in conf.read_text().splitlines() if "=" in line)
+        with contextlib.suppress(FileNotFoundError):
+            options = read_conf(self.datadir)
             self.rpc_port, self.p2p_port = int(options["rpcport"]), int(options["port"])
 
     def start(self) -> None:
@@ -254,7 +254,7 @@ class Node:
         RPC_TIMEOUT seconds, or not the node's answer.
         """
         try:
-            user, _, password = self.cookie_file.read_text().partition(":")
+            login = read_cookie(self.cookie_file)
         except FileNotFoundError:
             raise NodeUnreachableError(f"{self.name} is not running: no {self.cookie_file}") from None
         try:
@@ -263,7 +263,7 @@ class Node:
                 response = session.post(
                     self.rpc_url if wallet is None else f"{self.rpc_url}/wallet/{wallet}",
                     json={"id": 0, "method": method, "params": params},
-                    auth=(user, password),
+                    auth=login,
                     timeout=RPC_TIMEOUT,
                 )
         except requests.RequestException as error:
@@ -325,7 +325,7 @@ class Node:
         except NodeUnreachableError:
             return False
         except RpcError as error:
-            if error.code != _RPC_IN_WARMUP:
+            if error.code != RPC_IN_WARMUP:
                 raise
             return False
         return self._pid_file.read_text().strip() == str(self._pid_of_its_own())
@@ -370,6 +370,21 @@ def write_conf(datadir: Path, options: Options, name: str = "") -> None:
                 )
             lines.append(f"{option}={value}")
     (datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
+
+
+def read_conf(datadir: Path) -> dict[str, str]:
+    """Return the options in a data directory's bitcoin.conf: the last value of each.
+
+    Raises OSError if the file cannot be read.
+    """
+    lines = (line.partition("=") for line in (datadir / "bitcoin.conf").read_text().splitlines())
+    return {name.strip(): value.strip() for name, equals, value in lines if equals}
+
+
+def read_cookie(cookie_file: Path) -> tuple[str, str]:
+    """Return the user and the password in a node's cookie file. Raises FileNotFoundError if the node does not run."""
+    user, _, password = cookie_file.read_text().partition(":")
+    return user, password
 
 
 def datadir_in_use(datadir: Path) -> bool:

@@ -3,7 +3,9 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,8 +21,9 @@ ORDER = {
     ),
     "bridge": (
         "errors consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "
-        "consensus.block keys rpc testing.invalid producer signer chain appointing testing.network testing.plugin "
-        "coordinator cli.picture deployment cli.demo cli.view cli.network cli.main"
+        "consensus.block consensus.rules keys signer rpc chain producer coordinator appointing deployment "
+        "testing.invalid testing.network testing.plugin "
+        "cli.view cli.picture cli.demo cli.node cli.job cli.coordinator cli.network cli.main"
     ),
     "regtest": (
         "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"
@@ -29,19 +32,20 @@ ORDER = {
 
 
 def modules(package: str) -> list[Path]:
-    return [path for path in sorted((ROOT / package).rglob("*.py")) if path.name != "__init__.py"]
+    return sorted((ROOT / package).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of ours that a file imports when it runs, without the leading `traincert.`."""
+    """Modules of ours that a file imports, without the leading `traincert.`; those for type checkers too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("traincert."):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("traincert"):
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names if alias.name.startswith("traincert.")}
-    return {name.removeprefix("traincert.") for name in names}
+            names |= {alias.name for alias in node.names if alias.name.startswith("traincert")}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import"
+    return {name.removeprefix("traincert.") for name in names if name.startswith("traincert.")}
 
 
 def name_of(path: Path, package: str) -> str:
@@ -51,17 +55,41 @@ def name_of(path: Path, package: str) -> str:
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_packages_import_only_those_they_may(package: str) -> None:
     for path in modules(package):
-        assert {name.partition(".")[0] for name in imported(path)} <= MAY_IMPORT[package], path
+        own = {"lazy"} if path.name == "__init__.py" else set()
+        assert {name.partition(".")[0] for name in imported(path)} <= MAY_IMPORT[package] | own, path
 
 
 @pytest.mark.parametrize("package", ORDER)
 def test_files_import_only_from_files_before_them(package: str) -> None:
     order = ORDER[package].split()
-    assert {name_of(path, package) for path in modules(package)} == set(order)
-    for path in modules(package):
+    files = [path for path in modules(package) if path.name != "__init__.py"]
+    assert {name_of(path, package) for path in files} == set(order)
+    for path in files:
         allowed = order[: order.index(name_of(path, package))]
         ours = {name.removeprefix(f"{package}.") for name in imported(path) if name.startswith(f"{package}.")}
         assert {name for name in ours if name in order} <= set(allowed), path
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_init_files_name_only_their_own_package_and_import_nothing_when_they_run(package: str) -> None:
+    for path in (path for path in modules(package) if path.name == "__init__.py"):
+        own = ".".join(path.parent.relative_to(ROOT).parts)
+        assert {name for name in imported(path) if not name.startswith(f"{own}.")} <= {"lazy", "lazy.importer"}, path
+        code = f"import sys, traincert.{own}; print(*sorted(name for name in sys.modules if 'traincert' in name))"
+        above = {".".join(["traincert", *own.split(".")[:depth]]) for depth in range(own.count(".") + 2)}
+        loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+        assert {name for name in loaded if not name.startswith("__editable__")} == above | {"traincert.lazy"}, path
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_every_public_name_is_there(package: str) -> None:
+    module = import_module(f"traincert.{package}")
+    assert module.__all__ == sorted(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert not isinstance(getattr(module, name), ModuleType), name
+    with pytest.raises(AttributeError, match=f"module 'traincert.{package}' has no attribute 'Nothing'"):
+        _ = module.Nothing
 
 
 LIGHT = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,31 @@ def test_commands_that_train_say_what_to_install(project: Path, arguments: list[
     assert line.startswith("traincert: this command needs ")
     assert line.endswith(", which is not installed: pip install 'traincert[train]'")
     assert answer.returncode == 1
+
+
+USES_EVERY_PUBLIC_NAME = """
+from traincert import bridge, regtest, trainer
+{imports}
+
+
+def check(network: regtest.Network, client: bridge.NodeClient, job: trainer.TrainingJob) -> str:
+    tip: str = network.wait_until_same_tip()
+    params: bridge.TrainingParams = bridge.read_params(client)
+    heights: list[int] = [block.certificate.height for block in bridge.read_chain(client, params)]
+    with trainer.RunFolder(network.directory, job) as run:
+        cycles: int = run.cycles
+    return f"{{tip}} {{heights}} {{cycles}}"
+"""
+
+
+def test_strict_mypy_accepts_projects_that_use_the_wheel(project: Path) -> None:
+    """The example, and a file that uses every public name; and it finds a wrong use."""
+    packages = ("bridge", "regtest", "trainer")
+    names = {package: import_module(f"traincert.{package}").__all__ for package in packages}
+    imports = "\n".join(f"from traincert.{package} import {', '.join(names[package])}" for package in packages)
+    (project / "uses.py").write_text(USES_EVERY_PUBLIC_NAME.format(imports=imports))
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", ".venv/bin/python"]
+    assert run(*command, ".", cwd=project).startswith("Success: no issues found in ")
+    (project / "wrong.py").write_text("from traincert.regtest import Network\n\nNetwork(1, 2, 3)\n")
+    answer = subprocess.run([*command, "wrong.py"], cwd=project, capture_output=True, text=True, check=False)
+    assert 'wrong.py:3: error: Argument 1 to "Network" has incompatible type "int"; expected "Path"' in answer.stdout

@@ -1,1 +1,79 @@
-"""One cycle of collaborative training (PyTorch); knows nothing of Bitcoin."""
+"""One cycle of collaborative training (PyTorch), without Bitcoin."""
+
+from typing import TYPE_CHECKING
+
+from traincert.lazy import importer
+
+if TYPE_CHECKING:
+    from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult, Trainer
+    from traincert.trainer.datasets import Chunk, RawDataset
+    from traincert.trainer.engines.local import LocalEngine
+    from traincert.trainer.errors import EngineError, IntegrityError, JobError, RunError, TrainerError
+    from traincert.trainer.job import TrainingJob
+    from traincert.trainer.preprocessing import Dataset, prepare_dataset
+    from traincert.trainer.records import Record, RunFolder
+    from traincert.trainer.replay import Replayed, replay_tasks
+    from traincert.trainer.run import Finished, run_job
+    from traincert.trainer.scoring import Contribution, Evaluation, Refusal
+    from traincert.trainer.updates import Reason, UpdateError
+
+__all__ = [
+    "Checkpoint",
+    "Chunk",
+    "Contribution",
+    "CycleResult",
+    "Dataset",
+    "EngineError",
+    "Evaluation",
+    "Finished",
+    "IntegrityError",
+    "JobError",
+    "LocalEngine",
+    "RawDataset",
+    "Reason",
+    "Record",
+    "Refusal",
+    "Replayed",
+    "RunError",
+    "RunFolder",
+    "TaskResult",
+    "Trainer",
+    "TrainerError",
+    "TrainingJob",
+    "UpdateError",
+    "prepare_dataset",
+    "replay_tasks",
+    "run_job",
+]
+
+__getattr__ = importer(
+    __name__,
+    {
+        "Checkpoint": "cycle",
+        "Chunk": "datasets",
+        "Contribution": "scoring",
+        "CycleResult": "cycle",
+        "Dataset": "preprocessing",
+        "EngineError": "errors",
+        "Evaluation": "scoring",
+        "Finished": "run",
+        "IntegrityError": "errors",
+        "JobError": "errors",
+        "LocalEngine": "engines.local",
+        "RawDataset": "datasets",
+        "Reason": "updates",
+        "Record": "records",
+        "Refusal": "scoring",
+        "Replayed": "replay",
+        "RunError": "errors",
+        "RunFolder": "records",
+        "TaskResult": "cycle",
+        "Trainer": "cycle",
+        "TrainerError": "errors",
+        "TrainingJob": "job",
+        "UpdateError": "updates",
+        "prepare_dataset": "preprocessing",
+        "replay_tasks": "replay",
+        "run_job": "run",
+    },
+)

@@ -41,6 +41,9 @@ _DTYPES = {
     }.items()
 }
 _PREPARED = "prepared.json"
+VERSION = 1
+"""Of the format of prepared.json."""
+
 _KEY_BYTES = 32
 _BLOCK = 2**22  # bytes of a column that are preprocessed at once
 # The fields of a job that decide what is stored.
@@ -129,15 +132,31 @@ def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
     key = _hash_key(Path(job.hash_key)) if job.hash_key else b""
     facts = {name: getattr(job, name) for name in _FIELDS} | {"hash_key": hashlib.sha256(key).hexdigest()}
     preparation = json.dumps(facts, sort_keys=True)
-    try:
-        prepared = json.loads((directory / _PREPARED).read_text())
-        if prepared["preparation"] == preparation:
+    prepared = _read_prepared(directory / _PREPARED)
+    if prepared.get("preparation") == preparation:
+        try:
             return _read_manifest(job, directory, bytes.fromhex(prepared["root"]))
-    except (OSError, ValueError, IntegrityError):
-        pass  # not prepared yet, or not wholly
+        except IntegrityError:
+            pass  # a file is missing or damaged: make all of them again
     root = write_blob(directory, json.dumps(_Preparation(job, key).run(directory, facts), sort_keys=True).encode())
-    write_file(directory / _PREPARED, json.dumps({"preparation": preparation, "root": root.hex()}).encode())
+    done = {"version": VERSION, "preparation": preparation, "root": root.hex()}
+    write_file(directory / _PREPARED, json.dumps(done).encode())
     return _read_manifest(job, directory, root)
+
+
+def _read_prepared(path: Path) -> dict[str, Any]:
+    """Read what was prepared; nothing if the file is missing or damaged. Raises JobError for another format."""
+    try:
+        prepared = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(prepared, dict) or prepared.get("version") != VERSION:
+        found = prepared.get("version") if isinstance(prepared, dict) else None
+        raise JobError(
+            f"{path} has format {found}, this traincert reads format {VERSION}: go on with the traincert that made it, "
+            "or prepare the data in another folder"
+        )
+    return prepared
 
 
 def _read_manifest(job: TrainingJob, directory: Path, root: bytes) -> Dataset:

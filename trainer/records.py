@@ -18,7 +18,7 @@ from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult
 from traincert.trainer.errors import IntegrityError, RunError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import Dataset, prepare_dataset
-from traincert.trainer.scoring import Evaluation
+from traincert.trainer.scoring import Contribution, Evaluation
 from traincert.trainer.state import load_state, save_state
 from traincert.trainer.store import prune, write_file
 
@@ -108,6 +108,20 @@ class RunFolder:
             best_loss=min(record["loss_after"] for record in self.records),
             velocity=load_state(self.store, bytes.fromhex(last["velocity"]))["velocity"],
             memories={bytes.fromhex(miner): bytes.fromhex(kept) for miner, kept in last["memories"].items()},
+        )
+
+    def contributions(self) -> tuple[Contribution, ...]:
+        """Return the last cycle's contributions, as its `CycleResult` had them; none before the first cycle."""
+        return tuple(
+            Contribution(
+                bytes.fromhex(task["miner"]),
+                bytes.fromhex(task["update_hash"]),
+                task["params"],
+                task["loss_reduction"],
+                task["weight"],
+            )
+            for task in self.records[-1]["tasks"]
+            if task["refusal"] is None
         )
 
     def save(self, result: CycleResult) -> None:

@@ -32,7 +32,7 @@ class Replayed:
         return self.recorded == self.found
 
 
-def replay(run: RunFolder, cycle: int | None = None) -> Iterator[Replayed]:
+def replay_tasks(run: RunFolder, cycle: int | None = None) -> Iterator[Replayed]:
     """Do the tasks of one cycle again (counted from 1), or of all cycles whose models the store still has.
 
     Raises RunError if the run has no such cycle, IntegrityError if a file that it needs is missing or damaged, and

@@ -14,7 +14,15 @@ from bitcoin.core import CheckBlock, ValidationError
 from traincert.bridge.chain import CertifiedBlock, certificate_json, read_chain, read_params
 from traincert.bridge.cli.picture import draw_picture
 from traincert.bridge.consensus.params import TrainingParams
-from traincert.bridge.deployment import COORDINATOR_KEYS, JOB, NetworkRun, View, network_params, open_run
+from traincert.bridge.deployment import (
+    COORDINATOR_KEYS,
+    JOB,
+    Deployment,
+    View,
+    make_producers,
+    network_params,
+    open_deployment,
+)
 from traincert.bridge.errors import BridgeError, CertificateError
 from traincert.bridge.keys import create_network_keys
 from traincert.bridge.rpc import NodeClient
@@ -28,9 +36,9 @@ MARKER = ".traincert-demo"
 PICTURE = "loss.png"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the user asked for."""
+    """What the user asked for: the options of `traincert demo`."""
 
     directory: Path
     cycles: int
@@ -78,19 +86,21 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     network.start()
     try:
         datadirs = [node.datadir for node in network.nodes]
-        with open_run(directory, job, keys, params, datadirs, view, compat_pow=plan.compat_pow) as run:
-            run.train(plan.cycles)
+        producers = make_producers(keys, datadirs, compat_pow=plan.compat_pow)
+        with open_deployment(directory, job, keys, params, producers, datadirs, view) as deployment:
+            deployment.train(plan.cycles)
             view.step("checking")
             network.wait_until_same_tip()
-            chain, claims = _check(run, params, plan)
-            draw_picture(directory / PICTURE, chain, [record["metric"] for record in run.run.records], run.names)
+            chain, claims = _check(deployment, params, plan)
+            names, accuracies = deployment.names, [record["metric"] for record in deployment.run.records]
+            draw_picture(directory / PICTURE, chain, accuracies, names)
     except BaseException:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
         network.stop()
         raise
     if not plan.keep:
         network.stop()
-    return Outcome(chain, run.names, claims)
+    return Outcome(chain, names, claims)
 
 
 def _prepare_directory(directory: Path) -> None:
@@ -113,13 +123,15 @@ def _prepare_directory(directory: Path) -> None:
         raise BridgeError(f"cannot use {directory}: {error.strerror}: {error.filename}") from error
 
 
-def _check(run: NetworkRun, params: TrainingParams, plan: Plan) -> tuple[Sequence[CertifiedBlock], list[Claim]]:
+def _check(deployment: Deployment, params: TrainingParams, plan: Plan) -> tuple[Sequence[CertifiedBlock], list[Claim]]:
     """Read the chain back and find out whether what the demo is about to say is true."""
-    clients, trainer, model = run.clients, run.trainer, run.coordinator.state.model
+    producers = deployment.producers
+    clients, trainer, state = deployment.clients, deployment.trainer, deployment.coordinator.state
     chain = read_chain(clients[0], params)
     tips = {client.call("getbestblockhash") for client in clients}
-    before, after = chain[0].certificate.loss_before / 1e9, chain[-1].certificate.loss_after / 1e9
-    accuracy = trainer.test(model).metric
+    tip = chain[-1].certificate
+    before, after = chain[0].certificate.loss_before / 1e9, tip.loss_after / 1e9
+    accuracy = trainer.test(state.model).metric
     job, target = trainer.job, trainer.job.target_metric
     checked = target is not None and plan.cycles >= job.cycles
     bar = f" (bar: {target})" if checked else ""
@@ -142,11 +154,11 @@ def _check(run: NetworkRun, params: TrainingParams, plan: Plan) -> tuple[Sequenc
         Claim(
             "every block pays its winner, to its own address",
             all(
-                each.block.vtx[0].vout[0].scriptPubKey == run.producers[each.certificate.winner_key].payout_script
+                each.block.vtx[0].vout[0].scriptPubKey == producers[each.certificate.winner_key].payout_script
                 for each in chain
             ),
         ),
-        Claim("the model is the one that the tip commits to", state_hash(model) == chain[-1].certificate.model_after),
+        Claim("the model is the one that the tip commits to", state_hash(state.model) == tip.model_after),
         Claim(f"held-out loss fell from {before:.4f} to {after:.4f} nats", after < before),
         Claim(
             f"accuracy on {job.test_examples} test images that no miner has: {accuracy:.4f}{bar}",

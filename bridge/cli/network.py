@@ -18,9 +18,11 @@ from typing import Any
 import click
 
 from traincert.bridge.appointing import load_coordinator, make_keys
-from traincert.bridge.cli.view import show_build, shown_time, status_table, stdout_console
-from traincert.bridge.errors import BridgeError, NodeCallError
+from traincert.bridge.cli.node import build_with_progress
+from traincert.bridge.cli.view import shown_time, status_table, stdout_console
+from traincert.bridge.errors import BridgeError
 from traincert.bridge.rpc import NodeClient
+from traincert.regtest.errors import RpcError
 from traincert.regtest.faucet import Faucet
 from traincert.regtest.lasting import OWNED, LastingNetwork, status_json
 from traincert.regtest.node import Node, Options
@@ -127,7 +129,7 @@ def up(
 
         LastingNetwork.create(Path("bitcoind"), folder, count, topology, IMAGE, prepare)
     else:
-        program = bitcoind or show_build() / "bin" / "bitcoind"
+        program = bitcoind or build_with_progress() / "bin" / "bitcoind"
         LastingNetwork.create(program, folder, count, topology, None, prepare)
     with LastingNetwork.opened(folder) as made:
         try:
@@ -394,7 +396,7 @@ def _mine(network: LastingNetwork, count: int, address: str) -> None:
     with NodeClient.from_datadir(node.datadir) as client:
         try:
             coordinator = load_coordinator(owned, client, payout_script)
-        except NodeCallError as error:
+        except RpcError as error:
             if error.code != _RPC_METHOD_NOT_FOUND:
                 raise
             raise BridgeError(f"{node.bitcoind} is not the patched bitcoind: it has no training networks") from None

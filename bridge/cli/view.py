@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,8 +12,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-from traincert.regtest.build import PATCHED, NodeKind, build_node
 
 if TYPE_CHECKING:
     from traincert.bridge.chain import CertifiedBlock
@@ -63,12 +60,6 @@ class BuildView:
             if line != self._said:
                 self._console.print(line)
                 self._said = line
-
-
-def show_build(kind: NodeKind = PATCHED) -> Path:
-    """Build a node, unless the cache has it, with progress shown; its folder."""
-    with BuildView() as view:
-        return build_node(kind, view.update)
 
 
 class _LiveTable:

@@ -35,8 +35,3 @@ class Beacon:
         if slot >= BEACON_LENGTH:
             raise BridgeError(f"the beacon lasts for {BEACON_LENGTH} blocks: it has no value for block {slot + 1}")
         return self._values[-2 - slot]
-
-
-def check_reveal(beacon_reveal: bytes, before: bytes) -> bool:
-    """Whether a reveal is the preimage of the one before it (or of the anchor)."""
-    return hashlib.sha256(beacon_reveal).digest() == before

@@ -1,23 +1,21 @@
-"""The training certificate: fields, serialization, signing and verifying.
+"""The training certificate: its fields, its bytes, and what is signed (SPEC.md, "The certificate").
 
-The rules are those of SPEC.md; the node's side is bitcoind-patch/src/training/certificate.h and validation.cpp.
-No network, clock or files here.
+The node's side is bitcoind-patch/src/training/certificate.h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from coincurve import PrivateKey
-
-from traincert.bridge.consensus.codec import Reader, compact_size, tagged_hash, verify_schnorr
-from traincert.bridge.consensus.lottery import ContributionTable, Leaf, Node, draw_ticket
-from traincert.bridge.consensus.params import TrainingKeys
+from traincert.bridge.consensus.codec import Reader, compact_size, encode_b32, encode_bytes, encode_uint, tagged_hash
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf, TreeNode, draw_ticket
 from traincert.bridge.errors import CertificateError
 
 VERSION = 1
+SIGNATURE_SIZE = 64
+"""Bytes of a BIP340 signature."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Draw:
     loss_reduction: int
     weight: int
     index: int
-    siblings: tuple[Node, ...]
+    siblings: tuple[TreeNode, ...]
 
     def leaf(self, winner_key: bytes) -> Leaf:
         """Return the leaf that was drawn."""
@@ -37,7 +35,10 @@ class Draw:
 
 
 def draw_winner(table: ContributionTable, beacon_reveal: bytes, prev_block: bytes, round_: int) -> tuple[bytes, Draw]:
-    """Return the key of the miner that wins a slot's round, and its place in the parent's table, which has leaves."""
+    """Return the key of the miner that wins a round of a slot, and the miner's place in the parent's table.
+
+    `table` is the parent's and must not be empty; `prev_block` is in header byte order.
+    """
     return draw_of(table, table.find(draw_ticket(beacon_reveal, prev_block, round_, table.weight)))
 
 
@@ -56,7 +57,7 @@ class CoordinatorSignature:
     signature: bytes
 
 
-# Integer fields before the award by their length in bytes, hashes by 0; in the order of their serialization.
+# The fields before the award, in the order of their bytes: an integer has its length in bytes, a hash has 0.
 _FIELDS: Mapping[str, int] = {
     "version": 1,
     "height": 4,
@@ -107,21 +108,24 @@ class Certificate:
         return "drawn" if self.draw else "appointed"
 
     def body(self) -> bytes:
-        """Serialize everything before the coordinator's signatures."""
-        parts = [_encode(getattr(self, name), length) for name, length in _FIELDS.items()]
+        """Return the bytes before the coordinator's signatures. Raises EncodingError if a field does not fit."""
+        parts = [_encode(name, getattr(self, name), length) for name, length in _FIELDS.items()]
         parts.append(b"\x01" if self.draw else b"\x00")
         if self.draw:
-            draw = self.draw
-            parts.append(draw.update_hash)
-            parts += [number.to_bytes(8, "little") for number in (draw.params, draw.loss_reduction, draw.weight)]
-            parts += [draw.index.to_bytes(4, "little"), compact_size(len(draw.siblings))]
-            parts += [node.hash + node.sum.to_bytes(8, "little") for node in draw.siblings]
+            parts.append(encode_b32("draw: update_hash", self.draw.update_hash))
+            for name in ("params", "loss_reduction", "weight"):
+                parts.append(encode_uint(f"draw: {name}", getattr(self.draw, name), 8))
+            parts += [encode_uint("draw: index", self.draw.index, 4), compact_size(len(self.draw.siblings))]
+            parts += [node.serialize() for node in self.draw.siblings]
         return b"".join(parts)
 
     def serialize(self) -> bytes:
-        """Serialize the certificate."""
-        signatures = [s.key_index.to_bytes(1, "little") + s.signature for s in self.coordinator_signatures]
-        return self.body() + compact_size(len(signatures)) + b"".join(signatures)
+        """Return the whole certificate's bytes. Raises EncodingError if a field does not fit."""
+        parts = [self.body(), compact_size(len(self.coordinator_signatures))]
+        for each in self.coordinator_signatures:
+            parts.append(encode_uint("coordinator_signatures: key_index", each.key_index, 1))
+            parts.append(encode_bytes("coordinator_signatures: signature", each.signature, SIGNATURE_SIZE))
+        return b"".join(parts)
 
     @classmethod
     def read(cls, reader: Reader) -> Certificate:
@@ -138,7 +142,7 @@ class Certificate:
                 raise ValueError(f"award is {award}, neither 0 nor 1")
             fields["draw"] = _read_draw(reader) if award else None
             signatures = tuple(
-                CoordinatorSignature(reader.uint(1), reader.take(64)) for _ in range(reader.compact_size())
+                CoordinatorSignature(reader.uint(1), reader.take(SIGNATURE_SIZE)) for _ in range(reader.compact_size())
             )
         except ValueError as error:
             raise CertificateError("parse", str(error)) from None
@@ -148,27 +152,47 @@ class Certificate:
         """Return the 32 bytes that the coordinator's keys sign."""
         return tagged_hash("traincert/certificate", chain_id + self.body())
 
-    def sign(self, chain_id: bytes, secrets: Mapping[int, PrivateKey]) -> Certificate:
-        """Return the certificate with the signatures of `secrets`, by their position among the keys in force."""
-        message = self.sighash(chain_id)
-        signatures = tuple(CoordinatorSignature(i, secrets[i].sign_schnorr(message)) for i in sorted(secrets))
-        return replace(self, coordinator_signatures=signatures)
 
-    def check_signatures(self, chain_id: bytes, keys: TrainingKeys) -> None:
-        """Raise CertificateError unless exactly the threshold of `keys` signed, in ascending order."""
-        indices = [each.key_index for each in self.coordinator_signatures]
-        if len(indices) != keys.threshold:
-            raise CertificateError("coordinator-sig", f"{len(indices)} signatures, expected {keys.threshold}")
-        if indices != sorted(set(indices)) or indices[-1] >= len(keys.keys):
-            raise CertificateError("coordinator-sig", f"key indices {indices} of {len(keys.keys)} keys")
-        message = self.sighash(chain_id)
-        for each in self.coordinator_signatures:
-            if not verify_schnorr(keys.keys[each.key_index], message, each.signature):
-                raise CertificateError("coordinator-sig", f"signature of key {each.key_index} does not verify")
+def new_certificate(
+    *,
+    height: int,
+    prev_block: bytes,
+    round_: int,
+    beacon_reveal: bytes,
+    model_before: bytes,
+    model_after: bytes,
+    dataset_root: bytes,
+    losses: tuple[int, int],
+    table: ContributionTable,
+    winner: tuple[bytes, Draw | None],
+) -> Certificate:
+    """Return the unsigned certificate of a slot's round, for a cycle with this table of contributions.
+
+    `losses` are those before and after the cycle, in nano-nats. `winner` is what `draw_winner` gives, or the key of the
+    miner that the coordinator appoints, and None.
+    """
+    winner_key, draw = winner
+    return Certificate(
+        height=height,
+        prev_block=prev_block,
+        round=round_,
+        beacon_reveal=beacon_reveal,
+        model_before=model_before,
+        model_after=model_after,
+        dataset_root=dataset_root,
+        loss_before=losses[0],
+        loss_after=losses[1],
+        params_trained=sum(leaf.params for leaf in table.leaves),
+        contributions_root=table.root,
+        contributions_weight=table.weight,
+        contributions_count=table.count,
+        winner_key=winner_key,
+        draw=draw,
+    )
 
 
-def _encode(value: int | bytes, length: int) -> bytes:
-    return value.to_bytes(length, "little") if isinstance(value, int) else value
+def _encode(name: str, value: Any, length: int) -> bytes:
+    return encode_uint(name, value, length) if length else encode_b32(name, value)
 
 
 def _decode(reader: Reader, length: int) -> int | bytes:
@@ -179,5 +203,5 @@ def _read_draw(reader: Reader) -> Draw:
     update_hash = reader.take(32)
     params, loss_reduction, weight = (reader.uint(8) for _ in range(3))
     index = reader.uint(4)
-    siblings = tuple(Node(reader.take(32), reader.uint(8)) for _ in range(reader.compact_size()))
+    siblings = tuple(TreeNode(reader.take(32), reader.uint(8)) for _ in range(reader.compact_size()))
     return Draw(update_hash, params, loss_reduction, weight, index, siblings)

@@ -1,8 +1,16 @@
-"""The few encodings that certificates, tables and signatures are made of (SPEC.md, notation)."""
+"""The encodings of which certificates, tables and signatures are made (SPEC.md, "Notation").
+
+Integers are unsigned and little-endian. A value that does not fit its field is an EncodingError that names the field:
+nothing is cut or padded.
+"""
 
 import hashlib
 
 from coincurve import PublicKeyXOnly
+
+from traincert.bridge.errors import EncodingError
+
+U64_MAX = 2**64 - 1
 
 
 def tagged_hash(tag: str, message: bytes) -> bytes:
@@ -11,17 +19,42 @@ def tagged_hash(tag: str, message: bytes) -> bytes:
     return hashlib.sha256(prefix + prefix + message).digest()
 
 
+def encode_uint(field: str, value: int, length: int) -> bytes:
+    """Return an unsigned integer as `length` bytes, little-endian. Raises EncodingError if it does not fit."""
+    if not isinstance(value, int) or not 0 <= value < 1 << 8 * length:
+        raise EncodingError(field, value, f"a number from 0 to 2^{8 * length} - 1")
+    return value.to_bytes(length, "little")
+
+
+def encode_b32(field: str, value: bytes) -> bytes:
+    """Return a hash or key as it is. Raises EncodingError unless it has 32 bytes."""
+    return encode_bytes(field, value, 32)
+
+
+def encode_bytes(field: str, value: bytes, length: int) -> bytes:
+    """Return some bytes as they are. Raises EncodingError unless there are `length` of them."""
+    if not isinstance(value, bytes) or len(value) != length:
+        raise EncodingError(field, value.hex() if isinstance(value, bytes) else value, f"{length} bytes")
+    return value
+
+
 def compact_size(value: int) -> bytes:
-    """Bitcoin's CompactSize, in the one form that the node reads."""
+    """Return Bitcoin's CompactSize, in the shortest form, the only one that the node reads.
+
+    Raises EncodingError unless 0 <= value < 2^32: the node reads no larger size.
+    """
     if value < 0xFD:
-        return value.to_bytes(1, "little")
+        return encode_uint("CompactSize", value, 1)
     if value <= 0xFFFF:
         return b"\xfd" + value.to_bytes(2, "little")
-    return b"\xfe" + value.to_bytes(4, "little")
+    return b"\xfe" + encode_uint("CompactSize", value, 4)
 
 
 def verify_schnorr(xonly_key: bytes, message: bytes, signature: bytes) -> bool:
-    """Whether a 64-byte signature of a 32-byte message is the key's (BIP340); False too if the key is no key."""
+    """Whether a 64-byte BIP340 signature of a 32-byte message is by this x-only key (32 bytes).
+
+    False also for bytes that are no key.
+    """
     try:
         return PublicKeyXOnly(xonly_key).verify(signature, message)
     except ValueError:
@@ -53,7 +86,7 @@ class Reader:
         start = self.position
         first = self.uint(1)
         value = first if first < 0xFD else self.uint({0xFD: 2, 0xFE: 4, 0xFF: 8}[first])
-        if first == 0xFF or compact_size(value) != self.data[start : self.position]:
+        if value >= 1 << 32 or compact_size(value) != self.data[start : self.position]:
             raise ValueError(f"non-canonical or oversized CompactSize at {start}")
         return value
 

@@ -1,7 +1,6 @@
-"""The contribution table as a Merkle-sum tree, its paths, and the draw.
+"""The contribution table as a Merkle-sum tree, its paths, and the draw (SPEC.md).
 
-Functions and one class from bytes to bytes: no network, clock or files. The rules are those of SPEC.md; the node's
-side is bitcoind-patch/src/training/lottery.cpp.
+The node's side is bitcoind-patch/src/training/lottery.cpp.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from collections.abc import Iterable, Sequence
 from math import isqrt
 from typing import NamedTuple
 
-from traincert.bridge.consensus.codec import tagged_hash
+from traincert.bridge.consensus.codec import U64_MAX, encode_b32, encode_uint, tagged_hash
 from traincert.bridge.errors import CertificateError
 
-U64_MAX = 2**64 - 1
 NO_ROOT = bytes(32)
 _NODE_SIZE = 40  # a hash and a u64
 _LEAF = struct.Struct("<32s32sQQQ")
@@ -33,27 +31,45 @@ class Leaf(NamedTuple):
     weight: int
 
     def serialize(self) -> bytes:
-        """Return the message of the leaf's hash."""
-        return _LEAF.pack(*self)
+        """Return the bytes that the leaf's hash is of. Raises EncodingError if a field does not fit."""
+        try:
+            if len(self.miner_key) == len(self.update_hash) == 32:
+                return _LEAF.pack(*self)  # it alone would pad a short key with zeros
+        except (struct.error, TypeError):
+            pass  # said below, by the field's name
+        hashes = encode_b32("miner_key", self.miner_key) + encode_b32("update_hash", self.update_hash)
+        return hashes + b"".join(encode_uint(name, getattr(self, name), 8) for name in self._fields[2:])
 
 
-class Node(NamedTuple):
-    """A node of the tree: its hash (32 bytes), and the weight of all leaves below it."""
+class TreeNode(NamedTuple):
+    """A node of the tree: its hash (32 bytes), and the weight of all leaves below it (u64)."""
 
     hash: bytes
     sum: int
 
+    def serialize(self) -> bytes:
+        """Return its 40 bytes in a certificate's path. Raises EncodingError if a field does not fit."""
+        return encode_b32("siblings: hash", self.hash) + encode_uint("siblings: sum", self.sum, 8)
+
 
 def contribution_weight(params: int, loss_reduction: int) -> int:
-    """Return the share in the lottery that training `params` parameters for `loss_reduction` nano-nats earns."""
+    """Return the weight in the lottery of training `params` parameters for `loss_reduction` nano-nats.
+
+    Raises EncodingError if one of the two does not fit u64.
+    """
+    if not (0 <= params <= U64_MAX and 0 <= loss_reduction <= U64_MAX):
+        encode_uint("params", params, 8)
+        encode_uint("loss_reduction", loss_reduction, 8)
     return isqrt(params * loss_reduction)
 
 
 class ContributionTable:
     """The leaves of a cycle, in order, and the tree over them.
 
-    An empty table has root 0, weight 0 and count 0. Raises CertificateError if two leaves are the same miner's same
-    update, if a weight is not what `contribution_weight` gives or is 0, or if the total does not fit 64 bits.
+    An empty table has root 0, weight 0 and count 0.
+
+    Raises CertificateError if two leaves are the same miner's same update, if a weight is 0 or is not what
+    `contribution_weight` gives, or if the total does not fit u64; EncodingError if a leaf's field does not fit.
     """
 
     def __init__(self, leaves: Iterable[Leaf]) -> None:
@@ -62,7 +78,7 @@ class ContributionTable:
             if left[:2] == right[:2]:
                 raise CertificateError("draw", f"miner {left.miner_key.hex()} has the same update twice")
         for leaf in self.leaves:
-            if leaf.weight < 1 or leaf.weight != isqrt(leaf.params * leaf.loss_reduction):
+            if leaf.weight < 1 or leaf.weight != contribution_weight(leaf.params, leaf.loss_reduction):
                 raise CertificateError("weight", f"miner {leaf.miner_key.hex()}: {leaf.weight} is not its weight")
         self._ends = list(itertools.accumulate(leaf.weight for leaf in self.leaves))
         if self.weight > U64_MAX:
@@ -88,14 +104,14 @@ class ContributionTable:
         """Return the index of the leaf that holds a ticket, 0 <= ticket < weight."""
         return bisect_right(self._ends, ticket)
 
-    def path(self, index: int) -> tuple[Node, ...]:
+    def path(self, index: int) -> tuple[TreeNode, ...]:
         """Return a leaf's siblings, leaf to root."""
         siblings = []
         for level in self._levels[:-1]:
             at = (index ^ 1) * _NODE_SIZE
             if at < len(level):
                 node = level[at : at + _NODE_SIZE]
-                siblings.append(Node(bytes(node[:32]), int.from_bytes(node[32:], "little")))
+                siblings.append(TreeNode(bytes(node[:32]), int.from_bytes(node[32:], "little")))
             index //= 2
         return tuple(siblings)
 
@@ -132,21 +148,21 @@ def _tagged_hasher(tag: str) -> hashlib._Hash:
     return hashlib.sha256(prefix + prefix)
 
 
-def leaf_node(leaf: Leaf) -> Node:
+def leaf_node(leaf: Leaf) -> TreeNode:
     """Return the node of the tree that stands for a leaf."""
-    return Node(tagged_hash("traincert/contribution", leaf.serialize()), leaf.weight)
+    return TreeNode(tagged_hash("traincert/contribution", leaf.serialize()), leaf.weight)
 
 
-def branch_node(left: Node, right: Node) -> Node | None:
+def branch_node(left: TreeNode, right: TreeNode) -> TreeNode | None:
     """Return the parent of two nodes, or None if their sums overflow."""
     total = left.sum + right.sum
     if total > U64_MAX:
         return None
-    message = b"".join(node.hash + node.sum.to_bytes(8, "little") for node in (left, right))
-    return Node(tagged_hash("traincert/branch", message), total)
+    message = left.serialize() + right.serialize()
+    return TreeNode(tagged_hash("traincert/branch", message), total)
 
 
-def follow_path(leaf: Node, index: int, count: int, siblings: Sequence[Node]) -> tuple[Node, int] | None:
+def follow_path(leaf: TreeNode, index: int, count: int, siblings: Sequence[TreeNode]) -> tuple[TreeNode, int] | None:
     """Follow a path from a leaf to the root.
 
     Returns the node where it ends and the weight of all leaves to the left of the leaf; None if the index is not below
@@ -173,7 +189,9 @@ def follow_path(leaf: Node, index: int, count: int, siblings: Sequence[Node]) ->
 def draw_ticket(beacon_reveal: bytes, prev_block: bytes, round_: int, contributions_weight: int) -> int:
     """Return the ticket drawn from a table of a total weight: below it, and the same for everyone.
 
-    `prev_block` is in header byte order.
+    `beacon_reveal` and `prev_block` are 32 bytes each, the block's hash in header byte order. The table must not be
+    empty. Raises EncodingError if an argument does not fit its field.
     """
-    seed = tagged_hash("traincert/draw", beacon_reveal + prev_block + round_.to_bytes(2, "little"))
+    message = encode_b32("beacon_reveal", beacon_reveal) + encode_b32("prev_block", prev_block)
+    seed = tagged_hash("traincert/draw", message + encode_uint("round", round_, 2))
     return int.from_bytes(seed, "big") % contributions_weight

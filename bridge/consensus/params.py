@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bitcoin.core import CoreRegTestParams
 
-from traincert.bridge.consensus.codec import compact_size, tagged_hash
+from traincert.bridge.consensus.codec import compact_size, encode_b32, encode_uint, tagged_hash
 
 GENESIS_HASH: bytes = CoreRegTestParams.GENESIS_BLOCK.GetHash()
 """Of regtest, in header byte order."""
@@ -45,12 +45,16 @@ class TrainingParams:
 
     @property
     def chain_id(self) -> bytes:
-        """32 bytes that identify the network; every signature covers them."""
+        """32 bytes that identify the network; every signature covers them.
+
+        Raises EncodingError, with the field's name, for parameters that the node's options cannot have.
+        """
         message = GENESIS_HASH + compact_size(len(self.keys))
         for height, keys in sorted(self.keys.items()):
-            message += height.to_bytes(4, "little") + keys.threshold.to_bytes(1, "little")
-            message += compact_size(len(keys.keys)) + b"".join(keys.keys)
-        message += self.beacon + self.round_seconds.to_bytes(4, "little") + self.model
+            message += encode_uint("keys: height", height, 4) + encode_uint("keys: threshold", keys.threshold, 1)
+            message += compact_size(len(keys.keys)) + b"".join(encode_b32("keys: key", key) for key in keys.keys)
+        message += encode_b32("beacon", self.beacon) + encode_uint("round_seconds", self.round_seconds, 4)
+        message += encode_b32("model", self.model)
         return tagged_hash("traincert/chain", message)
 
     def node_options(self) -> dict[str, str | list[str]]:

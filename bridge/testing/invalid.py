@@ -16,9 +16,17 @@ from bitcoin.core.script import OP_RETURN, CScript
 from coincurve import PrivateKey
 
 from traincert.bridge.consensus.beacon import Beacon
-from traincert.bridge.consensus.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, payload_script, winner_sighash
-from traincert.bridge.consensus.certificate import Certificate, CoordinatorSignature, Draw, draw_of, draw_winner
-from traincert.bridge.consensus.lottery import U64_MAX, ContributionTable, Node
+from traincert.bridge.consensus.block import PAYLOAD_MAGIC, payload_script, winner_sighash
+from traincert.bridge.consensus.certificate import (
+    SIGNATURE_SIZE,
+    Certificate,
+    CoordinatorSignature,
+    Draw,
+    draw_of,
+    draw_winner,
+)
+from traincert.bridge.consensus.codec import U64_MAX
+from traincert.bridge.consensus.lottery import ContributionTable, TreeNode
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError
 
@@ -215,7 +223,7 @@ def _edit_draw(change: Callable[[Draw], Draw]) -> Change:
     return edit
 
 
-def _edit_sibling(change: Callable[[Node], Node]) -> Change:
+def _edit_sibling(change: Callable[[TreeNode], TreeNode]) -> Change:
     return _edit_draw(lambda draw: replace(draw, siblings=(change(draw.siblings[0]), *draw.siblings[1:])))
 
 

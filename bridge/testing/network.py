@@ -10,16 +10,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 
-from bitcoin.core import Hash160
-from bitcoin.core.script import OP_0, CScript
 from coincurve import PrivateKey
 
 from traincert.bridge.appointing import AppointingCoordinator
 from traincert.bridge.consensus.beacon import Beacon
 from traincert.bridge.consensus.block import build_block
+from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.lottery import ContributionTable, Leaf
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.errors import BridgeError
+from traincert.bridge.keys import payout_script
 from traincert.bridge.producer import Producer, ask_for_template
 from traincert.bridge.rpc import NodeClient
 from traincert.bridge.testing.invalid import Forger, break_rule, digest, full_reason
@@ -45,9 +45,9 @@ class TrainingNetwork:
         self.params = TrainingParams({start_height: keys}, self._beacon.anchor, digest("model 0"))
         self.network = start(nodes, self.params.node_options())
         self.nodes = self.network.nodes
-        self.miners = [_producer(i, self.nodes[i % nodes]) for i in range(MINERS)]
-        signers = {i: COORDINATORS[i] for i in SIGNERS}
-        self.coordinator = AppointingCoordinator(self.params, signers, self._beacon, None, self.miners)
+        self.miners = [_producer(i) for i in range(MINERS)]
+        # Without a journal, which would be most of the time that a block takes: tests may sign one slot twice.
+        self.coordinator = AppointingCoordinator(self.params, self._sign, self._beacon, self.miners)
         self._clients: dict[Node, NodeClient] = {}
         self._closing = ExitStack()
         self._number = count(1)
@@ -121,6 +121,9 @@ class TrainingNetwork:
             if weight
         )
 
+    def _sign(self, certificate: Certificate) -> Certificate:
+        return self._forger(ContributionTable([]), ContributionTable([])).sign(certificate, SIGNERS)
+
     def _client(self, node: Node | None) -> NodeClient:
         node = node or self.nodes[0]
         if node not in self._clients:
@@ -132,7 +135,6 @@ class TrainingNetwork:
         return Forger(self.params, COORDINATORS, miners, self._beacon, parent_table, table)
 
 
-def _producer(number: int, node: Node) -> Producer:
+def _producer(number: int) -> Producer:
     secret = digest(f"miner {number}")
-    script = CScript([OP_0, Hash160(PrivateKey(secret).public_key.format())])  # P2WPKH
-    return Producer(secret, node.datadir, script)
+    return Producer(secret, payout_script(secret))

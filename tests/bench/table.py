@@ -13,7 +13,7 @@ from bench.rows import Row, row, timed
 from traincert.bridge.consensus.lottery import (
     ContributionTable,
     Leaf,
-    Node,
+    TreeNode,
     contribution_weight,
     follow_path,
     leaf_node,
@@ -56,5 +56,5 @@ def _follow_paths(table: ContributionTable) -> None:
     step = LEAVES // PATHS
     for index in range(0, LEAVES, step):
         end = follow_path(leaf_node(table.leaves[index]), index, table.count, table.path(index))
-        if end is None or end[0] != Node(table.root, table.weight):
+        if end is None or end[0] != TreeNode(table.root, table.weight):
             raise AssertionError(f"the path of leaf {index} does not lead to the root")

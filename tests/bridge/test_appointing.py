@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from coincurve import PrivateKey
 
 from traincert.bridge.appointing import AppointingCoordinator
 from traincert.bridge.chain import read_chain, read_params
@@ -19,7 +18,7 @@ from traincert.bridge.errors import BridgeError, JournalError, KeyFileError
 from traincert.bridge.keys import create_network_keys, load_network_keys, xonly_key
 from traincert.bridge.producer import Producer
 from traincert.bridge.rpc import NodeClient
-from traincert.bridge.signer import Journal
+from traincert.bridge.signer import Signer
 from traincert.regtest import Node
 from traincert.regtest.plugin import NetworkFactory
 from training_chain import PAYOUT_SCRIPT
@@ -34,19 +33,19 @@ from traincert.bridge.rpc import NodeClient
 sys.path[:0] = [{tests!r}, {here!r}]
 from test_appointing import coordinator_of
 with NodeClient.from_datadir(Path({datadir!r})) as client:
-    print(coordinator_of(Path({folder!r}), Path({datadir!r})).append(client))
+    print(coordinator_of(Path({folder!r})).append(client))
 """
 
 
-def coordinator_of(folder: Path, datadir: Path) -> AppointingCoordinator:
+def coordinator_of(folder: Path, journal: str = "journal.sqlite") -> AppointingCoordinator:
     """The coordinator of the network whose keys are in a folder, its journal beside them."""
     keys = load_network_keys(folder)
     beacon = Beacon(keys.beacon)
     in_force = TrainingKeys(2, tuple(map(xonly_key, keys.coordinators)))
     params = TrainingParams({3: in_force}, beacon.anchor, MODEL)
-    signers = {i: PrivateKey(keys.coordinators[i]) for i in (1, 2)}
-    producers = [Producer(secret, datadir, PAYOUT_SCRIPT) for secret in keys.miners]
-    return AppointingCoordinator(params, signers, beacon, Journal(folder / "journal.sqlite"), producers)
+    signer = Signer(folder / journal, params.chain_id, {i: keys.coordinators[i] for i in (1, 2)})
+    producers = [Producer(secret, PAYOUT_SCRIPT) for secret in keys.miners]
+    return AppointingCoordinator(params, signer.sign, beacon, producers)
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def node(folder: Path, bitcoin_network: NetworkFactory) -> Node:
     """A node that is one block below the start height."""
-    node = bitcoin_network(1, coordinator_of(folder, folder).params.node_options()).nodes[0]
+    node = bitcoin_network(1, coordinator_of(folder).params.node_options()).nodes[0]
     node.rpc("generatetoaddress", 2, "bcrt1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqdku202")
     return node
 
@@ -70,8 +69,8 @@ def client(node: Node) -> Iterator[NodeClient]:
 
 
 @pytest.fixture
-def coordinator(folder: Path, node: Node) -> AppointingCoordinator:
-    return coordinator_of(folder, node.datadir)
+def coordinator(folder: Path) -> AppointingCoordinator:
+    return coordinator_of(folder)
 
 
 def table_of(coordinator: AppointingCoordinator, *numbers: int) -> ContributionTable:
@@ -98,10 +97,10 @@ def test_its_certificates_say_that_nothing_was_trained(client: NodeClient, coord
 
 def test_another_process_goes_on(folder: Path, node: Node, client: NodeClient) -> None:
     here = Path(__file__).parent
-    first = coordinator_of(folder, node.datadir).append(client)
+    first = coordinator_of(folder).append(client)
     code = ANOTHER_PROCESS.format(tests=str(here.parent), here=str(here), folder=str(folder), datadir=str(node.datadir))
     second = subprocess.check_output([sys.executable, "-c", code], text=True).strip()
-    third = coordinator_of(folder, node.datadir).append(client)
+    third = coordinator_of(folder).append(client)
     assert [node.rpc("getblockhash", height) for height in (3, 4, 5)] == [first, second, third]
     assert len(read_chain(client, read_params(client))) == 3
 
@@ -128,11 +127,13 @@ def test_a_table_draws_the_next_winner(client: NodeClient, coordinator: Appointi
     assert drawn <= {coordinator.producers[number].miner_key for number in (0, 8)}
 
 
-def test_a_table_belongs_to_its_block(node: Node, client: NodeClient, coordinator: AppointingCoordinator) -> None:
+def test_a_table_belongs_to_its_block(
+    folder: Path, node: Node, client: NodeClient, coordinator: AppointingCoordinator
+) -> None:
     """Also when the chain is reorganised to another block, and back."""
     drawn_from = coordinator.append(client, table=table_of(coordinator, 2))
     node.rpc("invalidateblock", drawn_from)
-    rival = coordinator_of_without_journal(coordinator)
+    rival = coordinator_of(folder, "another journal")
     rival.append(client, table=table_of(coordinator, 4))
     rival.append(client, miner=4)
     node.rpc("invalidateblock", node.rpc("getblockhash", 3))
@@ -140,18 +141,12 @@ def test_a_table_belongs_to_its_block(node: Node, client: NodeClient, coordinato
     coordinator.append(client, miner=2)
 
 
-def coordinator_of_without_journal(coordinator: AppointingCoordinator) -> AppointingCoordinator:
-    return AppointingCoordinator(
-        coordinator.params, coordinator._secrets, coordinator._beacon, None, coordinator.producers
-    )
-
-
 def test_without_the_parents_table_nobody_can_be_drawn(
-    folder: Path, node: Node, client: NodeClient, coordinator: AppointingCoordinator
+    folder: Path, client: NodeClient, coordinator: AppointingCoordinator
 ) -> None:
     block = coordinator.append(client, table=table_of(coordinator, 1))
     with pytest.raises(BridgeError, match=f"block 4 is drawn from the table of block {block}, which only the coord"):
-        coordinator_of(folder, node.datadir).append(client)
+        coordinator_of(folder).append(client)
 
 
 def test_with_a_journal_it_never_signs_two_certificates_for_a_slot_and_round(
@@ -160,7 +155,7 @@ def test_with_a_journal_it_never_signs_two_certificates_for_a_slot_and_round(
     block = coordinator.append(client, miner=0)
     node.rpc("invalidateblock", block)
     with pytest.raises(JournalError, match="block 3, round 0"):
-        coordinator_of(folder, node.datadir).append(client, miner=1)
+        coordinator_of(folder).append(client, miner=1)
     node.rpc("reconsiderblock", block)
     assert node.rpc("getbestblockhash") == block
 

@@ -22,18 +22,18 @@ from bitcoin.core import CBlock
 
 from traincert.bridge import coordinator as coordinator_module
 from traincert.bridge import rpc as rpc_module
-from traincert.bridge.chain import check_with_parent, read_chain, read_params
+from traincert.bridge.chain import read_chain, read_params
 from traincert.bridge.consensus.beacon import Beacon
-from traincert.bridge.consensus.block import read_payload
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
+from traincert.bridge.consensus.rules import contextual_check_training_certificate, read_training_payload
 from traincert.bridge.coordinator import ClosedSlot, Coordinator
-from traincert.bridge.errors import BridgeError, JournalError, NodeUnreachableError
-from traincert.bridge.producer import Producer
+from traincert.bridge.errors import BridgeError, JournalError
+from traincert.bridge.producer import NodeProducer
 from traincert.bridge.rpc import NodeClient
-from traincert.bridge.signer import Journal
+from traincert.bridge.signer import Signer
 from traincert.bridge.testing.invalid import digest
-from traincert.regtest import Network, Node, WaitTimeoutError, wait_for
+from traincert.regtest import Network, Node, NodeUnreachableError, WaitTimeoutError, wait_for
 from traincert.regtest.plugin import NetworkFactory
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
@@ -54,7 +54,7 @@ def no_fault(_: str, __: Certificate) -> None:
     """Nothing happens."""
 
 
-class FaultyProducer(Producer):
+class FaultyProducer(NodeProducer):
     """A miner that something happens to around its submitblock."""
 
     fault: Fault
@@ -65,13 +65,13 @@ class FaultyProducer(Producer):
         self.fault(AFTER_SUBMIT, certificate)
 
 
-class FaultyJournal(Journal):
-    """A journal whose writing is the moment before a certificate exists."""
+class FaultySigner(Signer):
+    """A signer that something happens to when its journal has a certificate which is not signed yet."""
 
-    fault: Fault
+    fault: Fault = staticmethod(no_fault)
 
-    def record(self, certificate: Certificate, chain_id: bytes) -> None:
-        super().record(certificate, chain_id)
+    def _record(self, certificate: Certificate) -> None:
+        super()._record(certificate)
         self.fault(BEFORE_CERTIFICATE, certificate)
 
 
@@ -95,24 +95,26 @@ class Trial:
         self.params = TrainingParams({1: keys}, beacon.anchor, state_hash(state.model), round_seconds=1)
         self.network: Network = start(4, self.params.node_options())
         self.nodes: dict[bytes, Node] = {}
-        self.producers: dict[bytes, Producer] = {}
+        self.producers: dict[bytes, NodeProducer] = {}
         for number in range(MINERS):
             secret = digest(f"miner {number}")
             node = self.network.nodes[1 + number % 3]
-            producer = FaultyProducer(secret, node.datadir, PAYOUT_SCRIPT)
+            producer = FaultyProducer(secret, PAYOUT_SCRIPT, node.datadir)
             producer.fault = self._fault
             self.nodes[producer.miner_key], self.producers[producer.miner_key] = node, producer
         self.fault: Fault = no_fault
         self.absent: list[tuple[Certificate, str]] = []
         self.journal = path / "journal.sqlite"
-        journal = FaultyJournal(self.journal)
-        journal.fault = self._fault
+        signer = self.make_signer(self.journal)
+        signer.fault = self._fault
         client = stack.enter_context(NodeClient.from_datadir(self.network.nodes[0].datadir))
-        secrets = {i: COORDINATORS[i] for i in (0, 2)}
         self.make_coordinator = partial(
-            Coordinator, self.params, secrets, beacon, node=client, trainer=trainer, state=state
+            Coordinator, self.params, beacon=beacon, node=client, trainer=trainer, state=state
         )
-        self.coordinator = self.make_coordinator(journal=journal)
+        self.coordinator = self.make_coordinator(signer=signer)
+
+    def make_signer(self, journal: Path) -> FaultySigner:
+        return FaultySigner(journal, self.params.chain_id, {i: COORDINATORS[i].secret for i in (0, 2)})
 
     def _fault(self, moment: str, certificate: Certificate) -> None:
         self.fault(moment, certificate)
@@ -164,7 +166,7 @@ def certificates_of(node: Node) -> Iterator[Certificate]:
         while block_hash not in done:
             done.add(block_hash)
             block = CBlock.deserialize(bytes.fromhex(node.rpc("getblock", block_hash, 0)))
-            yield read_payload(block.vtx[0]).certificate
+            yield read_training_payload(block.vtx[0]).certificate
             block_hash = block.hashPrevBlock[::-1].hex()
 
 
@@ -273,7 +275,7 @@ def test_each_round_draws_again_from_the_same_tables(trial: Trial) -> None:
     assert slot.certificate.round == 3
     assert [reason for _, reason in trial.absent] == [f"not in round {round_}" for round_ in range(3)]
     for certificate, _ in trial.absent:
-        check_with_parent(certificate, first.certificate, trial.params)
+        contextual_check_training_certificate(certificate, first.certificate, 2**32 - 1, 0, trial.params)
         last = slot.certificate
         assert replace(certificate, round=3, winner_key=last.winner_key, draw=last.draw).body() == last.body()
     trial.check(2)
@@ -337,9 +339,11 @@ def test_a_coordinator_that_was_killed_signs_the_same_certificate_again_and_no_o
         trial.close_slot()
     (body,) = trial.signed().values()
     with pytest.raises(JournalError, match="block 1, round 0"):  # other miners, another cycle
-        trial.make_coordinator(journal=Journal(trial.journal)).close_slot(dict(list(trial.producers.items())[:-1]))
+        trial.make_coordinator(signer=trial.make_signer(trial.journal)).close_slot(
+            dict(list(trial.producers.items())[:-1])
+        )
     trial.fault = no_fault
-    trial.coordinator = trial.make_coordinator(journal=Journal(trial.journal))
+    trial.coordinator = trial.make_coordinator(signer=trial.make_signer(trial.journal))
     assert trial.close_slot().certificate.body() == body
     trial.check(1)
 
@@ -374,7 +378,7 @@ def test_the_coordinator_ends_when_its_own_node_is_gone(trial: Trial, monkeypatc
 
 
 def test_a_block_of_another_coordinator_with_the_same_keys_is_told(trial: Trial, tmp_path: Path) -> None:
-    other = trial.make_coordinator(journal=Journal(tmp_path / "another journal"))
+    other = trial.make_coordinator(signer=trial.make_signer(tmp_path / "another journal"))
     few = dict(list(trial.producers.items())[:-1])
 
     def fault(now: str, _: Certificate) -> None:

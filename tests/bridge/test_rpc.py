@@ -14,10 +14,10 @@ from bitcoin.core import b2lx, lx
 from traincert.bridge import producer as producer_module
 from traincert.bridge import rpc as rpc_module
 from traincert.bridge.consensus.certificate import Certificate
-from traincert.bridge.errors import BridgeError, NodeCallError, NodeUnreachableError
-from traincert.bridge.producer import Producer
+from traincert.bridge.errors import BridgeError
+from traincert.bridge.producer import NodeProducer
 from traincert.bridge.rpc import NodeClient
-from traincert.regtest import Node, wait_for
+from traincert.regtest import Node, NodeUnreachableError, RpcError, wait_for
 from traincert.regtest.plugin import NetworkFactory
 from training_chain import MINERS, PAYOUT_SCRIPT, TrainingChain, submit, template
 
@@ -40,9 +40,7 @@ def client(node: Node) -> Iterator[NodeClient]:
 
 
 def test_a_nodes_error_keeps_its_code_and_names_the_node(client: NodeClient) -> None:
-    with pytest.raises(
-        NodeCallError, match=r"node0: getblockhash: Block height out of range \(RPC error -8\)"
-    ) as caught:
+    with pytest.raises(RpcError, match=r"node0: getblockhash: Block height out of range \(RPC error -8\)") as caught:
         client.call("getblockhash", 1)
     assert caught.value.code == -8
 
@@ -80,8 +78,8 @@ def test_waiting_ends_when_its_time_is_over(client: NodeClient) -> None:
     assert not client.wait_for_tip("00" * 32, 0.1)
 
 
-def winner_of(certificate: Certificate, node: Node) -> Producer:
-    return Producer(MINERS[certificate.winner_key].secret, node.datadir, PAYOUT_SCRIPT)
+def winner_of(certificate: Certificate, node: Node) -> NodeProducer:
+    return NodeProducer(MINERS[certificate.winner_key].secret, PAYOUT_SCRIPT, node.datadir)
 
 
 def test_a_producer_appends_its_block(node: Node, client: NodeClient, chain: TrainingChain) -> None:
@@ -102,7 +100,7 @@ def test_a_producer_does_not_use_anothers_certificate(node: Node, chain: Trainin
     certificate = chain.next_certificate(template(node))
     other = next(secret for key, secret in MINERS.items() if key != certificate.winner_key)
     with pytest.raises(BridgeError, match="for another miner"):
-        Producer(other.secret, node.datadir, PAYOUT_SCRIPT).produce(certificate, chain.params)
+        NodeProducer(other.secret, PAYOUT_SCRIPT, node.datadir).produce(certificate, chain.params)
 
 
 def test_a_producer_makes_no_block_for_another_network(node: Node, chain: TrainingChain) -> None:

@@ -22,12 +22,12 @@ from bitcoin.core.script import OP_RETURN, CScript
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from traincert.bridge.chain import check_round, check_with_parent
-from traincert.bridge.consensus.block import PAYLOAD_MAGIC, SIGNATURE_SIZE, check_block, payload_script, winner_sighash
-from traincert.bridge.consensus.certificate import Certificate, Draw, draw_of
-from traincert.bridge.consensus.codec import compact_size
-from traincert.bridge.consensus.lottery import U64_MAX, ContributionTable, Leaf, Node
+from traincert.bridge.consensus.block import PAYLOAD_MAGIC, payload_script, winner_sighash
+from traincert.bridge.consensus.certificate import SIGNATURE_SIZE, Certificate, Draw, draw_of
+from traincert.bridge.consensus.codec import U64_MAX, compact_size
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf, TreeNode
 from traincert.bridge.consensus.params import GENESIS_HASH, TrainingParams
+from traincert.bridge.consensus.rules import check_training_certificate, contextual_check_training_certificate
 from traincert.bridge.errors import CertificateError
 from traincert.bridge.testing.invalid import AUX, WRONG, WRONG_WITH_PARENT, digest, payload_of, with_scripts
 from traincert.regtest import node_folder
@@ -68,9 +68,8 @@ class Case:
 def bridge_verdict(case: Case, params: TrainingParams) -> str:
     """Why the bridge refuses the block, or `ok`; in the node's order."""
     try:
-        certificate = check_block(case.block, case.height, params).certificate
-        check_with_parent(certificate, case.parent, params)
-        check_round(certificate, case.block.nTime, case.parent_time, params)
+        certificate = check_training_certificate(case.block, case.height, params).certificate
+        contextual_check_training_certificate(certificate, case.parent, case.block.nTime, case.parent_time, params)
     except CertificateError as error:
         return error.reason
     return "ok"
@@ -296,7 +295,7 @@ def siblings(random: Random, case: Case) -> Case:
         return award(random, case)
     path = list(draw.siblings)
     if not path or random.random() < 0.2:
-        path.insert(random.randint(0, len(path)), Node(random.randbytes(32), integer(random, 0, 8)))
+        path.insert(random.randint(0, len(path)), TreeNode(random.randbytes(32), integer(random, 0, 8)))
     else:
         i = random.randrange(len(path))
         node = path[i]
@@ -304,10 +303,10 @@ def siblings(random: Random, case: Case) -> Case:
             [
                 [],
                 [node, node],
-                [Node(bytes32(random, node.hash), node.sum)],
-                [Node(node.hash, integer(random, node.sum, 8))],
-                [Node(node.hash, U64_MAX - draw.weight + random.choice([0, 1]))],
-                [Node(node.hash, node.sum)] * random.randrange(300),
+                [TreeNode(bytes32(random, node.hash), node.sum)],
+                [TreeNode(node.hash, integer(random, node.sum, 8))],
+                [TreeNode(node.hash, U64_MAX - draw.weight + random.choice([0, 1]))],
+                [TreeNode(node.hash, node.sum)] * random.randrange(300),
             ]
         )
         if random.random() < 0.2:

@@ -217,3 +217,33 @@ def test_faucet_pays_and_fees_are_known(network: LastingNetwork) -> None:
     assert (paid["amount"], paid["confirmations"]) == (120.5, 1)
     with pytest.raises(NodeError, match="nonsense is no address of regtest"):
         faucet.fund("nonsense", Decimal(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (('"version": 1', '"version": 2'), "has format 2, this traincert reads format 1: take the network down with "),
+        (('"version": 1', '"other": 1'), "has format None, this traincert reads format 1: take the network down with "),
+        (('"version"', "version"), "is damaged: end the nodes of this network, remove the folder, and make it again"),
+    ],
+)
+def test_a_state_file_that_cannot_be_read_is_told_by_a_line_that_says_what_to_do(
+    tmp_path: Path, change: tuple[str, str], said: str
+) -> None:
+    network = LastingNetwork.create(Path("bitcoind"), tmp_path / "network", 1, "full")
+    path = network.directory / "network.json"
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(NodeError, match=f"^{path} {said}"), LastingNetwork.opened(network.directory):
+        pass
+    assert change[1] in path.read_text()
+
+
+def test_a_snapshot_of_another_format_is_not_restored(network: LastingNetwork) -> None:
+    mine(network, 1)
+    network.snapshot("old")
+    path = network.directory / "snapshots" / "old" / "network.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    mine(network, 1)
+    with pytest.raises(NodeError, match=f"^{path} has format 0"):
+        network.restore("old")
+    assert height(network) == [2, 2]

@@ -15,7 +15,7 @@ from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset, read_examples
 from traincert.trainer.records import RunFolder
-from traincert.trainer.replay import replay
+from traincert.trainer.replay import replay_tasks
 from traincert.trainer.run import run_job
 from traincert.trainer.scoring import evaluate
 from traincert.trainer.state import initial_state, state_hash
@@ -43,7 +43,7 @@ def test_a_job_is_trained_on_a_gpu_with_the_same_bits_twice(name: str, tmp_path:
     with RunFolder(tmp_path / "first") as finished:
         losses = [record["loss_after"] for record in finished.records]
         assert losses[-1] < losses[0]
-        replayed = list(replay(finished))
+        replayed = list(replay_tasks(finished))
     assert len(replayed) == 6
     assert all(each.same for each in replayed)
 
@@ -95,4 +95,4 @@ def test_without_a_gpu_a_job_for_one_is_refused_in_one_line(job: TrainingJob, tm
     with pytest.raises(JobError, match=refusal):
         run_job(on_gpu, tmp_path / "run", 1, 1, Silent())
     with RunFolder(tmp_path / "run") as begun, pytest.raises(JobError, match=refusal):
-        list(replay(begun))
+        list(replay_tasks(begun))

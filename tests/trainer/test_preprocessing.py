@@ -306,6 +306,16 @@ def test_what_is_missing_is_made_again(job: TrainingJob, tmp_path: Path, name: s
     everything(dataset)
 
 
+def test_data_of_another_format_is_refused_by_a_line_that_says_what_to_do(job: TrainingJob, tmp_path: Path) -> None:
+    prepare_dataset(job, tmp_path)
+    path = tmp_path / "prepared.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    with pytest.raises(JobError, match=rf"^{path} has format 2, this traincert reads format 1: go on with "):
+        prepare_dataset(job, tmp_path)
+    assert {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()} == before
+
+
 KILLED = """
     import os, signal
     import numpy as np

@@ -11,7 +11,7 @@ import pytest
 from traincert.trainer.errors import IntegrityError, RunError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import RunFolder
-from traincert.trainer.replay import replay
+from traincert.trainer.replay import replay_tasks
 from traincert.trainer.report import TensorBoard, write_report
 from traincert.trainer.state import state_hash
 
@@ -48,7 +48,7 @@ def test_the_number_of_miners_may_change_between_resumes(go_on: Callable[..., Pa
         folder = go_on(1, count)
     with RunFolder(folder) as run:
         assert [len(record["tasks"]) for record in run.records] == [0, 1, 4, 0, 2]
-        assert all(each.same for each in replay(run))
+        assert all(each.same for each in replay_tasks(run))
 
 
 def test_a_run_of_another_job_is_refused(go_on: Callable[..., Path], small: TrainingJob) -> None:
@@ -159,7 +159,7 @@ def test_old_files_are_removed_and_what_is_needed_is_kept(go_on: Callable[..., P
                     record["model_before"],
                     *(task["memory"] for task in record["tasks"] if task["memory"]),
                 } <= stored
-            assert len({each.cycle for each in replay(run)}) == min(number, small.history)
+            assert len({each.cycle for each in replay_tasks(run)}) == min(number, small.history)
         sizes.append(len(stored))
     assert max(sizes[4:]) <= 2 + 4 + small.history * 5
 

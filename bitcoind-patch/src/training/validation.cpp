@@ -144,28 +144,33 @@ bool CheckTrainingHeader(const CBlockHeader& header, int height, const Consensus
     return state.Invalid(BlockValidationResult::BLOCK_INVALID_HEADER, "high-hash", "proof of work failed");
 }
 
-bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state)
+/** Reason: bad-traincert-height. */
+static bool CheckHeight(const TrainingCertificate& certificate, int height, BlockValidationState& state)
 {
-    if (!params.training || height < params.training->StartHeight()) return true;
+    if (certificate.height == uint32_t(height)) return true;
+    return Reject(state, "height", strprintf("height %u in a block at height %d", certificate.height, height));
+}
 
-    const auto payload{ReadTrainingPayload(*block.vtx.at(0), state)};
-    if (!payload) return false;
-    const TrainingCertificate& certificate{payload->certificate};
+/** Reason: bad-traincert-prevblock. */
+static bool CheckPrevBlock(const TrainingCertificate& certificate, const CBlock& block, BlockValidationState& state)
+{
+    if (certificate.prev_block == block.hashPrevBlock) return true;
+    return Reject(state, "prevblock", strprintf("previous block %s, but the header's is %s", certificate.prev_block.ToString(), block.hashPrevBlock.ToString()));
+}
 
-    if (certificate.height != uint32_t(height)) {
-        return Reject(state, "height", strprintf("height %u in a block at height %d", certificate.height, height));
-    }
-    if (certificate.prev_block != block.hashPrevBlock) {
-        return Reject(state, "prevblock", strprintf("previous block %s, but the header's is %s", certificate.prev_block.ToString(), block.hashPrevBlock.ToString()));
-    }
+/** Reason: bad-traincert-totals. */
+static bool CheckTotals(const TrainingCertificate& certificate, BlockValidationState& state)
+{
     const bool no_root{certificate.contributions_root.IsNull()};
     const bool no_weight{certificate.contributions_weight == 0};
     const bool no_count{certificate.contributions_count == 0};
-    if (no_root != no_weight || no_weight != no_count) {
-        return Reject(state, "totals", strprintf("%u contributions of total weight %u, and a root that is %szero", certificate.contributions_count, certificate.contributions_weight, no_root ? "" : "not "));
-    }
+    if (no_root == no_weight && no_weight == no_count) return true;
+    return Reject(state, "totals", strprintf("%u contributions of total weight %u, and a root that is %szero", certificate.contributions_count, certificate.contributions_weight, no_root ? "" : "not "));
+}
 
-    const TrainingKeys& keys{params.training->KeysAt(height)};
+/** Reason: bad-traincert-coordinator-sig. */
+static bool CheckCoordinatorSignatures(const TrainingCertificate& certificate, const TrainingKeys& keys, const uint256& chain_id, BlockValidationState& state)
+{
     const auto& signatures{certificate.coordinator_signatures};
     if (signatures.size() != keys.threshold) {
         return Reject(state, "coordinator-sig", strprintf("%u coordinator signatures, expected %u", signatures.size(), keys.threshold));
@@ -178,25 +183,57 @@ bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::
             return Reject(state, "coordinator-sig", strprintf("key index %u after %u", signatures[i].key_index, signatures[i - 1].key_index));
         }
     }
-    const uint256 chain_id{TrainingChainId(params)};
     const uint256 certificate_hash{CertificateSigHash(chain_id, certificate)};
     for (const auto& [key_index, signature] : signatures) {
         if (!keys.keys[key_index].VerifySchnorr(certificate_hash, signature)) {
             return Reject(state, "coordinator-sig", strprintf("signature of coordinator key %u does not verify", key_index));
         }
     }
-    if (!certificate.winner_key.VerifySchnorr(WinnerSigHash(chain_id, block, payload->output), payload->winner_signature)) {
-        return Reject(state, "winner-sig", "the winner's signature does not verify");
-    }
+    return true;
+}
+
+/** Reason: bad-traincert-winner-sig. */
+static bool CheckWinnerSignature(const TrainingPayload& payload, const CBlock& block, const uint256& chain_id, BlockValidationState& state)
+{
+    if (payload.certificate.winner_key.VerifySchnorr(WinnerSigHash(chain_id, block, payload.output), payload.winner_signature)) return true;
+    return Reject(state, "winner-sig", "the winner's signature does not verify");
+}
+
+bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state)
+{
+    if (!params.training || height < params.training->StartHeight()) return true;
+
+    const auto payload{ReadTrainingPayload(*block.vtx.at(0), state)};
+    if (!payload) return false;
+    const TrainingCertificate& certificate{payload->certificate};
+    if (!CheckHeight(certificate, height, state)) return false;
+    if (!CheckPrevBlock(certificate, block, state)) return false;
+    if (!CheckTotals(certificate, state)) return false;
+    const uint256 chain_id{TrainingChainId(params)};
+    if (!CheckCoordinatorSignatures(certificate, params.training->KeysAt(height), chain_id, state)) return false;
+    if (!CheckWinnerSignature(*payload, block, chain_id, state)) return false;
     LogDebug(BCLog::VALIDATION, "Verified the training certificate of block %s\n", block.GetHash().ToString());
     return true;
 }
 
+/** Reason: bad-traincert-award. */
+static bool CheckAward(const TrainingCertificate& certificate, const TrainingCertificate* parent, BlockValidationState& state)
+{
+    const uint64_t table_weight{parent ? parent->contributions_weight : 0};
+    if (certificate.draw.has_value() == (table_weight > 0)) return true;
+    return Reject(state, "award", strprintf("%s, but the parent's table has weight %u", certificate.draw ? "drawn" : "appointed", table_weight));
+}
+
+/** Reason: bad-traincert-weight. */
+static bool CheckWeight(const TrainingDraw& draw, BlockValidationState& state)
+{
+    if (draw.weight > 0 && CheckContributionWeight(draw.params, draw.loss_reduction, draw.weight)) return true;
+    return Reject(state, "weight", strprintf("%u is not the weight of %u parameters and a loss reduction of %u", draw.weight, draw.params, draw.loss_reduction));
+}
+
+/** Reason: bad-traincert-draw. */
 static bool CheckDraw(const TrainingCertificate& certificate, const TrainingDraw& draw, const TrainingCertificate& parent, BlockValidationState& state)
 {
-    if (draw.weight == 0 || !CheckContributionWeight(draw.params, draw.loss_reduction, draw.weight)) {
-        return Reject(state, "weight", strprintf("%u is not the weight of %u parameters and a loss reduction of %u", draw.weight, draw.params, draw.loss_reduction));
-    }
     const MerkleSumNode leaf{ContributionLeaf(certificate.winner_key, draw.update_hash, draw.params, draw.loss_reduction, draw.weight)};
     const auto path{FollowContributionPath(leaf, draw.index, parent.contributions_count, draw.siblings)};
     if (!path || path->root.hash != parent.contributions_root || path->root.sum != parent.contributions_weight) {
@@ -209,27 +246,41 @@ static bool CheckDraw(const TrainingCertificate& certificate, const TrainingDraw
     return true;
 }
 
-bool ContextualCheckTrainingCertificate(const TrainingCertificate& certificate, const TrainingCertificate* parent, int64_t time, int64_t parent_time, const TrainingParams& params, BlockValidationState& state)
+/** Reason: bad-traincert-beacon. */
+static bool CheckBeacon(const TrainingCertificate& certificate, const TrainingCertificate* parent, const TrainingParams& params, BlockValidationState& state)
 {
-    const uint64_t table_weight{parent ? parent->contributions_weight : 0};
-    if (certificate.draw.has_value() != (table_weight > 0)) {
-        return Reject(state, "award", strprintf("%s, but the parent's table has weight %u", certificate.draw ? "drawn" : "appointed", table_weight));
-    }
-    if (certificate.draw && !CheckDraw(certificate, *certificate.draw, *parent, state)) return false;
-
     uint256 beacon;
     CSHA256().Write(certificate.beacon_reveal.data(), certificate.beacon_reveal.size()).Finalize(beacon.data());
-    const uint256& expected_beacon{parent ? parent->beacon_reveal : params.beacon};
-    if (beacon != expected_beacon) {
-        return Reject(state, "beacon", strprintf("the reveal's hash is %s, expected %s", HexStr(beacon), HexStr(expected_beacon)));
-    }
-    const uint256& model{parent ? parent->model_after : params.model};
-    if (certificate.model_before != model) {
-        return Reject(state, "model", strprintf("starts from model %s, expected %s", HexStr(certificate.model_before), HexStr(model)));
-    }
+    const uint256& expected{parent ? parent->beacon_reveal : params.beacon};
+    if (beacon == expected) return true;
+    return Reject(state, "beacon", strprintf("the reveal's hash is %s, expected %s", HexStr(beacon), HexStr(expected)));
+}
+
+/** Reason: bad-traincert-model. */
+static bool CheckModel(const TrainingCertificate& certificate, const TrainingCertificate* parent, const TrainingParams& params, BlockValidationState& state)
+{
+    const uint256& expected{parent ? parent->model_after : params.model};
+    if (certificate.model_before == expected) return true;
+    return Reject(state, "model", strprintf("starts from model %s, expected %s", HexStr(certificate.model_before), HexStr(expected)));
+}
+
+/** Reason: bad-traincert-round. */
+static bool CheckRound(const TrainingCertificate& certificate, int64_t time, int64_t parent_time, const TrainingParams& params, BlockValidationState& state)
+{
     const int64_t earliest{parent_time + int64_t{certificate.round} * params.round_seconds};
-    if (certificate.round > 0 && time < earliest) {
-        return Reject(state, "round", strprintf("round %u at time %d, allowed from %d on", certificate.round, time, earliest));
+    if (certificate.round == 0 || time >= earliest) return true;
+    return Reject(state, "round", strprintf("round %u at time %d, allowed from %d on", certificate.round, time, earliest));
+}
+
+bool ContextualCheckTrainingCertificate(const TrainingCertificate& certificate, const TrainingCertificate* parent, int64_t time, int64_t parent_time, const TrainingParams& params, BlockValidationState& state)
+{
+    if (!CheckAward(certificate, parent, state)) return false;
+    if (certificate.draw) {
+        if (!CheckWeight(*certificate.draw, state)) return false;
+        // A drawn award means that there is a parent with a table.
+        if (!CheckDraw(certificate, *certificate.draw, *parent, state)) return false;
     }
-    return true;
+    if (!CheckBeacon(certificate, parent, params, state)) return false;
+    if (!CheckModel(certificate, parent, params, state)) return false;
+    return CheckRound(certificate, time, parent_time, params, state);
 }

@@ -20,7 +20,7 @@ class Rpc:
         Raises RuntimeError with the node's own error, and requests' exceptions if it does not answer.
         """
         user, _, password = self._cookie_file.read_text().partition(":")
-        call = {"id": 0, "method": method, "params": params}
+        call: dict[str, Any] = {"id": 0, "method": method, "params": list(params)}
         response = requests.post(self._url, json=call, auth=(user, password), timeout=30)
         answer = response.json(parse_float=Decimal)
         if answer["error"]:

@@ -20,10 +20,11 @@ from coincurve import PrivateKey
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from traincert.bridge.consensus.block import read_payload, winner_sighash
+from traincert.bridge.consensus.block import winner_sighash
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.lottery import ContributionTable, Leaf, contribution_weight, draw_ticket
 from traincert.bridge.consensus.params import GENESIS_HASH, TrainingKeys, TrainingParams
+from traincert.bridge.consensus.rules import read_training_payload
 from traincert.bridge.testing.invalid import WRONG, WRONG_WITH_PARENT, digest, with_certificate
 from training_chain import COORDINATORS, TrainingChain, made_table
 
@@ -225,7 +226,7 @@ def _with_parent() -> Iterator[dict[str, Any]]:
         for reason, ways in WRONG_WITH_PARENT.items():
             for comment, change in ways.items():
                 if certificate.draw or reason in ("bad-traincert-beacon", "bad-traincert-model", "bad-traincert-round"):
-                    wrong = read_payload(change(chain.forger(height), block, certificate).vtx[0]).certificate
+                    wrong = read_training_payload(change(chain.forger(height), block, certificate).vtx[0]).certificate
                     yield case(f"{comment}, {where}", wrong, reason=reason)
         chain.advance(certificate, table)
         parent, prev_block = certificate, block.GetHash()

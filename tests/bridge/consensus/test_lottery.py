@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from traincert.bridge.consensus.codec import U64_MAX
 from traincert.bridge.consensus.lottery import (
     NO_ROOT,
-    U64_MAX,
     ContributionTable,
     Leaf,
-    Node,
+    TreeNode,
     contribution_weight,
     draw_ticket,
     follow_path,
@@ -42,14 +42,14 @@ def test_every_path_leads_from_its_leaf_to_the_root_and_from_no_other(count: int
         path = table.path(index)
         for other in range(count):
             end = follow_path(leaf_node(table.leaves[other]), index, count, path)
-            right = (Node(table.root, table.weight), starts[index])
+            right = (TreeNode(table.root, table.weight), starts[index])
             assert (end == right) == (other == index)
 
 
 @pytest.mark.parametrize("count", range(1, 10))
 def test_a_path_that_is_too_short_too_long_or_for_another_index_does_not_lead_to_the_root(count: int) -> None:
     table = ContributionTable(leaves(list(range(1, count + 1))))
-    root = (Node(table.root, table.weight), 0)
+    root = (TreeNode(table.root, table.weight), 0)
     for index in range(count):
         leaf, path = leaf_node(table.leaves[index]), table.path(index)
         assert follow_path(leaf, index, count, (*path, leaf)) is None
@@ -90,8 +90,8 @@ def test_a_total_of_more_than_64_bits_is_refused() -> None:
 
 
 def test_sums_that_overflow_end_no_path() -> None:
-    assert follow_path(Node(bytes(32), 1), 0, 2, [Node(bytes(32), U64_MAX)]) is None
-    assert follow_path(Node(bytes(32), 1), 0, 2, [Node(bytes(32), U64_MAX - 1)]) is not None
+    assert follow_path(TreeNode(bytes(32), 1), 0, 2, [TreeNode(bytes(32), U64_MAX)]) is None
+    assert follow_path(TreeNode(bytes(32), 1), 0, 2, [TreeNode(bytes(32), U64_MAX - 1)]) is not None
 
 
 @given(st.integers(0, U64_MAX), st.integers(0, U64_MAX))

@@ -8,12 +8,15 @@ import pytest
 from bitcoin.core import CBlock
 
 from make_vectors import VECTORS, make
-from traincert.bridge.chain import check_round, check_with_parent
-from traincert.bridge.consensus.block import check_block
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.codec import Reader, compact_size
-from traincert.bridge.consensus.lottery import Leaf, Node, follow_path, leaf_node
+from traincert.bridge.consensus.lottery import Leaf, TreeNode, follow_path, leaf_node
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
+from traincert.bridge.consensus.rules import (
+    check_coordinator_signatures,
+    check_training_certificate,
+    contextual_check_training_certificate,
+)
 from traincert.bridge.errors import CertificateError
 
 COMMITTED = json.loads(VECTORS.read_text())
@@ -56,10 +59,10 @@ def test_blocks_are_refused_for_the_reason_named(vector: dict[str, Any]) -> None
     block = CBlock.deserialize(bytes.fromhex(vector["block"]))
     params = params_of(vector["options"])
     if vector["reason"] is None:
-        check_block(block, vector["height"], params)
+        check_training_certificate(block, vector["height"], params)
     else:
         with pytest.raises(CertificateError) as caught:
-            check_block(block, vector["height"], params)
+            check_training_certificate(block, vector["height"], params)
         assert caught.value.reason == vector["reason"]
 
 
@@ -67,15 +70,14 @@ def test_blocks_are_refused_for_the_reason_named(vector: dict[str, Any]) -> None
 def test_certificates_are_refused_with_their_parent_for_the_reason_named(vector: dict[str, Any]) -> None:
     params = params_of(vector["options"])
     certificate = Certificate.read(Reader(bytes.fromhex(vector["certificate_hex"])))
-    certificate.check_signatures(params.chain_id, params.keys_at(certificate.height))
+    check_coordinator_signatures(certificate, params.keys_at(certificate.height), params.chain_id)
     parent = None
     if vector["parent_body_hex"]:
         no_signatures = compact_size(0)
         parent = Certificate.read(Reader(bytes.fromhex(vector["parent_body_hex"]) + no_signatures))
 
     def check() -> None:
-        check_with_parent(certificate, parent, params)
-        check_round(certificate, vector["time"], vector["parent_time"], params)
+        contextual_check_training_certificate(certificate, parent, vector["time"], vector["parent_time"], params)
 
     if vector["reason"] is None:
         check()
@@ -89,12 +91,12 @@ def test_paths_end_at_their_tables_root() -> None:
     for table in COMMITTED["tables"]:
         for path in table["paths"]:
             number = path["index"] ** 2 + 1
-            siblings = [Node(bytes.fromhex(node["hash"]), node["sum"]) for node in path["siblings"]]
+            siblings = [TreeNode(bytes.fromhex(node["hash"]), node["sum"]) for node in path["siblings"]]
             leaf = made_leaf_node(path["index"], number)
             end = follow_path(leaf, path["index"], table["count"], siblings)
-            assert end == (Node(bytes.fromhex(table["root"]), table["weight"]), path["start"])
+            assert end == (TreeNode(bytes.fromhex(table["root"]), table["weight"]), path["start"])
 
 
-def made_leaf_node(index: int, number: int) -> Node:
+def made_leaf_node(index: int, number: int) -> TreeNode:
     key = index.to_bytes(32, "big")
     return leaf_node(Leaf(key, sha256(key).digest(), number, number, number))

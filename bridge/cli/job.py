@@ -1,0 +1,88 @@
+"""The commands `traincert job ...`: training without a chain."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from traincert.bridge.cli.view import JobView, stdout_console
+from traincert.bridge.errors import BridgeError
+
+
+@click.group()
+def job() -> None:
+    """Training jobs, without any chain."""
+
+
+@job.command("show")
+@click.argument("job", metavar="JOB")
+def job_show(job: str) -> None:
+    """Print a job with all its keys, what they mean, and the defaults.
+
+    JOB is a TOML file, or the name of a job that comes with traincert: digits, fashion or text.
+    """
+    from traincert.trainer.job import TrainingJob
+
+    click.echo(TrainingJob.named(job).to_toml(), nl=False)
+
+
+@job.command("run")
+@click.argument("job", metavar="JOB")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The run's folder: what it needs to go on, TensorBoard's logs and the report.  [default: runs/JOB]",
+)
+@click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Miners.")
+@click.option("--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Worker processes.")
+def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
+    """Train a job, without any chain. A run that was interrupted goes on where it was.
+
+    JOB is a TOML file, or the name of a job that comes with traincert: digits, fashion or text.
+    """
+    from traincert.trainer.errors import JobError
+    from traincert.trainer.job import TrainingJob
+
+    training_job = TrainingJob.named(job)
+    out = out or Path("runs", Path(job).stem)
+    with JobView() as view:
+        view.step("importing PyTorch")
+        from traincert.trainer.run import run_job  # takes seconds
+
+        try:
+            report = run_job(training_job, out, miners, workers, view)
+        except JobError as error:
+            raise JobError(f"{job}: {error}") from error
+    console = stdout_console()
+    metric = training_job.metric.partition(":")[2]
+    target = "" if training_job.target_metric is None else f" (target: {training_job.target_metric})"
+    console.print(
+        f"test {metric} {report.test.metric:.4f}{target}, test loss {report.test.loss / 1e9:.4f} nats", soft_wrap=True
+    )
+    console.print(f"last record {report.head.hex()}", soft_wrap=True)
+    console.print(f"report: {report.path}\nTensorBoard: tensorboard --logdir {shlex.quote(str(out))}", soft_wrap=True)
+
+
+@job.command("replay")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--cycle", type=click.IntRange(1), help="Only this cycle.  [default: all that the store still has]")
+def job_replay(folder: Path, cycle: int | None) -> None:
+    """Do a run's tasks again, from its records and its store, and compare the updates' hashes."""
+    from traincert.trainer.records import RunFolder
+    from traincert.trainer.replay import replay_tasks
+
+    console = stdout_console()
+    different = total = 0
+    with RunFolder(folder) as run:
+        for each in replay_tasks(run, cycle):
+            total += 1
+            different += not each.same
+            verdict = "[green]same[/]" if each.same else f"[red]DIFFERENT[/], now {each.found}"
+            console.print(
+                f"cycle {each.cycle}, miner {each.miner[:8]}: update {each.recorded}: {verdict}", soft_wrap=True
+            )
+    if different:
+        raise BridgeError(f"{different} of {total} updates are different")
+    console.print(f"all {total} updates are the same")
