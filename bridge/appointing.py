@@ -1,6 +1,6 @@
-"""A coordinator without training: its cycles change no model, and their certificates say so.
+"""A coordinator without training. Its cycles change no model, and their certificates say so.
 
-For networks that other software is tested on: a block takes milliseconds, and the miner who wins can be chosen.
+It is for networks on which other software is tested: a block takes milliseconds, and the caller can choose the winner.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ class AppointingCoordinator:
         )
 
     def parent_table(self, template: Mapping[str, Any]) -> ContributionTable:
-        """Return the table that the winner of a template's slot is drawn from.
+        """Return the table from which the winner of a template's slot is drawn.
 
-        Raises BridgeError if it is not empty, and not of a block that was appended here.
+        Raises BridgeError if that table is not empty and its block was not appended by this coordinator.
         """
         if not template["training"]["contributions_count"]:
             return NO_TABLE
@@ -145,7 +145,7 @@ class AppointingCoordinator:
 
 
 def make_keys(folder: Path, start_height: int) -> TrainingParams:
-    """Make the keys of a network that nobody trains for, in a new folder, and return its parameters.
+    """Make the keys of a network without training, in a new folder, and return the network's parameters.
 
     Raises KeyFileError if they cannot be written.
     """
@@ -158,7 +158,7 @@ def make_keys(folder: Path, start_height: int) -> TrainingParams:
 def load_coordinator(folder: Path, node: NodeClient, payout_script: bytes) -> AppointingCoordinator:
     """Return the coordinator with the keys that `make_keys` made, for the network that a node is on.
 
-    `payout_script` is the scriptPubKey that all blocks pay to.
+    All blocks pay to `payout_script`, a scriptPubKey.
 
     Raises KeyFileError, JournalError, BridgeError if the node is on another network, and RpcError if it is on none.
     """

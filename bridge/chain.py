@@ -15,7 +15,7 @@ from traincert.bridge.rpc import NodeClient
 
 @dataclass(frozen=True)
 class CertifiedBlock:
-    """A block with a valid certificate; `hash` is as RPC shows it."""
+    """A block with a valid certificate. `hash` is in hex as RPC shows it."""
 
     hash: str
     block: CBlock
@@ -24,7 +24,7 @@ class CertifiedBlock:
 
 
 def certificate_json(block: CertifiedBlock) -> dict[str, Any]:
-    """Return a block's certificate as the node's gettrainingcertificate does."""
+    """Return a block's certificate as JSON, in the form of the node's gettrainingcertificate."""
     shown: dict[str, Any] = {"blockhash": block.hash}
     for name, value in vars(block.certificate).items():
         shown[name] = value.hex() if isinstance(value, bytes) else value
@@ -45,7 +45,7 @@ def certificate_json(block: CertifiedBlock) -> dict[str, Any]:
 def read_params(node: NodeClient) -> TrainingParams:
     """Return the parameters of the training network that a node is on.
 
-    Raises NodeCallError if it is on none.
+    Raises RpcError if the node is on none, and NodeUnreachableError if it does not answer.
     """
     info: dict[str, Any] = node.call("gettraininginfo")
     keys = {
@@ -62,7 +62,7 @@ def read_params(node: NodeClient) -> TrainingParams:
 def read_chain(node: NodeClient, params: TrainingParams) -> list[CertifiedBlock]:
     """Read all blocks from the start height to the tip, and check every rule of SPEC.md on each.
 
-    Raises CertificateError for the first rule that does not hold.
+    Raises CertificateError for the first rule that does not hold, RpcError and NodeUnreachableError.
     """
     chain: list[CertifiedBlock] = []
     before = node.call("getblockheader", node.call("getblockhash", params.start_height - 1))

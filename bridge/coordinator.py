@@ -1,4 +1,4 @@
-"""The coordinator's loop: cycle, table, draw, certificate, wait for the block, redraw if the winner is absent."""
+"""The coordinator's loop: run a cycle, certify the drawn winner, wait for its block, draw again if it is absent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
 from traincert.trainer.scoring import Contribution
 
 MAX_ROUND = 2**16 - 1
-OWN_NODE_TIME = 30.0  # seconds for the coordinator's node to be again where it was, after a restart
+OWN_NODE_TIME = 30.0  # seconds for the coordinator's node to come back to its tip after a restart
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def contribution_table(contributions: Iterable[Contribution]) -> ContributionTab
 class Coordinator:
     """Runs cycles and certifies them.
 
-    `state` is what the next cycle starts from, and `table` what the next winner is drawn from. A coordinator that goes
-    on where another was killed is given what the other's last cycle left.
+    `state` is what the next cycle starts from. `table` is what the next winner is drawn from. A coordinator that goes
+    on after a crash gets the state and the table that the last saved cycle left.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Coordinator:
                 if round_ < present.round:
                     continue
                 break
-            # Each winner has its round's time from now on; the next round's block must also be late enough.
+            # A winner has the whole round from now on. The next round's block must also be late enough for the rules.
             begin = max(time.time(), parent["time"] + round_ * self.params.round_seconds)
             handover = _hand_over(certificates[-1], producers.get(certificate.winner_key), self.params)
             if self._wait_for_block(height, begin + self.params.round_seconds):
@@ -131,11 +131,11 @@ class Coordinator:
         block_hash: str = self._node.call("getblockhash", height)
         certificate = self._read_certificate(block_hash, certificates)
         self.state, self.table = result.after, table
-        self._tip = None if present else block_hash  # the chain may have more blocks that we do not know yet
+        self._tip = None if present else block_hash  # more blocks from before the crash may follow
         return ClosedSlot(certificate, block_hash, result)
 
     def _find_parent(self, height: int) -> str:
-        """Return the block that the one at a height goes on: what closed the slot before, if there was one."""
+        """Return the hash of the block below a height: the block that closed the last slot."""
         if self._tip:
             if not self._node.wait_for_tip(self._tip, OWN_NODE_TIME):
                 raise BridgeError(f"{self._node.name} has left block {self._tip}, which closed the slot before")
@@ -152,7 +152,7 @@ class Coordinator:
         return block_hash
 
     def _certificate_at(self, height: int) -> Certificate | None:
-        """Return the certificate of our node's block at a height, if it has one."""
+        """Return the certificate of our node's block at a height, or None if there is no block."""
         if self._node.call("getblockcount") < height:
             return None
         return self._certificate_in(self._node.call("getblockhash", height))
@@ -162,14 +162,14 @@ class Coordinator:
         return read_training_payload(block.vtx[0]).certificate
 
     def _wait_for_block(self, height: int, until: float) -> bool:
-        """Whether our node has a block at a height before the clock says `until`."""
+        """Wait for our node to have a block at a height, until the clock says `until`. Returns whether it has one."""
         while (left := until - time.time()) > 0:  # a loop, because the clock may be set while we wait
             if self._node.wait_for_height(height, left):
                 return True
         return False
 
     def _read_certificate(self, block_hash: str, certificates: Sequence[Certificate]) -> Certificate:
-        """Return the one of our certificates that a block carries."""
+        """Return the certificate of ours that a block carries. Raises BridgeError if it carries another."""
         body = self._certificate_in(block_hash).body()
         for certificate in certificates:
             if certificate.body() == body:
@@ -179,16 +179,16 @@ class Coordinator:
     def _draw(
         self, beacon_reveal: bytes, prev_block: bytes, height: int, round_: int, miners: list[bytes]
     ) -> tuple[bytes, Draw | None]:
-        if not self.table.count:  # nothing to draw from: the coordinator appoints, one miner after the other
+        if not self.table.count:  # no table to draw from: the coordinator appoints the miners in turn
             return miners[(height + round_) % len(miners)], None
         return draw_winner(self.table, beacon_reveal, prev_block, round_)
 
 
 def _hand_over(certificate: Certificate, producer: NodeProducer | None, params: TrainingParams) -> Future[str]:
-    """Give a certificate to its winner, and to nobody else, and do not wait for what it does.
+    """Give a certificate to its winner, and to nobody else, without waiting for the winner's block.
 
-    A winner whose node hangs may answer much later, or never. A daemon thread delays neither the loop nor the
-    end of the process.
+    A winner whose node hangs may answer much later, or never. A daemon thread delays neither the loop nor the end of
+    the process.
     """
     handover = Future[str]()
 
@@ -205,7 +205,7 @@ def _hand_over(certificate: Certificate, producer: NodeProducer | None, params: 
 
 
 def _why_absent(handover: Future[str]) -> str:
-    """Say what is known of a winner whose block did not come; an error that is no miner's fault is raised."""
+    """Return what is known of a winner whose block did not come. Raises an error that is not the winner's fault."""
     if not handover.done():
         return "no answer yet"
     error = handover.exception()

@@ -50,17 +50,17 @@ class View(Protocol):
         """Show how many of the cycle's tasks are done."""
 
     def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
-        """Show that a winner's block did not come in its round's time."""
+        """Show that a winner's block did not come within its round."""
 
     def closed(self, slot: ClosedSlot, winner: str) -> None:
-        """Show a cycle whose block is in the chain."""
+        """Show a cycle that the chain has a block for."""
 
 
 @dataclass(frozen=True)
 class Deployment:
     """What `open_deployment` gives: the run, and who takes part in it.
 
-    `clients` are those of the nodes, in order; `names` are the miners' names by their key.
+    `clients` has a client for each node, in order. `names` has the miners' names by their key.
     """
 
     run: RunFolder
@@ -72,7 +72,7 @@ class Deployment:
     view: View
 
     def train(self, cycles: int) -> None:
-        """Go on until there have been so many cycles, and save each as soon as the chain has its block.
+        """Train until the run has `cycles` cycles, and save each as soon as the chain has its block.
 
         Raises BridgeError, RegtestError or TrainerError if that cannot be done.
         """

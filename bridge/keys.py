@@ -19,7 +19,7 @@ def create_secret(path: Path) -> bytes:
 
     Raises KeyFileError if the file is there already (a key is never overwritten) or cannot be written.
     """
-    secret = PrivateKey(secrets.token_bytes(32)).secret  # refuses the few numbers that are no key
+    secret = PrivateKey(secrets.token_bytes(32)).secret  # coincurve refuses the few numbers that are no key
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -37,7 +37,7 @@ def create_secret(path: Path) -> bytes:
 def load_secret(path: Path) -> bytes:
     """Read the 32 secret bytes of a key file.
 
-    Raises KeyFileError if it is missing, malformed, or if others may read it.
+    Raises KeyFileError if the file is missing or malformed, or if other users may read it.
     """
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -78,14 +78,14 @@ def create_network_keys(folder: Path, coordinators: int, miners: int) -> Network
 def load_network_keys(folder: Path) -> NetworkKeys:
     """Read the keys that `create_network_keys` made.
 
-    Raises KeyFileError if one of them must not be used, or if there are none.
+    Raises KeyFileError if there are none, or if one of them must not be used.
     """
     coordinators, miners = _load_numbered(folder, "coordinator"), _load_numbered(folder, "miner")
     return NetworkKeys(coordinators, load_secret(folder / "beacon.key"), miners)
 
 
 def _load_numbered(folder: Path, role: str) -> tuple[bytes, ...]:
-    """The secrets of a role's files, which are numbered from 0; there must be one."""
+    """Read the secrets of a role, whose files are numbered from 0. There must be at least one."""
     more = takewhile(Path.exists, (folder / f"{role}{number}.key" for number in count(1)))
     return tuple(map(load_secret, [folder / f"{role}0.key", *more]))
 

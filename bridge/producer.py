@@ -1,4 +1,4 @@
-"""A miner that won: builds, signs and submits its block to its own node."""
+"""The producer: the miner that won, while it builds, signs and submits its block."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CATCH_UP_TIME = 30.0  # seconds for the node to receive the parent block, and fo
 class Producer:
     """A miner's key, and the scriptPubKey that its blocks pay to.
 
-    With `compat_pow` its blocks also meet the network's target, see `build_block`.
+    With `compat_pow` its blocks also meet the network's proof-of-work target, see `build_block`.
     """
 
     def __init__(self, secret: bytes, payout_script: bytes, *, compat_pow: bool = True) -> None:
@@ -50,7 +50,7 @@ class Producer:
         return block_hash
 
     def submit(self, node: NodeClient, certificate: Certificate, block: CBlock) -> None:
-        """Give a block to the node. Raises BridgeError if it does not become its tip."""
+        """Submit a block to the node. Raises BridgeError, with the node's reason, if it does not become the tip."""
         answer = node.call("submitblock", block.serialize().hex())
         if answer not in (None, "duplicate"):
             refused = f"{node.name} refused block {certificate.height} {b2lx(block.GetHash())}"
@@ -58,7 +58,7 @@ class Producer:
 
 
 class NodeProducer(Producer):
-    """A producer with a node of its own, which it trusts: the one that runs on `datadir`."""
+    """A producer with a node of its own, which it trusts: the node that runs on `datadir`."""
 
     def __init__(self, secret: bytes, payout_script: bytes, datadir: Path, *, compat_pow: bool = True) -> None:
         super().__init__(secret, payout_script, compat_pow=compat_pow)
@@ -72,7 +72,9 @@ class NodeProducer(Producer):
         """
         if certificate.winner_key != self.miner_key:
             raise BridgeError(f"the certificate for block {certificate.height} is for another miner")
-        with NodeClient.from_datadir(self.datadir) as node:  # our own connection: if it hangs, only we wait
+        with NodeClient.from_datadir(
+            self.datadir
+        ) as node:  # a connection for this call only: if the node hangs, nobody else waits
             parent = b2lx(certificate.prev_block)
             if not node.wait_for_tip(parent, CATCH_UP_TIME):
                 raise BridgeError(f"{node.name} is not at block {parent}, nor was within {CATCH_UP_TIME:g} s")
@@ -84,7 +86,7 @@ class _TooEarlyError(BridgeError):
 
 
 def _wait_for_template(node: NodeClient, certificate: Certificate, params: TrainingParams) -> Mapping[str, Any]:
-    """Return a template for the certificate's slot, at a time from which on its round is allowed."""
+    """Return a template for the certificate's slot, as soon as the node's clock allows the certificate's round."""
     parent_time: int = node.call("getblockheader", b2lx(certificate.prev_block))["time"]
     earliest = parent_time + certificate.round * params.round_seconds if certificate.round else 0
     return retrying(_TooEarlyError, CATCH_UP_TIME)(_template, node, certificate.round, earliest, params)
@@ -93,7 +95,7 @@ def _wait_for_template(node: NodeClient, certificate: Certificate, params: Train
 def ask_for_template(node: NodeClient, params: TrainingParams) -> Mapping[str, Any]:
     """Return a node's template for a block that needs a certificate.
 
-    Raises BridgeError if its next block needs none, or one of another network.
+    Raises BridgeError if the node's next block needs none, or if the node is on another network.
     """
     template: Mapping[str, Any] = node.call("getblocktemplate", {"rules": ["segwit", "training"]})
     if "training" not in template:

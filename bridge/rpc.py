@@ -1,8 +1,8 @@
-"""One node over RPC: a connection that stays open, is asked again while a node starts, and waits for blocks.
+"""One node over RPC: a connection that stays open, repeats calls while the node starts, and waits for blocks.
 
-The only file that knows the library, bitcoinrpc. Errors are the harness's, so that a caller has one kind of each. The
-harness itself (traincert.regtest.Node.rpc) makes a new connection for each call with requests: its calls come from many
-threads at once, and from tests that run inside an event loop, where bitcoinrpc's own loop could not run.
+This is the only file that uses the library bitcoinrpc. Its errors are the harness's (traincert.regtest.errors), so
+callers see one kind of each. The harness itself calls nodes with requests (traincert.regtest.Node.rpc): tests call it
+from many threads, and from inside a running event loop, where bitcoinrpc would need a loop of its own.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from traincert.bridge.errors import BridgeError
 from traincert.regtest.errors import NodeUnreachableError, RpcError
 from traincert.regtest.node import RPC_IN_WARMUP, RPC_TIMEOUT, read_conf, read_cookie
 
-RETRY_TIME = 5.0  # seconds in which a node that is starting, or not there yet, is asked again
+RETRY_TIME = 5.0  # seconds for which a node that is starting, or is not there yet, is asked again
 
 
 class _NotReadyError(NodeUnreachableError):
-    """The call did not reach the node, or it is starting: asking again is harmless."""
+    """The call did not reach the node, or the node is starting. Calling again does no harm."""
 
 
 class _CutOffError(NodeUnreachableError):
-    """The node ended, or dropped the connection, before it answered."""
+    """The node ended or closed the connection before it answered."""
 
 
 def retrying(error: type[Exception], seconds: float) -> Retrying:
-    """Return a caller of functions: while one raises `error` it calls again, for at most so many seconds.
+    """Return tenacity's caller: it calls a function again while that raises `error`, for at most `seconds`.
 
     Then it raises the last error.
     """
@@ -51,8 +51,8 @@ def retrying(error: type[Exception], seconds: float) -> Retrying:
 class NodeClient:
     """A node's RPC interface, over one connection that is kept open.
 
-    The library is asynchronous; every call here waits for its answer, so that the loops that use it read from top to
-    bottom and an interrupt ends them at once.
+    bitcoinrpc is asynchronous. Each call here waits for its answer: the loops that use it read from top to bottom, and
+    Ctrl-C ends them at once. Not for several threads at once.
     """
 
     def __init__(self, url: str, cookie_file: Path, *, name: str) -> None:
@@ -64,9 +64,9 @@ class NodeClient:
 
     @classmethod
     def from_datadir(cls, datadir: Path) -> Self:
-        """Return a client of the regtest node that runs on a data directory: here, or where its rpcconnect says.
+        """Return a client of the regtest node on a data directory. The node is here, or where its rpcconnect says.
 
-        Raises BridgeError if there is no bitcoin.conf that names its port.
+        Raises BridgeError if the directory has no bitcoin.conf with an rpcport.
         """
         try:
             options = read_conf(datadir)
@@ -91,9 +91,9 @@ class NodeClient:
         self._runner.close()
 
     def call(self, method: str, *params: object) -> Any:
-        """Call an RPC method and return its result, as JSON has it.
+        """Call an RPC method and return its result, decoded from JSON.
 
-        Raises RpcError with the node's own error, and NodeUnreachableError if it did not answer.
+        Raises RpcError with the node's own error, and NodeUnreachableError if the node does not answer.
         """
         return retrying(_NotReadyError, RETRY_TIME)(lambda: self._run(self._call(method, params)))
 
@@ -101,13 +101,13 @@ class NodeClient:
         try:
             return self._runner.run(coroutine)
         finally:
-            coroutine.close()  # an interrupt may come before it began, which Python would warn of
+            coroutine.close()  # if Ctrl-C came before it began, Python would warn
 
     async def _call(self, method: str, params: tuple[object, ...]) -> Any:
         try:
             if self._rpc is None:
                 login = read_cookie(self._cookie_file)
-                # trust_env: a proxy from the environment has no business between us and our node
+                # trust_env: a proxy of the environment must not stand between us and our node
                 self._rpc = BitcoinRPC.from_config(self.url, login, timeout=RPC_TIMEOUT, trust_env=False)
             return await self._rpc.acall(method, list(params))
         except RPCError as error:
@@ -118,7 +118,7 @@ class NodeClient:
             raise _NotReadyError(f"{self.name} is not running: no {self._cookie_file}") from None
         except httpx.ConnectError as error:
             raise _NotReadyError(f"{self.name} at {self.url} does not answer: {error}") from error
-        except httpx.HTTPStatusError as error:  # 401: the node was restarted, its cookie is a new one
+        except httpx.HTTPStatusError as error:  # 401: the node was restarted and has a new cookie
             if self._rpc is not None:
                 await self._rpc.aclose()
                 self._rpc = None
@@ -130,7 +130,7 @@ class NodeClient:
             raise NodeUnreachableError(f"{self.name} at {self.url}: {method}: {problem}") from error
 
     def wait_for_height(self, height: int, timeout: float) -> bool:
-        """Wait until the node's tip is at a height or above it, for at most `timeout` seconds; whether it is.
+        """Wait until the node's tip has at least this height, for at most `timeout` seconds. Returns whether it has.
 
         A node that is restarted meanwhile is asked again.
         """
@@ -143,9 +143,9 @@ class NodeClient:
                 return False
 
     def wait_for_tip(self, block_hash: str, timeout: float) -> bool:
-        """Wait until a block is the node's tip, for at most `timeout` seconds; whether it is.
+        """Wait until a block is the node's tip, for at most `timeout` seconds. Returns whether it is.
 
-        It is preferred to rivals with as much work, which the node may have heard of first.
+        The node may have received another block with as much work first: it is told to prefer this one (preciousblock).
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -155,12 +155,14 @@ class NodeClient:
                     == block_hash
                 ):
                     return True
-                with contextlib.suppress(RpcError):  # it has not heard of the block yet
+                with contextlib.suppress(RpcError):  # the node does not have the block yet
                     self.call("preciousblock", block_hash)
             if time.monotonic() >= deadline:
                 return False
 
     def _long_poll(self, method: str, awaited: str | int, deadline: float) -> Mapping[str, Any]:
         left = min(deadline - time.monotonic(), RPC_TIMEOUT / 2)
-        answer: Mapping[str, Any] = self.call(method, awaited, max(1, int(left * 1000)))  # 0 would mean without end
+        answer: Mapping[str, Any] = self.call(
+            method, awaited, max(1, int(left * 1000))
+        )  # to the node 0 means: without end
         return answer

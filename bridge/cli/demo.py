@@ -1,4 +1,4 @@
-"""`traincert demo`: a network, a coordinator and miners on this machine; cycles; and a check of every claim made."""
+"""`traincert demo`: nodes, a coordinator and miners on this machine run some cycles; then every claim is checked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PICTURE = "loss.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the user asked for: the options of `traincert demo`."""
+    """The options of `traincert demo`."""
 
     directory: Path
     cycles: int
@@ -52,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence that the demo prints, and whether it was found true."""
+    """A sentence that the demo prints, and whether its check found it true."""
 
     text: str
     holds: bool
@@ -60,7 +60,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The chain as it was read back from the first node, the winners' names by key, and the claims."""
+    """The chain as it was read back from the first node, the winners' names by their key, and the claims."""
 
     chain: Sequence[CertifiedBlock]
     names: Mapping[bytes, str]
@@ -68,10 +68,10 @@ class Outcome:
 
 
 def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
-    """Run the demo: `plan.cycles` cycles on a network of its own, then check what came of them.
+    """Run `plan.cycles` cycles on a new network, then check what the demo claims.
 
-    Every process it started is stopped when this returns or raises; with `plan.keep` only the nodes are left, and only
-    if it returns.
+    All processes that it starts are stopped when this returns or raises. With `plan.keep` the nodes go on running, but
+    only if it returns.
 
     Raises BridgeError, RegtestError or TrainerError if it cannot be run to its end.
     """
@@ -104,7 +104,7 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
 
 
 def _prepare_directory(directory: Path) -> None:
-    """Make the directory, or empty it of what a former demo left."""
+    """Make the directory, or remove from it what an earlier demo left."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()) and not (directory / MARKER).exists():
@@ -124,7 +124,7 @@ def _prepare_directory(directory: Path) -> None:
 
 
 def _check(deployment: Deployment, params: TrainingParams, plan: Plan) -> tuple[Sequence[CertifiedBlock], list[Claim]]:
-    """Read the chain back and find out whether what the demo is about to say is true."""
+    """Read the chain back, and check each claim."""
     producers = deployment.producers
     clients, trainer, state = deployment.clients, deployment.trainer, deployment.coordinator.state
     chain = read_chain(clients[0], params)
@@ -180,7 +180,7 @@ def _same_certificates(client: NodeClient, chain: Sequence[CertifiedBlock]) -> b
 
 
 def _check_blocks(chain: Sequence[CertifiedBlock], *, check_pow: bool) -> bool:
-    bitcoin.SelectParams("regtest")  # the library's own, process-wide setting: the target that it allows
+    bitcoin.SelectParams("regtest")  # the library keeps the network, and so the allowed target, in a global variable
     try:
         for each in chain:
             CheckBlock(each.block, fCheckPoW=check_pow)
@@ -190,7 +190,7 @@ def _check_blocks(chain: Sequence[CertifiedBlock], *, check_pow: bool) -> bool:
 
 
 def _is_unseen(dataset: Dataset) -> bool:
-    """Whether no test image is in any miner's shard."""
+    """Whether no test image is in a miner's shard."""
 
     def images(folder: Path, digest: bytes) -> set[bytes]:
         (inputs,) = read_examples(dataset.job, folder, digest).inputs

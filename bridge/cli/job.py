@@ -13,13 +13,13 @@ from traincert.bridge.errors import BridgeError
 
 @click.group()
 def job() -> None:
-    """Training jobs, without any chain."""
+    """Train a job without a chain."""
 
 
 @job.command("show")
 @click.argument("job", metavar="JOB")
 def job_show(job: str) -> None:
-    """Print a job with all its keys, what they mean, and the defaults.
+    """Print a job with all keys, their meanings and their defaults.
 
     JOB is a TOML file, or the name of a job that comes with traincert: digits, fashion or text.
     """
@@ -33,12 +33,14 @@ def job_show(job: str) -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="The run's folder: what it needs to go on, TensorBoard's logs and the report.  [default: runs/JOB]",
+    help="The run folder, with the report and TensorBoard's logs.  [default: runs/JOB]",
 )
-@click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Miners.")
-@click.option("--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Worker processes.")
+@click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Number of miners.")
+@click.option(
+    "--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Number of worker processes."
+)
 def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
-    """Train a job, without any chain. A run that was interrupted goes on where it was.
+    """Train a job, without a chain. A run that was interrupted goes on where it ended.
 
     JOB is a TOML file, or the name of a job that comes with traincert: digits, fashion or text.
     """
@@ -67,9 +69,13 @@ def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
 
 @job.command("replay")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--cycle", type=click.IntRange(1), help="Only this cycle.  [default: all that the store still has]")
+@click.option(
+    "--cycle",
+    type=click.IntRange(1),
+    help="Replay only this cycle.  [default: all cycles whose models are still stored]",
+)
 def job_replay(folder: Path, cycle: int | None) -> None:
-    """Do a run's tasks again, from its records and its store, and compare the updates' hashes."""
+    """Do a run's tasks again, from its records and its store, and compare the hashes of the updates."""
     from traincert.trainer.records import RunFolder
     from traincert.trainer.replay import replay_tasks
 

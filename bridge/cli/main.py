@@ -1,4 +1,4 @@
-"""The command `traincert`. Torch is imported only by commands that train."""
+"""The command `traincert`. Only commands that train import torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ for group in (coordinator, job, network, node):
 
 
 def main() -> None:
-    """Run the command line: errors that we know are one line and an exit code, others keep their traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us, we end what we started
+    """Run the command line. An error that we know is one line and an exit code; any other keeps its traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM, like Ctrl-C, must end what we started
     try:
         sys.exit(cli.main(standalone_mode=False))
     except NodeUnreachableError as error:
@@ -76,7 +76,7 @@ def _fail(message: str, code: int) -> None:
 def chain(datadir: Path, as_json: bool) -> None:
     """Read a training chain from a running node, check every rule on it, and show its blocks.
 
-    A line for each winner that the node saw sign two blocks under one certificate comes last.
+    The last lines name each winner that signed two blocks under one certificate, as far as this node saw it.
     """
     from traincert.bridge.chain import certificate_json, read_chain, read_params
     from traincert.bridge.rpc import NodeClient
@@ -98,11 +98,17 @@ def chain(datadir: Path, as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo"),
     show_default=True,
-    help="Where keys, data directories and the picture go; a former demo's are replaced.",
+    help="The folder for keys, nodes and the picture. It replaces an earlier demo's.",
 )
-@click.option("--cycles", type=click.IntRange(1, 10_000), default=12, show_default=True, help="Cycles, a block each.")
-@click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Miners.")
-@click.option("--nodes", type=click.IntRange(1, 20), default=3, show_default=True, help="Nodes.")
+@click.option(
+    "--cycles",
+    type=click.IntRange(1, 10_000),
+    default=12,
+    show_default=True,
+    help="Number of cycles; each ends with a block.",
+)
+@click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Number of miners.")
+@click.option("--nodes", type=click.IntRange(1, 20), default=3, show_default=True, help="Number of nodes.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the model.")
 @click.option(
     "--round",
@@ -110,21 +116,21 @@ def chain(datadir: Path, as_json: bool) -> None:
     type=click.IntRange(1, 86400),
     default=60,
     show_default=True,
-    help="Seconds after which another winner is drawn for one that is absent.",
+    help="Seconds after which another winner is drawn, if the block does not come.",
 )
 @click.option("--keep", is_flag=True, help="Leave the nodes running at the end.")
 @click.option(
     "--compat-pow/--no-compat-pow",
     default=True,
-    help="Let producers also meet regtest's trivial target (default), so that tools which check proof of work, "
-    "unpatched nodes among them, take the blocks; --no-compat-pow turns it off.",
+    help="Make blocks that also meet regtest's trivial proof-of-work target (default). Then unpatched nodes and other "
+    "tools that check proof of work accept them.",
 )
 def demo(
     data: Path, cycles: int, miners: int, nodes: int, seed: int, round_seconds: int, keep: bool, compat_pow: bool
 ) -> None:
-    """Run a training network on this machine, and check what it is said to do."""
-    # Not before they are needed: torch, matplotlib and scikit-learn take seconds to import. But before the build, which
-    # takes a quarter of an hour, and would be for nothing if one of them is not there.
+    """Run a training network on this machine, and check every claim that is printed at the end."""
+    # Imported only here, because torch, matplotlib and scikit-learn take seconds. But before the build of a quarter of
+    # an hour, which would be in vain if one of them is missing.
     from traincert.bridge.cli.demo import PICTURE, Plan, run_demo
 
     programs = build_with_progress() / "bin"

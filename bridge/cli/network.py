@@ -1,4 +1,4 @@
-"""The commands `traincert network ...`: a network of nodes that stays until it is taken down."""
+"""The commands `traincert network ...`: a network of nodes that runs until it is taken down."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 
 @click.group()
 def network() -> None:
-    """A network of nodes on this machine, which stays until it is taken down.
+    """Run a network of nodes on this machine, until it is taken down.
 
     NODE is a node's name or number: node0 or 0.
     """
@@ -54,7 +54,7 @@ def in_folder(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def changes_network(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the network in --dir, which it may change."""
+    """Give a command the network in --dir, locked, so that the command may change it."""
 
     @in_folder
     @functools.wraps(command)
@@ -79,33 +79,33 @@ def one_node(command: Callable[..., None]) -> Callable[..., None]:
 
 @network.command("up")
 @in_folder
-@click.option("--nodes", "count", type=click.IntRange(1, 50), default=3, show_default=True, help="Nodes.")
+@click.option("--nodes", "count", type=click.IntRange(1, 50), default=3, show_default=True, help="Number of nodes.")
 @click.option(
     "--bitcoind",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The bitcoind to run, bitcoin-cli beside it.  [default: the one built by traincert node build]",
+    help="The bitcoind to run, with bitcoin-cli beside it.  [default: what `traincert node build` built]",
 )
 @click.option(
     "--backend",
     type=click.Choice(["process", "docker"]),
     default="process",
     show_default=True,
-    help="What nodes are: processes, or containers of the image traincert/node (make images).",
+    help="Run nodes as processes, or as containers of the image traincert/node (make images).",
 )
 @click.option(
     "--topology",
     default="full",
     show_default=True,
-    help="Who is linked to whom: line, ring, full, or a file with the numbers of two nodes on each line.",
+    help="Which nodes are linked: line, ring, full, or a file with two node numbers on each line.",
 )
-@click.option("--fees", is_flag=True, help="Pay fees in some blocks first, so that estimatesmartfee answers.")
-@click.option("--training", is_flag=True, help="Make it a training network, whose coordinator appoints the winners.")
+@click.option("--fees", is_flag=True, help="Make blocks with fees first, so that estimatesmartfee answers.")
+@click.option("--training", is_flag=True, help="Make a training network. Its coordinator appoints the winners.")
 @click.option(
     "--start-height",
     type=click.IntRange(1, 100_000),
     default=1,
     show_default=True,
-    help="From this height on blocks of a training network need certificates.",
+    help="The first height at which a block of a training network needs a certificate.",
 )
 def up(
     folder: Path,
@@ -158,7 +158,7 @@ def down(network: LastingNetwork) -> None:
 @in_folder
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(folder: Path, as_json: bool) -> None:
-    """Show the nodes, and what was done to them."""
+    """Show the nodes, their tips and peers, and the faults in force."""
     loaded = LastingNetwork.load(folder)
     if as_json:
         click.echo(json.dumps({"time": loaded.time, "nodes": status_json(loaded.status())}, indent=2))
@@ -170,7 +170,7 @@ def status(folder: Path, as_json: bool) -> None:
 @click.argument("nodes", nargs=-1, metavar="[NODE]...")
 @changes_network
 def start(network: LastingNetwork, nodes: Sequence[str]) -> None:
-    """Start nodes, all if none is named, and connect them."""
+    """Start nodes and connect them. Without a NODE it starts all."""
     for node in _chosen(network, nodes):
         node.start()
     network.connect()
@@ -181,7 +181,7 @@ def start(network: LastingNetwork, nodes: Sequence[str]) -> None:
 @click.argument("nodes", nargs=-1, metavar="[NODE]...")
 @changes_network
 def stop(network: LastingNetwork, nodes: Sequence[str]) -> None:
-    """Stop nodes in good order, all if none is named."""
+    """Stop nodes in good order. Without a NODE it stops all."""
     if nodes:
         for node in _chosen(network, nodes):
             node.stop()
@@ -191,13 +191,13 @@ def stop(network: LastingNetwork, nodes: Sequence[str]) -> None:
 
 @network.command("logs")
 @in_folder
-@click.option("-f", "--follow", is_flag=True, help="Go on as they grow.")
+@click.option("-f", "--follow", is_flag=True, help="Print new lines as they come.")
 @click.argument("nodes", nargs=-1, metavar="[NODE]...")
 def logs(folder: Path, follow: bool, nodes: Sequence[str]) -> None:
     """Show the end of the nodes' debug.log."""
     files = [str(node.chain_dir / "debug.log") for node in _chosen(LastingNetwork.load(folder), nodes)]
     command = ["tail", "-n", "20", *(["-F"] if follow else []), "--", *files]
-    os.execvp(command[0], command)  # noqa: S606 - the user's own tail, and no shell
+    os.execvp(command[0], command)  # noqa: S606 - the system's tail, without a shell
 
 
 @network.command("cli", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -226,7 +226,7 @@ def env(folder: Path) -> None:
 @click.argument("name")
 @changes_network
 def snapshot(network: LastingNetwork, name: str) -> None:
-    """Keep a copy of everything under a name; nodes are stopped for it and started again."""
+    """Copy the whole network under a name. The nodes are stopped meanwhile, and started again."""
     network.snapshot(name)
 
 
@@ -234,7 +234,7 @@ def snapshot(network: LastingNetwork, name: str) -> None:
 @click.argument("name")
 @changes_network
 def restore(network: LastingNetwork, name: str) -> None:
-    """Make everything as it was at a snapshot, and start all nodes."""
+    """Bring the whole network back to a snapshot, and start all nodes."""
     network.restore(name)
 
 
@@ -242,10 +242,10 @@ def restore(network: LastingNetwork, name: str) -> None:
 @click.argument("when")
 @changes_network
 def time(network: LastingNetwork, when: str) -> None:
-    """Set all nodes' clocks, and let them stand.
+    """Stop all nodes' clocks at a time.
 
-    WHEN is how much later (+90s, +30m, +1h, +2d, +1w), a moment (2030-01-01, 2030-01-01T12:00; UTC), or `real` to let
-    them go again as the machine's does.
+    WHEN is a step forward (+90s, +30m, +1h, +2d, +1w), a time in UTC (2030-01-01, 2030-01-01T12:00), or `real`: then
+    the clocks run again as the machine's.
     """
     moment = _moment(when, network.time)
     running = [node for node in network.nodes if node.pid is not None and not node.paused]
@@ -259,10 +259,10 @@ def time(network: LastingNetwork, when: str) -> None:
 @click.argument("count", type=click.IntRange(1, 10_000))
 @changes_network
 def mine(network: LastingNetwork, count: int) -> None:
-    """Make blocks on the first node, which pay the faucet, a wallet of it.
+    """Make blocks on the first node. They pay a wallet of that node, the faucet.
 
-    From a training network's start height on they have certificates of a coordinator that appoints the winners; its
-    cycles train nothing, and say so.
+    On a training network, blocks from the start height on get certificates: a coordinator appoints the winners, and the
+    certificates say that nothing was trained.
     """
     _faucet(network).mine(count)
     click.echo(network.nodes[0].rpc("getbestblockhash"))
@@ -273,7 +273,7 @@ def mine(network: LastingNetwork, count: int) -> None:
 @click.argument("amount")
 @changes_network
 def fund(network: LastingNetwork, address: str, amount: str) -> None:
-    """Pay an amount, in BTC, from the faucet, and confirm it; the txid is printed."""
+    """Pay AMOUNT, in BTC, from the faucet to ADDRESS, and confirm it with a block. Prints the txid."""
     try:
         btc = Decimal(amount)
     except InvalidOperation:
@@ -286,23 +286,23 @@ def fund(network: LastingNetwork, address: str, amount: str) -> None:
 @network.command("kill")
 @one_node
 def kill(network: LastingNetwork, node: int) -> None:
-    """End a node as a power failure would; `start` is the opposite."""
+    """End a node at once, like a power failure. `start` starts it again."""
     network.nodes[node].kill()
 
 
 @network.command("pause")
 @one_node
 def pause(network: LastingNetwork, node: int) -> None:
-    """Let a node stand still, its connections open; `resume` is the opposite."""
+    """Stop a node's process (SIGSTOP). It keeps its connections and answers nobody until `resume`."""
     network.nodes[node].pause()
 
 
 @network.command("resume")
 @one_node
 def resume(network: LastingNetwork, node: int) -> None:
-    """Let a paused node go on."""
+    """Let a paused node run again."""
     network.nodes[node].resume()
-    network.set_time(network.time)  # it may have missed a change
+    network.set_time(network.time)  # the clock may have been set meanwhile
     network.connect()
 
 
@@ -310,9 +310,9 @@ def resume(network: LastingNetwork, node: int) -> None:
 @click.argument("groups")
 @changes_network
 def partition(network: LastingNetwork, groups: str) -> None:
-    """Cut the links between groups of nodes, as in node0,node1|node2; `heal` is the opposite.
+    """Cut the links between groups of nodes, as in "node0,node1|node2". `heal` undoes it.
 
-    Nodes that are in no group are one together.
+    Nodes that you do not name form one more group.
     """
     network.partition([[_number(network, node) for node in group.split(",")] for group in groups.split("|")])
 
@@ -320,7 +320,7 @@ def partition(network: LastingNetwork, groups: str) -> None:
 @network.command("heal")
 @changes_network
 def heal(network: LastingNetwork) -> None:
-    """End a partition; returns when all nodes are connected again."""
+    """End a partition. Returns when all nodes are connected again."""
     network.heal()
 
 
@@ -330,7 +330,7 @@ def heal(network: LastingNetwork) -> None:
 @click.argument("duration")
 @changes_network
 def delay(network: LastingNetwork, node: str, other: str, duration: str) -> None:
-    """Let all that two nodes say to each other arrive later, as in 200ms or 1.5s; 0 is the opposite."""
+    """Delay all messages between two nodes, both ways, by 200ms or 1.5s, for example. 0 undoes it."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)|0", duration)
     if not match:
         raise click.BadParameter(f"{duration} is no duration such as 200ms, 1.5s or 0", param_hint="DURATION")
@@ -342,7 +342,7 @@ def delay(network: LastingNetwork, node: str, other: str, duration: str) -> None
 @network.command("disk-full")
 @one_node
 def disk_full(network: LastingNetwork, node: int) -> None:
-    """Let all that a node writes fail, as on a full disk; `disk-free` is the opposite."""
+    """Let every write of a node fail, as on a full disk. `disk-free` undoes it."""
     network.nodes[node].fill_disk()
 
 
@@ -356,7 +356,7 @@ def disk_free(network: LastingNetwork, node: int) -> None:
 @network.command("corrupt")
 @one_node
 def corrupt(network: LastingNetwork, node: int) -> None:
-    """Flip a byte of the last block in a node's block files; `repair` is the opposite."""
+    """Flip a byte of the last block in a node's block files. `repair` undoes it."""
     network.corrupt(node)
 
 
@@ -408,7 +408,7 @@ def _mine(network: LastingNetwork, count: int, address: str) -> None:
 
 
 def _leave_initial_download(network: LastingNetwork) -> None:
-    """Make a block if nodes wait for a recent one: until then they give their peers and wallets no transactions."""
+    """Make a block if a node is in initial block download: until then it relays no transactions."""
     running = [node for node in network.nodes if node.pid is not None and not node.paused]
     if any(node.rpc("getblockchaininfo")["initialblockdownload"] for node in running):
         _faucet(network).mine(1)
@@ -416,7 +416,7 @@ def _leave_initial_download(network: LastingNetwork) -> None:
 
 
 def _moment(when: str, now: int | None) -> int | None:
-    """Read WHEN: a Unix time in seconds."""
+    """Return what WHEN means: a Unix time in seconds, or None for the real time."""
     if when == "real":
         return None
     later = re.fullmatch(r"\+(\d+)([smhdw])", when)

@@ -23,11 +23,11 @@ def build_with_progress(kind: NodeKind = PATCHED) -> Path:
 
 @click.group()
 def node() -> None:
-    """The patched bitcoind, or the same without the patch."""
+    """Build the patched bitcoind, or bitcoind without the patch."""
 
 
 def which_node(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say which node is meant, as one NodeKind."""
+    """Give a command the options that choose a node, as one NodeKind."""
 
     @click.option("--base", metavar="RELEASE", help="The Bitcoin Core to build: 31 (the default) or 28.")
     @click.option("--stock", is_flag=True, help="Without the patch.")
@@ -54,7 +54,7 @@ def node_build(kind: NodeKind) -> None:
 @which_node
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def node_path(kind: NodeKind, as_json: bool) -> None:
-    """Print the folder of the built programs."""
+    """Print the folder with the built programs."""
     programs = node_folder(kind) / "bin"
     if not programs.is_dir():
         raise BridgeError(

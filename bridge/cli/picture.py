@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from traincert.bridge.chain import CertifiedBlock
 
-MAX_NAMED = 10  # winners that the legend and the colours tell apart
+MAX_NAMED = 10  # as many winners get a colour and a place in the legend
 
 
 def draw_picture(
@@ -16,8 +16,8 @@ def draw_picture(
 ) -> None:
     """Write a PNG.
 
-    `accuracies` are those on held-out data (0 to 1) of the model before the first block and after each; `names` are the
-    winners' names by key.
+    `accuracies` (0 to 1, on held-out data) has the accuracy of the model before the first block and after each block.
+    `names` has the winners' names by their key.
     """
     certificates = [each.certificate for each in chain]
     heights = [certificate.height for certificate in certificates]

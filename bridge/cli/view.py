@@ -1,4 +1,4 @@
-"""What the command line shows: live on a terminal, plain lines elsewhere; all of it on stderr."""
+"""What the command line shows: a live view on a terminal, plain lines elsewhere. Progress goes to stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from traincert.bridge.coordinator import ClosedSlot
     from traincert.regtest.lasting import NodeStatus
 
-PIPE_WIDTH = 180  # columns where the output is no terminal: wide enough that no line is folded
+PIPE_WIDTH = 180  # columns where the output is not a terminal: wide enough that no line is folded
 
 
 def stdout_console() -> Console:
@@ -34,7 +34,7 @@ def _stderr_console() -> Console:
 
 
 class BuildView:
-    """Progress of the node's build: a bar, or a line for each step and tenth of the way."""
+    """Progress of the node's build: a bar, or without a terminal a line for each step and each tenth of it."""
 
     def __init__(self) -> None:
         self._console = _stderr_console()
@@ -52,7 +52,7 @@ class BuildView:
             self._progress.stop()
 
     def update(self, step: str, done: int, total: int) -> None:
-        """Show a step, and how much of it is done, out of how much (0: not known)."""
+        """Show a step, and how much of it is done. A `total` of 0 means: not known."""
         text = f"node: {step}"
         self._progress.update(self._task, description=text, completed=done, total=total or None)
         if not self._console.is_terminal:
@@ -63,7 +63,7 @@ class BuildView:
 
 
 class _LiveTable:
-    """A growing table and a bar, or a line for each step and row. Use it as a context manager."""
+    """A growing table and a bar, or without a terminal a line for each step and row. Use it as a context manager."""
 
     def __init__(self, columns: Sequence[str]) -> None:
         self._console = _stderr_console()
@@ -84,7 +84,7 @@ class _LiveTable:
             self._live.stop()
 
     def step(self, text: str) -> None:
-        """Say what is being done now."""
+        """Show the step that begins now."""
         self._progress.update(self._task, description=text, completed=0, total=None)
         if not self._console.is_terminal:
             self._console.print(text)
@@ -106,12 +106,12 @@ class CyclesView(_LiveTable):
         super().__init__(("height", "winner", "updates taken", "held-out loss", "held-out accuracy", "block"))
 
     def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
-        """Show that a winner's block did not come in its round's time."""
+        """Show that a winner's block did not come within its round."""
         text = f"block {certificate.height}: {winner} is absent, drawing again ({reason})"
         self._console.print(text, markup=False, soft_wrap=True)
 
     def closed(self, slot: ClosedSlot, winner: str) -> None:
-        """Show a cycle whose block is in the chain."""
+        """Show a cycle that the chain has a block for."""
         certificate, result = slot.certificate, slot.result
         updates = f"{len(result.contributions)} of {len(result.tasks)}"
         loss = f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}"
@@ -131,7 +131,7 @@ class JobView(_LiveTable):
         super().__init__(("cycle", "updates taken", "refused", "bytes", "held-out loss", "held-out metric", "model"))
 
     def cycle(self, record: Mapping[str, Any]) -> None:
-        """Show a cycle that is over, by its record."""
+        """Show a finished cycle, by its record."""
         tasks = record["tasks"]
         refused = Counter(task["refusal"] for task in tasks if task["refusal"])
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(refused.items()))
@@ -147,7 +147,7 @@ class JobView(_LiveTable):
 
 
 def _in_round(certificate: Certificate) -> str:
-    """The note that winners were absent before this one."""
+    """Return the note that earlier winners of this slot were absent, or nothing."""
     return f" (round {certificate.round})" if certificate.round else ""
 
 
@@ -157,10 +157,10 @@ def _progress(console: Console) -> Progress:
 
 
 def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | None = None) -> Table:
-    """Return a table with a row a block.
+    """Return a table with a row for each block.
 
-    Winners are shown by name, or by the start of their key, with the round if the slot was redrawn; losses in nats, on
-    held-out data; the winner's weight out of the total of the table that it was drawn from, unless it was appointed.
+    A winner is shown by its name, or by the start of its key, with the round if the slot was drawn again. Losses are in
+    nats, on held-out data. The weight is shown with the total of the table from which the winner was drawn.
     """
     table = Table(box=None)
     table.add_column("height", justify="right")
@@ -181,17 +181,17 @@ def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | No
             f"{certificate.draw.weight:,} / {total:,}" if certificate.draw else certificate.award,
             block.hash,
         )
-        total = certificate.contributions_weight  # what the next winner is drawn from
+        total = certificate.contributions_weight  # the next winner is drawn from this table
     return table
 
 
 def shown_time(time: int) -> str:
-    """Return a Unix time in seconds as people read it."""
+    """Return a Unix time in seconds as readable text."""
     return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def status_table(status: Iterable[NodeStatus], time: int | None) -> Table:
-    """Return a table with a row a node."""
+    """Return a table with a row for each node."""
     title = None if time is None else f"all clocks stand at {shown_time(time)}"
     table = Table(box=None, title=title, title_justify="left")
     for name in ("node", "state", "pid", "RPC port", "height", "tip", "peers", "faults"):

@@ -1,7 +1,7 @@
 """The coordinator's beacon: a SHA-256 hash chain, revealed backwards.
 
-Its anchor is fixed when the network starts; each certificate reveals the preimage of the one before. So the value that
-draws a winner was fixed before the table that it draws from, and nobody but the coordinator knew it.
+Its last value, the anchor, is public when the network starts. Each certificate reveals the preimage of the value
+before. So every value was fixed before the table from which it draws a winner, and only the coordinator knew it.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ class Beacon:
         return self._values[-1]
 
     def reveal(self, slot: int) -> bytes:
-        """Return the preimage that the certificate of slot 0, 1, 2, ... reveals.
+        """Return the value that the certificate of slot 0, 1, 2, ... reveals, 32 bytes.
 
-        A slot's redraws and its rivals on other forks all reveal the same.
+        All rounds of a slot, and all blocks that compete for it, reveal the same value.
 
         Raises BridgeError when the beacon is used up.
         """

@@ -42,9 +42,9 @@ def build_block(
 ) -> CBlock:
     """Build and sign the block that a certificate allows.
 
-    `template` is getblocktemplate's answer, `payout_script` the scriptPubKey that is paid, and `sign` makes the
-    winner's BIP340 signature of 32 bytes. With `compat_pow` nonces are tried (two on average on regtest) until the hash
-    also meets the template's target, so that tools which check proof of work take the block.
+    `template` is getblocktemplate's answer. `payout_script` is the scriptPubKey that the block pays to. `sign` takes 32
+    bytes and returns the winner's BIP340 signature of them. With `compat_pow` nonces are tried, on average two on
+    regtest, until the hash meets the template's target: then tools that check proof of work accept the block, too.
 
     Raises BridgeError if the template is for another slot than the certificate, and EncodingError if a field of the
     certificate, chain_id or the signature does not fit.
@@ -61,7 +61,7 @@ def build_block(
     target = uint256_from_compact(nbits)
     for nonce in range(MAX_NONCE + 1):
         block = _with_signature(bytes(SIGNATURE_SIZE), coinbase, transactions, template, nbits, nonce)
-        # The zero signature's Merkle root is the one that the winner signs: a signature cannot sign itself.
+        # A signature cannot sign itself: the winner signs the Merkle root of the block with 64 zeros in its place.
         signature = sign(tagged_hash("traincert/block", chain_id + block.get_header().serialize()))
         encode_bytes("winner_signature", signature, SIGNATURE_SIZE)
         block = _with_signature(signature, coinbase, transactions, template, nbits, nonce)
@@ -109,7 +109,7 @@ def _with_signature(
 
 
 def winner_sighash(block: CBlock, output: int, chain_id: bytes) -> bytes:
-    """Return the 32 bytes that the winner signs, for a block whose payload is in that output of its coinbase."""
+    """Return the 32 bytes that the winner signs. `output` is the number of the coinbase output with the payload."""
     coinbase = CMutableTransaction.from_tx(block.vtx[0])
     script = coinbase.vout[output].scriptPubKey
     coinbase.vout[output].scriptPubKey = CScript(script[:-SIGNATURE_SIZE] + bytes(SIGNATURE_SIZE))

@@ -20,7 +20,10 @@ SIGNATURE_SIZE = 64
 
 @dataclass(frozen=True)
 class Draw:
-    """The winner's leaf in the parent's table (its miner_key is the certificate's winner_key), and its path."""
+    """The winner's leaf in the parent's table, and the path from it to the root.
+
+    The leaf's miner_key is the certificate's winner_key. `siblings` go from the leaf to the root.
+    """
 
     update_hash: bytes
     params: int
@@ -43,7 +46,7 @@ def draw_winner(table: ContributionTable, beacon_reveal: bytes, prev_block: byte
 
 
 def draw_of(table: ContributionTable, index: int) -> tuple[bytes, Draw]:
-    """Return the key of the miner of a leaf, and the leaf's place in the table."""
+    """Return the miner's key of a table's leaf, and the leaf's place in the table."""
     leaf = table.leaves[index]
     draw = Draw(leaf.update_hash, leaf.params, leaf.loss_reduction, leaf.weight, index, table.path(index))
     return leaf.miner_key, draw
@@ -129,9 +132,9 @@ class Certificate:
 
     @classmethod
     def read(cls, reader: Reader) -> Certificate:
-        """Read a certificate.
+        """Read a certificate from the front of some bytes.
 
-        Raises CertificateError: -version for any other than version 1, -parse for what is malformed.
+        Raises CertificateError: -version for another version than 1, -parse for malformed bytes.
         """
         if reader.left() and reader.data[reader.position] != VERSION:
             raise CertificateError("version", f"version {reader.data[reader.position]}, expected {VERSION}")

@@ -14,7 +14,7 @@ U64_MAX = 2**64 - 1
 
 
 def tagged_hash(tag: str, message: bytes) -> bytes:
-    """BIP340's tagged hash, 32 bytes."""
+    """Return BIP340's tagged hash of a message, 32 bytes."""
     prefix = hashlib.sha256(tag.encode()).digest()
     return hashlib.sha256(prefix + prefix + message).digest()
 
@@ -62,14 +62,14 @@ def verify_schnorr(xonly_key: bytes, message: bytes, signature: bytes) -> bool:
 
 
 class Reader:
-    """Reads little-endian fields off the front of some bytes."""
+    """Reads little-endian fields from the front of some bytes."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.position = 0
 
     def take(self, length: int) -> bytes:
-        """Read `length` bytes. Raises ValueError if there are fewer."""
+        """Read `length` bytes. Raises ValueError if fewer are left."""
         end = self.position + length
         if end > len(self.data):
             raise ValueError(f"{length} bytes expected at {self.position}, {len(self.data) - self.position} there")

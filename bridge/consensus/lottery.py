@@ -34,9 +34,9 @@ class Leaf(NamedTuple):
         """Return the bytes that the leaf's hash is of. Raises EncodingError if a field does not fit."""
         try:
             if len(self.miner_key) == len(self.update_hash) == 32:
-                return _LEAF.pack(*self)  # it alone would pad a short key with zeros
+                return _LEAF.pack(*self)  # struct alone would pad a short key with zeros
         except (struct.error, TypeError):
-            pass  # said below, by the field's name
+            pass  # the encoders below name the field
         hashes = encode_b32("miner_key", self.miner_key) + encode_b32("update_hash", self.update_hash)
         return hashes + b"".join(encode_uint(name, getattr(self, name), 8) for name in self._fields[2:])
 
@@ -105,7 +105,7 @@ class ContributionTable:
         return bisect_right(self._ends, ticket)
 
     def path(self, index: int) -> tuple[TreeNode, ...]:
-        """Return a leaf's siblings, leaf to root."""
+        """Return the siblings of the leaf with this index, from the leaf to the root."""
         siblings = []
         for level in self._levels[:-1]:
             at = (index ^ 1) * _NODE_SIZE
@@ -117,7 +117,10 @@ class ContributionTable:
 
 
 def _build_levels(leaves: Sequence[Leaf]) -> list[bytearray]:
-    """All levels of the tree, leaves first, each as its nodes' bytes: two neighbours are just what a branch hashes."""
+    """Return all levels of the tree, leaves first, each as the bytes of its nodes.
+
+    Two neighbours stand side by side, as a branch hashes them.
+    """
     hasher = _tagged_hasher("traincert/contribution")
     level = bytearray()
     for leaf in leaves:
@@ -154,7 +157,7 @@ def leaf_node(leaf: Leaf) -> TreeNode:
 
 
 def branch_node(left: TreeNode, right: TreeNode) -> TreeNode | None:
-    """Return the parent of two nodes, or None if their sums overflow."""
+    """Return the parent of two nodes, or None if the sum of their weights overflows u64."""
     total = left.sum + right.sum
     if total > U64_MAX:
         return None
@@ -165,8 +168,8 @@ def branch_node(left: TreeNode, right: TreeNode) -> TreeNode | None:
 def follow_path(leaf: TreeNode, index: int, count: int, siblings: Sequence[TreeNode]) -> tuple[TreeNode, int] | None:
     """Follow a path from a leaf to the root.
 
-    Returns the node where it ends and the weight of all leaves to the left of the leaf; None if the index is not below
-    the count, if the siblings are more or fewer than the path needs, or if the sums overflow.
+    Returns the node at its end, and the total weight of all leaves to the left of the leaf. Returns None if the index
+    is not below the count, if the path has too many or too few siblings, or if the sums overflow u64.
     """
     if index >= count:
         return None
@@ -187,10 +190,12 @@ def follow_path(leaf: TreeNode, index: int, count: int, siblings: Sequence[TreeN
 
 
 def draw_ticket(beacon_reveal: bytes, prev_block: bytes, round_: int, contributions_weight: int) -> int:
-    """Return the ticket drawn from a table of a total weight: below it, and the same for everyone.
+    """Return the ticket that is drawn, from 0 to contributions_weight - 1. Everybody draws the same.
 
-    `beacon_reveal` and `prev_block` are 32 bytes each, the block's hash in header byte order. The table must not be
-    empty. Raises EncodingError if an argument does not fit its field.
+    `beacon_reveal` and `prev_block` are 32 bytes each, the block hash in header byte order. The table must not be
+    empty.
+
+    Raises EncodingError if an argument does not fit its field.
     """
     message = encode_b32("beacon_reveal", beacon_reveal) + encode_b32("prev_block", prev_block)
     seed = tagged_hash("traincert/draw", message + encode_uint("round", round_, 2))

@@ -1,4 +1,4 @@
-"""What defines a training network: the node's -training... options."""
+"""The parameters that define a training network: the node's -training... options."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class TrainingKeys:
 class TrainingParams:
     """The parameters of a training network.
 
-    `keys` are by the height from which on they are in force, `beacon` is the anchor of the coordinator's hash chain and
-    `model` the hash of the model that training starts from (32 bytes each).
+    `keys` has the coordinator's keys by the height from which they are in force. `beacon` is the anchor of the beacon,
+    and `model` the hash of the model that training starts from, 32 bytes each.
     """
 
     keys: Mapping[int, TrainingKeys]
@@ -36,11 +36,11 @@ class TrainingParams:
 
     @property
     def start_height(self) -> int:
-        """From this height on blocks need a certificate."""
+        """The first height at which a block needs a certificate."""
         return min(self.keys)
 
     def keys_at(self, height: int) -> TrainingKeys:
-        """Return the keys in force at a height, which must not be below the start height."""
+        """Return the keys in force at a height, which must be the start height or above it."""
         return self.keys[max(start for start in self.keys if start <= height)]
 
     @property
@@ -58,7 +58,7 @@ class TrainingParams:
         return tagged_hash("traincert/chain", message)
 
     def node_options(self) -> dict[str, str | list[str]]:
-        """Return them as bitcoin.conf has them."""
+        """Return the parameters as options of bitcoin.conf."""
         return {
             "trainingkeys": [
                 f"{height}:{keys.threshold}:{','.join(key.hex() for key in keys.keys)}"

@@ -33,7 +33,7 @@ class Payload:
 
 
 def _match_payload(script: CScript) -> bytes | None:
-    """The push of a script that starts with OP_RETURN and a push which starts with the magic; None of another."""
+    """Return what a script pushes, if it is OP_RETURN and a push that starts with the magic; else None."""
     try:
         operations = script.raw_iter()
         if next(operations)[0] != OP_RETURN:
@@ -185,9 +185,10 @@ def check_round(certificate: Certificate, time: int, parent_time: int, params: T
 def contextual_check_training_certificate(
     certificate: Certificate, parent: Certificate | None, time: int, parent_time: int, params: TrainingParams
 ) -> None:
-    """Check a certificate with its parent's: a fair draw, beacon and lineage unbroken, no redraw too early.
+    """Check a block with its parent: the draw is fair, beacon and lineage are unbroken, no redraw came too early.
 
-    `parent` is None at the start height; `time` and `parent_time` are the nTime of the two blocks.
+    `parent` is the parent's certificate, None at the start height. `time` and `parent_time` are the nTime of the two
+    blocks.
 
     Raises CertificateError for the first rule that does not hold.
     """

@@ -1,6 +1,6 @@
-"""Blocks that are wrong in one thing: ways to break each rule, as changes to a valid block.
+"""Invalid blocks: ways to break each rule, each as one change to a valid block.
 
-The rules' own tests use them, and so can tests of other software, see `TrainingNetwork.append_invalid`.
+The tests of the rules use them. Tests of other software can too, see `TrainingNetwork.append_invalid`.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from traincert.bridge.consensus.lottery import ContributionTable, TreeNode
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError
 
-AUX = bytes(32)  # BIP340's auxiliary bytes, fixed so that vectors can be made again
+AUX = bytes(32)  # BIP340's auxiliary bytes; fixed, so that making the vectors again gives the same bytes
 PREFIX = "bad-traincert-"
 
 
 def digest(name: str) -> bytes:
-    """Return 32 bytes that stand for something with a name: a hash, or a secret that is none."""
+    """Return 32 bytes for a name: a made-up hash, or a secret key that is not secret."""
     return hashlib.sha256(name.encode()).digest()
 
 
 @dataclass(frozen=True)
 class Forger:
-    """All of a network's secrets and the slot's tables, which it takes to make a block wrong in just one thing.
+    """All secrets of a network, and the tables of a slot: enough to make a block that is wrong in just one thing.
 
-    `coordinators` are all the secret keys in force, 2 of which sign, and `miners` those of the miners by public key;
-    the winner is drawn from `parent_table`, and `table` is what the block itself commits to.
+    `coordinators` are all secret keys in force; two of them sign. `miners` are the miners' secret keys by public key.
+    The winner is drawn from `parent_table`; the block itself commits to `table`.
     """
 
     params: TrainingParams
@@ -55,7 +55,7 @@ class Forger:
     table: ContributionTable
 
     def sign(self, certificate: Certificate, signers: Sequence[int] | None = None) -> Certificate:
-        """Sign a certificate, by default with the keys that have signed it."""
+        """Sign a certificate, by default with the keys that have signed it already. For tests only: there is no journal."""
         if signers is None:
             signers = [each.key_index for each in certificate.coordinator_signatures]
         message = certificate.sighash(self.params.chain_id)
@@ -63,14 +63,14 @@ class Forger:
         return replace(certificate, coordinator_signatures=tuple(signatures))
 
     def draw(self, beacon_reveal: bytes, prev_block: bytes, round_: int) -> tuple[bytes, Draw | None]:
-        """Return the winner's key, and its place in the parent's table if that has any leaves."""
+        """Return the winner's key, and its place in the parent's table; None as the place if that table is empty."""
         if not self.parent_table.count:
             return next(iter(self.miners)), None
         return draw_winner(self.parent_table, beacon_reveal, prev_block, round_)
 
 
 def with_scripts(block: CBlock, *scripts: bytes) -> CBlock:
-    """Return the block with other outputs in place of the coinbase's last one, which is the payload."""
+    """Return the block with other outputs instead of the coinbase's last one, which holds the payload."""
     coinbase = CMutableTransaction.from_tx(block.vtx[0])
     coinbase.vout[-1:] = [CTxOut(0, CScript(script)) for script in scripts]
     vtx = [coinbase, *block.vtx[1:]]
@@ -80,13 +80,13 @@ def with_scripts(block: CBlock, *scripts: bytes) -> CBlock:
 
 
 def payload_of(block: CBlock) -> bytes:
-    """Return the payload, which is in the coinbase's last output."""
+    """Return the payload, from the coinbase's last output."""
     push: bytes = list(block.vtx[0].vout[-1].scriptPubKey)[1]
     return push
 
 
 def with_certificate(forger: Forger, block: CBlock, certificate: Certificate) -> CBlock:
-    """Return the block with another certificate, signed by its winner all the same."""
+    """Return the block with another certificate, signed by that certificate's winner."""
     payload = PAYLOAD_MAGIC + certificate.serialize()
     blank = with_scripts(block, payload_script(payload + bytes(SIGNATURE_SIZE)))
     message = winner_sighash(blank, len(blank.vtx[0].vout) - 1, forger.params.chain_id)
@@ -100,7 +100,7 @@ Change = Callable[[Forger, CBlock, Certificate], CBlock]
 
 
 def _edit(**changes: Any) -> Change:
-    """Other fields, signed by coordinator and winner as if they were right."""
+    """Change fields, and sign as coordinator and winner as if they were right."""
     return lambda forger, block, cert: with_certificate(forger, block, forger.sign(replace(cert, **changes)))
 
 
@@ -121,7 +121,7 @@ def _pushdata4(payload: bytes) -> bytes:
 
 
 def _long_count(_: Forger, block: CBlock, certificate: Certificate) -> CBlock:
-    """The number of coordinator signatures as a CompactSize of three bytes."""
+    """Write the number of coordinator signatures as a CompactSize of three bytes, not one."""
     at = len(PAYLOAD_MAGIC + certificate.body())
     payload = payload_of(block)
     return with_scripts(block, payload_script(payload[:at] + b"\xfd\x02\x00" + payload[at + 1 :]))
@@ -161,7 +161,7 @@ def _other_chain(forger: Forger, block: CBlock, certificate: Certificate) -> CBl
 
 
 def _other_height(forger: Forger, block: CBlock, certificate: Certificate) -> CBlock:
-    # 1000 in the vectors, which are of height 3
+    # the vectors are of height 3: this gives 1000
     return _edit(height=certificate.height + 997)(forger, block, certificate)
 
 
@@ -228,7 +228,7 @@ def _edit_sibling(change: Callable[[TreeNode], TreeNode]) -> Change:
 
 
 def _drawn_with(beacon_reveal: Callable[[Forger, Certificate], bytes]) -> Change:
-    """Another reveal, and the winner that it draws."""
+    """Reveal another value, and take the winner that it draws."""
 
     def change(forger: Forger, block: CBlock, certificate: Certificate) -> CBlock:
         reveal = beacon_reveal(forger, certificate)
@@ -239,7 +239,7 @@ def _drawn_with(beacon_reveal: Callable[[Forger, Certificate], bytes]) -> Change
 
 
 def _in_round(round_: int) -> Change:
-    """Drawn in another round."""
+    """Take the winner of another round."""
 
     def change(forger: Forger, block: CBlock, certificate: Certificate) -> CBlock:
         winner, draw = forger.draw(certificate.beacon_reveal, certificate.prev_block, round_)
@@ -249,14 +249,14 @@ def _in_round(round_: int) -> Change:
 
 
 def _other_rounds_winner(forger: Forger, block: CBlock, certificate: Certificate) -> CBlock:
-    """Who would win another round."""
+    """Take the winner of another round, but say round 0."""
     rounds = (forger.draw(certificate.beacon_reveal, certificate.prev_block, i) for i in itertools.count(1))
     winner, draw = next(each for each in rounds if each[1] != certificate.draw)
     return _edit(winner_key=winner, draw=draw)(forger, block, certificate)
 
 
 def _other_tables_winner(forger: Forger, block: CBlock, certificate: Certificate) -> CBlock:
-    """Who would win if the cycle's own table were drawn from."""
+    """Take the winner that a draw from the block's own table gives."""
     winner, draw = draw_winner(forger.table, certificate.beacon_reveal, certificate.prev_block, certificate.round)
     return _edit(winner_key=winner, draw=draw)(forger, block, certificate)
 
@@ -315,9 +315,9 @@ WRONG_WITH_PARENT: dict[str, dict[str, Change]] = {
 
 
 def full_reason(name: str) -> str:
-    """Return a reason as the node says it, given with or without the `bad-traincert-` that all have.
+    """Return the reason as the node says it. `name` may lack the prefix `bad-traincert-`.
 
-    Raises BridgeError, which lists the reasons, if there is none like it.
+    Raises BridgeError, with a list of all reasons, if there is none of this name.
     """
     reason = PREFIX + name.removeprefix(PREFIX)
     reasons = WRONG | WRONG_WITH_PARENT
@@ -327,15 +327,15 @@ def full_reason(name: str) -> str:
 
 
 def break_rule(reason: str, forger: Forger, block: CBlock, certificate: Certificate) -> CBlock:
-    """Return a valid block changed so that a node refuses it for a reason, in a way that suits the slot.
+    """Return a valid block changed so that a node refuses it for the reason given.
 
-    Its own table must not be empty, and its nTime the earliest that there may be.
+    The block's own table must not be empty, and its nTime must be the earliest that is allowed.
 
-    Raises BridgeError if the reason is about a draw, and the parent has no table to draw from.
+    Raises BridgeError if the reason is about a draw and the parent's table is empty.
     """
     if reason == "bad-traincert-award" and certificate.draw is None:
         winner, draw = draw_of(forger.table, 0)
         return _edit(winner_key=winner, draw=draw)(forger, block, certificate)
-    if reason == "bad-traincert-draw":  # other ways are none where the table has one leaf
+    if reason == "bad-traincert-draw":  # the other ways need a table of two leaves
         return WRONG_WITH_PARENT[reason]["another update"](forger, block, certificate)
     return next(iter((WRONG | WRONG_WITH_PARENT)[reason].values()))(forger, block, certificate)

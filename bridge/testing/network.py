@@ -1,6 +1,6 @@
-"""Training networks for tests, with known secrets: valid blocks in milliseconds, and blocks that break a rule.
+"""Training networks for tests, with known secrets: a valid block takes milliseconds, an invalid one breaks one rule.
 
-The pytest fixture `training_network` (plugin.py) makes them; without pytest, use the class.
+The pytest fixture `training_network` (plugin.py) makes them. Without pytest, use the class.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SIGNERS = (0, 1)
 
 
 class TrainingNetwork:
-    """Nodes of a training network with four miners, and its coordinator, whose cycles train nothing.
+    """Nodes of a training network, four miners, and a coordinator whose cycles train nothing.
 
-    `start(count, options)` starts the nodes, and whoever gave it stops them; use the network as a context manager. From
-    `start_height` on blocks need certificates: below it, `generatetoaddress` mines.
+    `start(count, options)` must start and later stop the nodes. Use the network as a context manager. Blocks need
+    certificates from `start_height` on; below it `generatetoaddress` makes blocks.
     """
 
     def __init__(self, start: Callable[[int, Options], Network], nodes: int = 1, *, start_height: int = 1) -> None:
@@ -46,7 +46,7 @@ class TrainingNetwork:
         self.network = start(nodes, self.params.node_options())
         self.nodes = self.network.nodes
         self.miners = [_producer(i) for i in range(MINERS)]
-        # Without a journal, which would be most of the time that a block takes: tests may sign one slot twice.
+        # Not with a Signer: its journal takes most of a block's time, and tests may certify one slot twice.
         self.coordinator = AppointingCoordinator(self.params, self._sign, self._beacon, self.miners)
         self._clients: dict[Node, NodeClient] = {}
         self._closing = ExitStack()
@@ -68,31 +68,32 @@ class TrainingNetwork:
     ) -> str:
         """Append a valid block to a node's tip, by default the first node's, and return its hash as RPC shows it.
 
-        See `AppointingCoordinator.append`. The block has the node's mempool in it. Other nodes hear of it a moment
-        later: `network.wait_until_same_tip()` waits.
+        The arguments are those of `AppointingCoordinator.append`. The block has the node's mempool in it. Other nodes
+        receive it a moment later: `network.wait_until_same_tip()` waits for them.
         """
         return self.coordinator.append(self._client(node), miner=miner, table=table, round_=round_)
 
     def append_invalid(self, reason: str, *, node: Node | None = None) -> str:
-        """Submit a block that breaks just the rule of a reason, see that it is refused for that, and return the reason.
+        """Submit a block that breaks just one rule, check that the node refuses it for this reason, and return that.
 
-        It may be given as `draw`, and is returned as the node says it, `bad-traincert-draw`. The tip stays what it was.
+        `reason` may be short, as in `draw`. The node's whole reason is returned: `bad-traincert-draw`. The tip does not
+        change.
 
-        Raises BridgeError if there is no such reason, with a list of those that there are; if the reason is about a
-        draw, and the tip has no table; and if the node did not refuse the block, or for another reason.
+        Raises BridgeError if there is no such reason (the message lists all), if the reason is about a draw and the tip
+        has no table, or if the node answers anything else.
         """
         reason = full_reason(reason)
         client = self._client(node)
-        # At the earliest time that there may be, every round but the first is too early.
+        # At the earliest time that is allowed, every round but the first comes too early.
         template = dict(ask_for_template(client, self.params))
         template["curtime"] = template["mintime"]
-        # Another block each time, by version bits that mean nothing (BIP320): a node judges each only once.
+        # A node checks each block once. Version bits without a meaning (BIP320) make this one new.
         number = next(self._number)
         template["version"] |= number % 2**16 << 13
         table = self.table(*[1] * MINERS)
         certificate = self.coordinator.next_certificate(client, template, None, table, round_=0)
         forger = self._forger(self.coordinator.parent_table(template), table)
-        # And another certificate: of one, a node looks at two blocks only.
+        # A node looks at two blocks of one certificate only. This makes the certificate new.
         certificate = forger.sign(replace(certificate, loss_after=number), SIGNERS)
         block = build_block(
             template,
@@ -109,9 +110,10 @@ class TrainingNetwork:
         return reason
 
     def table(self, *weights: int) -> ContributionTable:
-        """Return a table that names miner 0, 1, ... with these weights in the draw; one of weight 0 is left out.
+        """Return a table in which miner 0, 1, ... have these weights in the draw. A miner of weight 0 is left out.
 
-        Raises BridgeError if there are more weights than miners, and CertificateError if one is none.
+        Raises BridgeError for more weights than miners, and CertificateError or EncodingError for a weight that is not
+        allowed.
         """
         if len(weights) > len(self.miners):
             raise BridgeError(f"{len(weights)} weights for {len(self.miners)} miners")

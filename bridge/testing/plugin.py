@@ -1,6 +1,7 @@
-"""pytest fixtures with training networks, for tests of other software; those with plain nodes are in regtest/plugin.py.
+"""pytest fixtures with training networks, for tests of other software.
 
-`training_network`, and, shared by more tests, `training_network_module` and `training_network_session`.
+`training_network` is for one test; `training_network_module` and `training_network_session` are shared by more tests.
+The fixtures with plain nodes are in regtest/plugin.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
-# As in regtest/plugin.py the rest is imported where it is needed.
+# Every start of pytest imports this file, in any project: all else is imported where it is needed.
 if TYPE_CHECKING:
     from traincert.bridge.testing.network import TrainingNetwork
     from traincert.regtest.plugin import NetworkFactory
@@ -21,7 +22,7 @@ class TrainingNetworkFactory(Protocol):
     """What the fixture `training_network` gives."""
 
     def __call__(self, nodes: int = 1, *, start_height: int = 1) -> TrainingNetwork:
-        """Start a training network, see TrainingNetwork; its nodes are stopped with the fixture."""
+        """Start a training network, see TrainingNetwork. Its nodes are stopped when the fixture ends."""
 
 
 def _factory(bitcoin_network: NetworkFactory) -> Iterator[TrainingNetworkFactory]:
