@@ -1,10 +1,11 @@
-"""Patching and building the node, once for each patch and base; or stock, without the patch.
+"""Patches and builds the node, and caches the result; can also build a stock node, without the patch.
 
-In the cache folder (`cache_folder()`):
+The cache folder (`cache_folder()`) contains:
 
-    nodes/<key>/   finished builds: bin/, test/ with what upstream's functional tests need, manifest.json
-    sources/       the pinned source distribution
-    build/         the build under way; whoever holds `lock` owns it and removes what an earlier one left
+    nodes/<key>/   finished builds: bin/, manifest.json, and test/ and more for upstream's functional tests
+    sources/       the pinned source distributions
+    build/         the current build; the process that holds `lock` owns this folder, and empties it first
+    lock           the lock file: only one build runs at a time
     logs/          the output of the last build of each key
 """
 
@@ -30,17 +31,17 @@ from traincert.regtest.processes import bound_to_us
 from traincert.regtest.source import Upstream, fetch, file_sha256, hash_files, identify, unpack
 
 Progress = Callable[[str, int, int], None]
-"""Called with the step's name, how much of it is done, and out of how much (0: not known)."""
+"""Called with the step's name, the work done, and the total work (0: unknown)."""
 
 PATCH_FOLDER = Path(__file__).parent.parent / "bitcoind-patch"
 
 CMAKE_FLAGS = [
     "-DCMAKE_BUILD_TYPE=Release",
-    "-DAPPEND_LDFLAGS=-s",  # no symbols: they are most of the size
+    "-DAPPEND_LDFLAGS=-s",  # no symbols, because they are most of the size
     "-DBUILD_BENCH=OFF",
-    "-DBUILD_FUZZ_BINARY=ON",  # defines the targets; only those that we name are built
+    "-DBUILD_FUZZ_BINARY=ON",  # defines the ninja targets; _build() chooses which to build
     "-DBUILD_GUI=OFF",
-    "-DBUILD_TESTS=ON",  # likewise
+    "-DBUILD_TESTS=ON",  # the same
     "-DBUILD_TX=OFF",
     "-DBUILD_UTIL=OFF",
     "-DENABLE_IPC=OFF",
@@ -48,13 +49,13 @@ CMAKE_FLAGS = [
     "-DWITH_ZMQ=ON",
 ]
 
-# What the patch adds for its own tests.
+# Test programs that the patch adds.
 TEST_PROGRAMS = ["test_training", "training_check", "fuzz_training"]
 
-# What the functional tests read of the source tree, and its C++ format.
+# Parts of the source tree that functional tests read, and upstream's clang-format file, for `make test`.
 KEPT = ["test", "contrib", "share/rpcauth", "src/.clang-format", "src/rpc/client.cpp", "src/test/data/asmap.raw"]
 
-# Program or header -> its Debian package. The headers are looked for by the compiler.
+# Program or header -> its Debian package. We ask the compiler whether a header exists.
 PROGRAMS = {
     "c++": "build-essential",
     "cc": "build-essential",
@@ -73,29 +74,30 @@ HEADERS = {
 
 
 def cache_folder() -> Path:
-    """Return our folder in the user's cache."""
+    """Return traincert's folder in the user's cache: $XDG_CACHE_HOME/traincert or ~/.cache/traincert."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "traincert")
 
 
 @dataclass(frozen=True)
 class NodeKind:
-    """Which node is meant; by default, the patched one of the first base."""
+    """Which node to build. The default is the patched node on the first base of upstream.toml."""
 
     base: str | None = None
-    """A base of upstream.toml."""
+    """The name of a base in upstream.toml; None is the first one."""
     stock: bool = False
-    """Without the patch."""
+    """Build without the patch."""
     source: Path | None = None
-    """A tree or tarball of the base's version, instead of the pinned one."""
+    """A source tree or tarball to use instead of the pinned one. It must have the base's version."""
     patch: Path = PATCH_FOLDER
+    """The folder with upstream.toml, the new files and the diffs."""
 
     @property
     def upstream(self) -> Upstream:
-        """The base."""
+        """The pinned source of the base. Raises SourceError for an unknown base."""
         return Upstream.load(self.patch / "upstream.toml", self.base)
 
     def patch_files(self) -> list[Path]:
-        """Return the files of the patch folder that a build depends on."""
+        """Return the files in the patch folder that affect the build; none for a stock node."""
         return [] if self.stock else [*new_files(self.patch), *diffs(self.patch, self.base)]
 
 
@@ -103,7 +105,10 @@ PATCHED = NodeKind()
 
 
 def node_folder(kind: NodeKind = PATCHED) -> Path:
-    """Return where this node, built with our flags, is or will be. Its programs are in bin/ of that folder."""
+    """Return the folder of this build, which need not exist yet. The programs are in its bin/.
+
+    Raises SourceError for an unknown base or an unreadable source.
+    """
     upstream = kind.upstream
     recipe = {
         "source": identify(kind.source, upstream) if kind.source else upstream.sha256,
@@ -118,10 +123,10 @@ def node_folder(kind: NodeKind = PATCHED) -> Path:
 
 
 def build_node(kind: NodeKind = PATCHED, progress: Progress | None = None) -> Path:
-    """Return the folder of the built node, building it if it is not in the cache.
+    """Build the node unless the cache has it, and return its folder.
 
-    Raises SourceError or BuildError, leaving nothing half-built behind; after a failed compilation the message names
-    the log. Of two builds at once the second waits for the first.
+    A second build at the same time waits for the first. A build that fails leaves only its log.
+    Raises SourceError or BuildError. If the compilation fails, the message names the log.
     """
     target = node_folder(kind)
     if target.is_dir():
@@ -129,14 +134,14 @@ def build_node(kind: NodeKind = PATCHED, progress: Progress | None = None) -> Pa
     report = progress or (lambda _step, _done, _total: None)
     _check_tools()
     with _build_folder(report) as (work, lock):
-        target = node_folder(kind)  # again: the wait may have been long, and the patch changed
+        target = node_folder(kind)  # compute it again: the patch may have changed during the wait for the lock
         if not target.is_dir():
             _build(kind, target, work, partial(_run, lock=lock), report)
     return target
 
 
 def _build(kind: NodeKind, target: Path, work: Path, run: Callable[..., None], report: Progress) -> None:
-    # The same paths in every build: compilers see absolute ones, and ccache knows a file again only by the same.
+    # Every build uses the same absolute paths: ccache recognises a file only by its path.
     tree, out, result = work / "src", work / "out", work / "node"
     source = prepare_tree(kind, tree, report)
     targets = ["bitcoind", "bitcoin-cli"]
@@ -144,9 +149,9 @@ def _build(kind: NodeKind, target: Path, work: Path, run: Callable[..., None], r
         targets += [program for program in TEST_PROGRAMS if program not in kind.upstream.lacks]
     log_file = cache_folder() / "logs" / f"{target.name}.log"
     log_file.parent.mkdir(exist_ok=True)
-    with log_file.open("w+", buffering=1) as log:  # line by line, to be followed
+    with log_file.open("w+", buffering=1) as log:  # flush each line, so that users can follow the log
         report("configuring", 0, 0)
-        programs = f"-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={out}/bin"  # as the newer releases have it
+        programs = f"-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={out}/bin"  # newer releases do this themselves
         run(["cmake", "-S", str(tree), "-B", str(out), "-G", "Ninja", programs, *CMAKE_FLAGS], log=log)
         run(["ninja", "-C", str(out), *targets], log=log, report=partial(report, "compiling"))
 
@@ -165,7 +170,10 @@ def _build(kind: NodeKind, target: Path, work: Path, run: Callable[..., None], r
 
 
 def prepare_tree(kind: NodeKind, tree: Path, report: Progress) -> Path:
-    """Make the folder `tree` with the source, patched unless stock, and return the source distribution it is from."""
+    """Write the source into the new folder `tree`, patch it unless stock, and return the path of the source used.
+
+    Raises SourceError or BuildError.
+    """
     source = kind.source
     if source is None:
         report("fetching", 0, 0)
@@ -190,12 +198,15 @@ def _borrow(kind: NodeKind, tree: Path) -> None:
 
 
 def new_files(patch: Path) -> list[Path]:
-    """Return the files that the patch adds, the same for each base."""
+    """Return the files that the patch adds to upstream's tree. They are the same for each base."""
     return [*_files(patch / "src"), *_files(patch / "test/functional")]
 
 
 def diffs(patch: Path, base: str | None = None) -> list[Path]:
-    """Return the diffs for a base, in order: its own go before those of the same name that are for all."""
+    """Return the diffs for a base, in the order of their names.
+
+    A diff in patches/<base>/ replaces the diff of the same name in patches/.
+    """
     folders = [patch / "patches", patch / "patches" / base] if base else [patch / "patches"]
     chosen = {file.name: file for folder in folders for file in folder.glob("*.patch")}
     return [chosen[name] for name in sorted(chosen)]
@@ -204,12 +215,12 @@ def diffs(patch: Path, base: str | None = None) -> list[Path]:
 def apply_patch(patch: Path, tree: Path, base: str | None = None) -> None:
     """Add the patch folder's new files to a source tree, then apply the base's diffs in order.
 
-    Raises BuildError if a new file is upstream's already, or a diff does not apply exactly.
+    Raises BuildError if upstream already has a new file, or if a diff does not apply exactly.
     """
     for file in new_files(patch):
         new = tree / file.relative_to(patch)
         if new.exists():
-            raise BuildError(f"{file}: upstream has this file; change it with a patch")
+            raise BuildError(f"{file}: upstream has this file already; change it with a diff in patches/")
         new.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(file, new)
     for diff in diffs(patch, base):
@@ -228,11 +239,11 @@ def apply_patch(patch: Path, tree: Path, base: str | None = None) -> None:
 
 
 def _first_rejected(output: str) -> str:
-    """Return the first file that `patch` could not change and why, out of all that it said."""
+    """Return the first file that the program `patch` could not change, and the reason, from its output."""
     why = re.search(r".*(FAILED|can't find file|previously applied|malformed|garbage).*", output)
     if why is None:
         return output.strip()
-    if "can't find file" in why[0]:  # then it quotes the patch's lines
+    if "can't find file" in why[0]:  # `patch` then quotes lines of the diff, and the quote names the file
         quoted = re.search(r"^\|--- (?:a/)?(\S+)", output[why.end() :], re.MULTILINE)
         return f"{quoted[1] if quoted else '?'}: no such file in the tree"
     files = re.findall(r"^patching file (.+)", output[: why.start()], re.MULTILINE)
@@ -240,7 +251,7 @@ def _first_rejected(output: str) -> str:
 
 
 def _copy(old: Path, new: Path) -> None:
-    """Copy a file or folder, if it is there."""
+    """Copy a file or folder if it exists: some bases lack some files."""
     if old.is_dir():
         shutil.copytree(old, new)
     elif old.exists():
@@ -254,7 +265,7 @@ def _files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _build_folder(report: Progress) -> Iterator[tuple[Path, IO[str]]]:
-    """Give the build folder, empty, to one build at a time, and the lock's file."""
+    """Wait for the lock, then yield the empty build folder and the open lock file."""
     work = cache_folder() / "build"
     cache_folder().mkdir(parents=True, exist_ok=True)
     with (cache_folder() / "lock").open("w") as lock:
@@ -274,9 +285,9 @@ def _build_folder(report: Progress) -> Iterator[tuple[Path, IO[str]]]:
 def _run(
     command: list[str], *, log: IO[str], lock: IO[str], report: Callable[[int, int], None] = lambda _done, _total: None
 ) -> None:
-    """Run a step of the build, writing its output to `log`; BuildError if it fails.
+    """Run one step of the build and write its output to `log`. Raises BuildError if the step fails.
 
-    If we are killed it ends soon after us, and until then its copy of `lock` keeps the next build waiting.
+    If we are killed, the kernel ends the step soon after. The step inherits `lock`: the next build waits for its end.
     """
     start = log.tell()
     process = subprocess.Popen(
@@ -287,7 +298,7 @@ def _run(
         text=True,
         errors="replace",
         pass_fds=[lock.fileno()],
-        start_new_session=True,  # Ctrl-C is for us; ninja then gets our SIGTERM, and ends its compilers
+        start_new_session=True,  # Ctrl-C reaches only us; we then send ninja SIGTERM, and ninja ends its compilers
         env={**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"},
     )
     try:
@@ -301,7 +312,7 @@ def _run(
     if process.returncode != 0:
         log.seek(start)
         lines = log.read().splitlines()
-        # ninja lets other compilers finish after an error, so the error need not be at the end.
+        # ninja lets other compilers finish after an error, so search the whole output for the first error.
         errors = (i for i, line in enumerate(lines) if re.search("error: |CMake Error|undefined reference", line))
         first = next(errors, max(0, len(lines) - 10))
         said = "\n".join(line for line in lines[first : first + 10] if line.strip())
@@ -309,9 +320,9 @@ def _run(
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a step that we stop waiting for."""
-    with process:  # closes its pipe
-        process.terminate()  # harmless if it has ended
+    """Make sure that a step has ended, also after an exception."""
+    with process:  # closes the pipe
+        process.terminate()  # no effect if the step has already ended
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
@@ -319,9 +330,9 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _check_tools() -> None:
-    """Raise BuildError if a program or library is missing, with the Debian packages to install."""
+    """Check the programs and libraries that a build needs. The BuildError names the Debian packages to install."""
     programs = {**PROGRAMS}
-    for variable, default in (("CXX", "c++"), ("CC", "cc")):  # as CMake chooses its compilers
+    for variable, default in (("CXX", "c++"), ("CC", "cc")):  # CMake reads the same variables
         if chosen := os.environ.get(variable):
             programs[chosen.split()[0]] = programs.pop(default)
     missing = {program: package for program, package in programs.items() if shutil.which(program) is None}

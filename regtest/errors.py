@@ -1,17 +1,17 @@
-"""What can go wrong in this package.
+"""The errors of this package.
 
 RegtestError
-├── SourceError            the node's source cannot be had, or is not the pinned one
-├── BuildError             it cannot be patched or compiled
-├── WaitTimeoutError       a condition did not come true in time
-└── NodeError              a node did not start, or died
-    ├── NodeUnreachableError   it gives no answer
-    └── RpcError               it answers a call with an error
+├── SourceError            the node's source is missing, or is not the pinned one
+├── BuildError             the source cannot be patched or compiled
+├── WaitTimeoutError       a condition was not true in time
+└── NodeError              a node did not start or died, or a request for a node or network is refused
+    ├── NodeUnreachableError   the node does not answer
+    └── RpcError               the node answered a call with an error
 """
 
 
 class RegtestError(Exception):
-    """Base of every error that this package raises on purpose; its text is one message for a person."""
+    """Base of all errors that this package raises itself. The text is a complete message for the user."""
 
 
 class SourceError(RegtestError):
@@ -19,23 +19,23 @@ class SourceError(RegtestError):
 
 
 class BuildError(RegtestError):
-    """A tool is missing, a patch does not apply, or the compiler gave up."""
+    """A tool is missing, a diff does not apply, or the compilation failed."""
 
 
 class WaitTimeoutError(RegtestError):
-    """What was awaited did not happen; the message says what it was and what was seen last."""
+    """A condition was not true in time. The message names the condition and the last known state."""
 
 
 class NodeError(RegtestError):
-    """A node cannot be started, or ended by itself; the message names the node."""
+    """A node cannot do what was asked, for example because it does not start. Also: a wrong name, link or folder."""
 
 
 class NodeUnreachableError(NodeError):
-    """No JSON-RPC answer from the node: not running, not listening, or somebody else on its port."""
+    """The node gave no JSON-RPC answer: it does not run or listen, or another program uses its port."""
 
 
 class RpcError(NodeError):
-    """The node answered a call with an error."""
+    """The node answered an RPC call with an error; `code` is Bitcoin Core's (upstream: rpc/protocol.h)."""
 
     def __init__(self, node: str, method: str, code: int, message: str) -> None:
         super().__init__(f"{node}: {method}: {message} (RPC error {code})")

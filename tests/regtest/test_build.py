@@ -106,7 +106,7 @@ def test_other_base_is_built_of_its_own_source_and_diffs(tree: Path, patch: Path
 
 
 def test_unknown_base_is_refused(patch: Path) -> None:
-    with pytest.raises(SourceError, match=r"upstream\.toml: no base 27, it has 31, 28$"):
+    with pytest.raises(SourceError, match=r"upstream\.toml: no base 27; its bases are 31, 28$"):
         build_node(NodeKind("27", patch=patch))
 
 
