@@ -55,7 +55,7 @@ class Forger:
     table: ContributionTable
 
     def sign(self, certificate: Certificate, signers: Sequence[int] | None = None) -> Certificate:
-        """Sign a certificate, by default with the keys that have signed it already. Without a journal: for tests only."""
+        """Sign a certificate, by default with the keys that have signed it. Without a journal: for tests only."""
         if signers is None:
             signers = [each.key_index for each in certificate.coordinator_signatures]
         message = certificate.sighash(self.params.chain_id)
