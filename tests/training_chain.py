@@ -1,4 +1,8 @@
-"""Makes training chains of known keys for tests, with cycles whose results are made up."""
+"""Makes training chains of known keys for tests, with cycles whose results are made up.
+
+It fills in certificates without `bridge.consensus.certificate.new_certificate`, so that a mistake there shows in tests.
+Keep it independent.
+"""
 
 from __future__ import annotations
 

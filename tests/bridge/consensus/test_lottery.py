@@ -1,4 +1,7 @@
-"""The table, its paths and the draw, against a plain loop over weights: all trees of 1 to 9 leaves, all tickets."""
+"""The table, its paths and the draw, against a plain loop over weights: all trees of 1 to 9 leaves, all tickets.
+
+The loop is an implementation of its own, to find mistakes of the other. Keep it independent.
+"""
 
 from hashlib import sha256
 from itertools import accumulate

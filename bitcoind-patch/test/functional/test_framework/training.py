@@ -3,6 +3,9 @@
 # file COPYING or https://opensource.org/license/mit/.
 """Training chains for tests: certificates, contribution tables, and the blocks that winners build.
 
+It implements SPEC.md a third time, without code of the node or of bridge/, so that a mistake of those two shows here.
+Keep it independent.
+
 A TrainingChain knows all the secrets of a training network. Its block() makes a valid block on any block that it made
 before; overrides change one thing in it, so that a test's invalid block is a valid one with a single change.
 """
