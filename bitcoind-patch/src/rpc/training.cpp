@@ -86,13 +86,13 @@ RPCResult TrainingTemplateResult()
 {
     // clang-format off
     return {
-        RPCResult::Type::OBJ, "training", /*optional=*/true, "what the block's training certificate continues (only if it needs one)", {
+        RPCResult::Type::OBJ, "training", /*optional=*/true, "what the next block's training certificate must continue (only if the block needs one)", {
             {RPCResult::Type::STR_HEX, "chain_id", "identifies the network: every signature covers it"},
             {RPCResult::Type::NUM, "height", "the height of the next block"},
             {RPCResult::Type::STR_HEX, "contributions_root", "Merkle-sum root of the parent's contributions, from which the winner is drawn"},
-            {RPCResult::Type::NUM, "contributions_weight", "their total weight, 0 if the coordinator appoints"},
-            {RPCResult::Type::NUM, "contributions_count", "their number"},
-            {RPCResult::Type::STR_HEX, "beacon_reveal", "the parent's, or the beacon's anchor: its preimage is the next"},
+            {RPCResult::Type::NUM, "contributions_weight", "total weight of the parent's contributions, 0 if the coordinator appoints the winner"},
+            {RPCResult::Type::NUM, "contributions_count", "number of the parent's contributions"},
+            {RPCResult::Type::STR_HEX, "beacon_reveal", "the parent's beacon_reveal, at the start height the beacon's anchor: this block must reveal its preimage"},
         },
     };
     // clang-format on
@@ -189,7 +189,7 @@ static RPCMethod gettrainingcertificate()
                 {RPCResult::Type::STR_HEX, "blockhash", "the hash of the block that carries the certificate"},
                 {RPCResult::Type::NUM, "version", "the certificate's version"},
                 {RPCResult::Type::NUM, "height", "the block's height"},
-                {RPCResult::Type::STR_HEX, "prev_block", "the hash of the block before"},
+                {RPCResult::Type::STR_HEX, "prev_block", "the hash of the previous block"},
                 {RPCResult::Type::NUM, "round", "how often the slot was redrawn because the winner was absent"},
                 {RPCResult::Type::STR_HEX, "beacon_reveal", "the preimage of the parent's beacon_reveal"},
                 {RPCResult::Type::STR_HEX, "model_before", "hash of the model that this cycle started from"},
@@ -199,17 +199,17 @@ static RPCMethod gettrainingcertificate()
                 {RPCResult::Type::NUM, "loss_after", "validation loss of model_after"},
                 {RPCResult::Type::NUM, "params_trained", "number of parameters trained, summed over the contributions"},
                 {RPCResult::Type::STR_HEX, "contributions_root", "Merkle-sum root of the contributions, from which the next block's winner is drawn"},
-                {RPCResult::Type::NUM, "contributions_weight", "their total weight"},
-                {RPCResult::Type::NUM, "contributions_count", "their number"},
+                {RPCResult::Type::NUM, "contributions_weight", "total weight of the contributions"},
+                {RPCResult::Type::NUM, "contributions_count", "number of contributions"},
                 {RPCResult::Type::STR_HEX, "winner_key", "the x-only key that signed this block"},
                 {RPCResult::Type::STR, "award", "\"drawn\" from the parent's contributions or \"appointed\" by the coordinator"},
                 {RPCResult::Type::OBJ, "draw", /*optional=*/true, "the winner's contribution in the parent's table (if drawn)", {
-                    {RPCResult::Type::STR_HEX, "update_hash", "hash of its model update"},
-                    {RPCResult::Type::NUM, "params", "number of parameters it trained"},
-                    {RPCResult::Type::NUM, "loss_reduction", "by how much it reduced the validation loss"},
-                    {RPCResult::Type::NUM, "weight", "its weight in the lottery"},
-                    {RPCResult::Type::NUM, "index", "its position in the table"},
-                    {RPCResult::Type::ARR, "siblings", "its path, leaf to root", {
+                    {RPCResult::Type::STR_HEX, "update_hash", "hash of the winner's update"},
+                    {RPCResult::Type::NUM, "params", "number of parameters that the winner trained"},
+                    {RPCResult::Type::NUM, "loss_reduction", "by how much the winner's update reduced the validation loss"},
+                    {RPCResult::Type::NUM, "weight", "the winner's weight in the lottery"},
+                    {RPCResult::Type::NUM, "index", "position of the leaf in the table"},
+                    {RPCResult::Type::ARR, "siblings", "path from the leaf to the root", {
                         {RPCResult::Type::OBJ, "", "", {
                             {RPCResult::Type::STR_HEX, "hash", "the node's hash"},
                             {RPCResult::Type::NUM, "sum", "the weight of all leaves below it"},
@@ -262,15 +262,15 @@ static RPCMethod gettraininginfo()
                 {RPCResult::Type::NUM, "round_seconds", "seconds after which an absent winner may be redrawn"},
                 {RPCResult::Type::NUM, "height", "the tip's height"},
                 {RPCResult::Type::STR_HEX, "model", "hash of the model that the next cycle starts from"},
-                {RPCResult::Type::NUM, "loss", /*optional=*/true, "its validation loss in nano-nats (if the tip has a certificate)"},
+                {RPCResult::Type::NUM, "loss", /*optional=*/true, "validation loss of that model in nano-nats (if the tip has a certificate)"},
                 {RPCResult::Type::NUM, "contributions_weight", "total weight of the table from which the next winner is drawn, 0 if the coordinator appoints"},
                 {RPCResult::Type::NUM, "equivocation_count", "number of certificates under which the winner signed more than one block"},
-                {RPCResult::Type::ARR, "equivocations", "the evidence", {
+                {RPCResult::Type::ARR, "equivocations", "these certificates, with the blocks as evidence", {
                     {RPCResult::Type::OBJ, "", "", {
                         {RPCResult::Type::NUM, "height", "the slot's height"},
                         {RPCResult::Type::NUM, "round", "the certificate's round"},
                         {RPCResult::Type::STR_HEX, "winner_key", "the x-only key that signed the blocks"},
-                        {RPCResult::Type::ARR, "blocks", "those stored, valid or not, in the order of arrival", {{RPCResult::Type::STR_HEX, "hash", "the block's hash"}}},
+                        {RPCResult::Type::ARR, "blocks", "the stored blocks, valid or not, in the order of arrival", {{RPCResult::Type::STR_HEX, "hash", "the block's hash"}}},
                     }},
                 }},
             },

@@ -38,7 +38,7 @@ struct CertificateBodies {
     SERIALIZE_METHODS(CertificateBodies, obj) { READWRITE(obj.height, obj.round, obj.winner_key, obj.blocks); }
 };
 
-/** What the rules of a training network need to know beyond a block and its header. Unused on other networks. */
+/** What the rules of a training network need besides a block and its header. Unused on other networks. */
 class TrainingState
 {
     /** The last block that was connected, and its certificate: as a rule the next one's parent. */
