@@ -121,11 +121,10 @@ def open_deployment(
         yield Deployment(run, trainer, clients, by_key, coordinator, names, view)
 
 
-def make_producers(keys: NetworkKeys, datadirs: Sequence[Path], *, compat_pow: bool = True) -> list[NodeProducer]:
+def make_producers(keys: NetworkKeys, datadirs: Sequence[Path]) -> list[NodeProducer]:
     """Return a producer for each miner's key, spread over the nodes; each is paid to its own key (P2WPKH)."""
     return [
-        NodeProducer(secret, payout_script(secret), datadirs[i % len(datadirs)], compat_pow=compat_pow)
-        for i, secret in enumerate(keys.miners)
+        NodeProducer(secret, payout_script(secret), datadirs[i % len(datadirs)]) for i, secret in enumerate(keys.miners)
     ]
 
 

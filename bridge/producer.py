@@ -21,14 +21,14 @@ CATCH_UP_TIME = 30.0  # seconds for the node to receive the parent block, and fo
 class Producer:
     """A miner's key, and the scriptPubKey that its blocks pay to.
 
-    With `compat_pow` its blocks also meet the network's proof-of-work target, see `build_block`.
+    Unless `compat_pow` is set to False, its blocks also meet the network's proof-of-work target, see `build_block`.
     """
 
-    def __init__(self, secret: bytes, payout_script: bytes, *, compat_pow: bool = True) -> None:
+    def __init__(self, secret: bytes, payout_script: bytes) -> None:
         self._key = PrivateKey(secret)
         self.miner_key: bytes = self._key.public_key_xonly.format()
         self.payout_script = payout_script
-        self.compat_pow = compat_pow
+        self.compat_pow = True
 
     def append(
         self, node: NodeClient, template: Mapping[str, Any], certificate: Certificate, params: TrainingParams
@@ -60,8 +60,8 @@ class Producer:
 class NodeProducer(Producer):
     """A producer with a node of its own, which it trusts: the node that runs on `datadir`."""
 
-    def __init__(self, secret: bytes, payout_script: bytes, datadir: Path, *, compat_pow: bool = True) -> None:
-        super().__init__(secret, payout_script, compat_pow=compat_pow)
+    def __init__(self, secret: bytes, payout_script: bytes, datadir: Path) -> None:
+        super().__init__(secret, payout_script)
         self.datadir = datadir
 
     def produce(self, certificate: Certificate, params: TrainingParams) -> str:

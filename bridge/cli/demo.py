@@ -86,7 +86,9 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     network.start()
     try:
         datadirs = [node.datadir for node in network.nodes]
-        producers = make_producers(keys, datadirs, compat_pow=plan.compat_pow)
+        producers = make_producers(keys, datadirs)
+        for producer in producers:
+            producer.compat_pow = plan.compat_pow
         with open_deployment(directory, job, keys, params, producers, datadirs, view) as deployment:
             deployment.train(plan.cycles)
             view.step("checking")
