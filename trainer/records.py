@@ -1,6 +1,7 @@
 """A run in a folder: its records, one for each cycle, and its store; it goes on wherever it was interrupted.
 
 job.toml            the job, with all its keys
+version             of the format of this folder
 data/               shards/ and held-out/: content-addressed files
 store/              models, velocities and miners' memories: content-addressed files
 cycles/00000012.json  what cycle 12 did; it names the record before by its hash
@@ -23,7 +24,7 @@ from traincert.trainer.state import load_state, save_state
 from traincert.trainer.store import prune, write_file
 
 VERSION = 1
-"""Of the records' format."""
+"""Of a run folder's format: the records, and what else the folder has."""
 
 Record = dict[str, Any]
 """A cycle's record, as in its JSON file; record 0 is the run's beginning. Hashes are in hex."""
@@ -50,6 +51,7 @@ class RunFolder:
         try:
             for each in (self.store, self._cycles):
                 each.mkdir(exist_ok=True)
+            _check_version(folder / "version", new=not described.exists())
             if not described.exists() and job:
                 write_file(described, job.to_toml().encode())
             self.job = TrainingJob.load(described)
@@ -146,7 +148,6 @@ class RunFolder:
         self._prune()
 
     def _append(self, record: Record, state: Checkpoint) -> None:
-        record["version"] = VERSION
         record["velocity"] = save_state(self.store, {"velocity": state.velocity}).hex()
         record["memories"] = {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())}
         write_file(self._cycles / f"{record['cycle']:08}.json", _encode(record))
@@ -170,10 +171,25 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
+def _check_version(path: Path, *, new: bool) -> None:
+    """Write the version into a new run folder, or compare it. Raises RunError for another version.
+
+    It has a file of its own, because the records' hashes decide who trains what and must not depend on it.
+    """
+    if new and not path.exists():
+        write_file(path, f"{VERSION}\n".encode())
+    found = path.read_text().strip() if path.exists() else "none"
+    if found != str(VERSION):
+        raise RunError(
+            f"{path}: the run's format is {found}, this traincert reads {VERSION}: "
+            "go on with the traincert that made it, or start a new run in another folder"
+        )
+
+
 def _read_records(folder: Path) -> list[Record]:
     """Read all records, each checked against the hash in the next one.
 
-    Raises IntegrityError for one that is damaged or missing, and RunError for one of another format.
+    Raises IntegrityError for one that is damaged or missing.
     """
     paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{8}\.json", path.name))
     records: list[Record] = []
@@ -186,11 +202,6 @@ def _read_records(folder: Path) -> list[Record]:
         is_next = isinstance(record, dict) and path.name == f"{number:08}.json" and record.get("cycle") == number
         if not is_next or (number and record.get("parent") != _digest(records[-1]).hex()):
             raise IntegrityError(f"{path}: does not follow the record before it")
-        if record.get("version") != VERSION:
-            raise RunError(
-                f"{path} has format {record.get('version')}, this traincert reads format {VERSION}: "
-                "go on with the traincert that made it, or start a new run in another folder"
-            )
         records.append(record)
     return records
 

@@ -118,14 +118,17 @@ def test_a_last_record_that_is_none_is_an_error_that_names_it(go_on: Callable[..
         RunFolder(folder)
 
 
-@pytest.mark.parametrize("version", ['"version": 2', '"other": 1'])
-def test_records_of_another_format_are_refused_by_a_line_that_says_what_to_do(
-    go_on: Callable[..., Path], version: str
+@pytest.mark.parametrize("version", ["2", None])
+def test_a_run_of_another_format_is_refused_by_a_line_that_says_what_to_do(
+    go_on: Callable[..., Path], version: str | None
 ) -> None:
     folder = go_on(0)
-    path = folder / "cycles" / "00000000.json"
-    path.write_text(path.read_text().replace('"version": 1', version))
-    with pytest.raises(RunError, match=rf"^{path} has format (2|None), this traincert reads format 1: go on with "):
+    path = folder / "version"
+    if version:
+        path.write_text(version)
+    else:
+        path.unlink()
+    with pytest.raises(RunError, match=rf"^{path}: the run's format is (2|none), this traincert reads 1: go on with "):
         RunFolder(folder)
 
 

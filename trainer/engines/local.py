@@ -126,7 +126,7 @@ class LocalEngine:
             for worker in self._wait():
                 number = cast(int, worker.task)
                 try:
-                    message = _receive(worker)
+                    received = worker.connection.recv()
                 except (EOFError, OSError):  # the worker died, between two messages or inside one
                     self._replace(worker)
                     deaths[number] += 1
@@ -135,6 +135,7 @@ class LocalEngine:
                     else:
                         answers[number] = Reason.WORKER_DIED
                     continue
+                message = _unwrap(received)
                 if message is None:
                     worker.began = time.monotonic()
                 else:
@@ -179,9 +180,13 @@ def _send(worker: _Worker, order: tuple[Path, Order]) -> None:
         worker.connection.send(order)
 
 
-def _receive(worker: _Worker) -> Answer | None:
-    """Return a worker's answer, or None if it says that it begins."""
-    message: Answer | str | None = worker.connection.recv()
+def _unwrap(message: Answer | OSError | str | None) -> Answer | None:
+    """Return what a worker sent: an answer, or None if it says that it begins.
+
+    Raises the OSError with which the task ended (for example: the disk is full), and EngineError for another exception.
+    """
+    if isinstance(message, OSError):
+        raise message
     if isinstance(message, str):
         raise EngineError(f"a task failed in its worker process:\n{message}")
     return message
@@ -211,9 +216,11 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
         except EOFError:
             return
         engine.send(None)
-        message: Answer | str
+        message: Answer | OSError | str
         try:
             message = executor.execute(shards, order)
+        except OSError as error:
+            message = error
         except Exception:  # whatever it is, the engine raises it again, with its traceback
             message = traceback.format_exc()
         engine.send(message)
