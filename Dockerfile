@@ -1,8 +1,10 @@
-# Two images: `node` is the patched bitcoind, `traincert` adds the coordinator and its miners. `make images` builds both.
+# Builds two images: `node` has the patched bitcoind, `traincert` also has the coordinator and the miners.
+# `make images` builds both.
 #
-# PROGRAMS=cached takes bitcoind and bitcoin-cli from build/programs/, instead of building them from source. They must
-# have been built on Debian 12.
-# TORCH_INDEX is PyTorch's package index of CPU wheels, where pip would otherwise fetch the one for NVIDIA's GPUs.
+# PROGRAMS=cached copies bitcoind and bitcoin-cli from build/programs/ and does not build them. Those programs must come
+# from a build on Debian 12.
+# TORCH_INDEX is PyTorch's package index for CPU wheels. Without it, pip installs the much larger PyTorch for NVIDIA
+# GPUs.
 ARG PROGRAMS=built
 
 FROM debian:bookworm-slim AS built
@@ -45,7 +47,7 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,t
 WORKDIR /source
 COPY pyproject.toml requirements.lock ./
 ARG TORCH_INDEX
-# First what changes seldom: what traincert needs, at the pinned versions.
+# First install the dependencies, with pinned versions. They change seldom, so Docker can cache this layer.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*project["dependencies"], *project["optional-dependencies"]["train"], sep="\n")' \
@@ -60,11 +62,11 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,t
     apt-get update && apt-get install --yes --no-install-recommends python3
 COPY --from=python /opt/traincert /opt/traincert
 ENV PATH=/opt/traincert/bin:$PATH
-# Where compose.yaml mounts volumes: new ones take their owner from these folders.
+# compose.yaml mounts volumes on these folders. A new volume gets its folder's owner, so the user bitcoin can write.
 RUN install --directory --owner=bitcoin --group=bitcoin --mode=700 \
     /coordinator /coordinator/node0 /coordinator/node1 /coordinator/node2
 USER bitcoin
 HEALTHCHECK NONE
-# Python, as a container's first process, ignores SIGTERM.
+# A container's first process ignores SIGTERM unless it handles it. Python handles only SIGINT.
 STOPSIGNAL SIGINT
 CMD ["traincert"]

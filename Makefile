@@ -1,8 +1,8 @@
-# Each target sets up what it needs: Debian's packages, if this is Debian, and the Python ones in .venv.
+# Each target installs what it needs: Debian packages (with apt-get, if there is one), and Python packages in .venv.
 #
-#   make TORCH_INDEX=<URL of PyTorch's package index of CPU wheels> ...
+#   make TORCH_INDEX=<URL of PyTorch's package index for CPU wheels> ...
 #
-# takes PyTorch from there, where pip would otherwise fetch the one for NVIDIA's GPUs.
+# installs PyTorch from this index. Without it, pip installs the much larger PyTorch for NVIDIA GPUs.
 
 PYTHON ?= python3
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -14,7 +14,8 @@ DOCKER_BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(if $(PROGRAMS),--build-arg PR
 STAMP := .venv/complete
 CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder; print(node_folder())')/src/.clang-format
 
-# Recipe line: installs Debian's packages $(2) if the program or file $(1) is missing. Elsewhere its user says that it is.
+# A recipe line: if the program or file $(1) is missing, install the Debian packages $(2). Without apt-get it does
+# nothing: the command that needs $(1) then fails and names it.
 if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
 .PHONY: check demo data test test-upstream bench setup node images lock
@@ -22,12 +23,12 @@ if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get
 demo: setup
 	.venv/bin/traincert demo
 
-# The data of the jobs `fashion` and `text`.
+# Installs the data sets of the jobs `fashion` and `text`.
 data:
 	$(call if_missing,/usr/share/datasets/fashion-mnist,dataset-fashion-mnist)
 	$(call if_missing,/usr/share/doc/python3.11/html/_sources,python3.11-doc)
 
-# What needs no node: in a minute.
+# The checks that need no node. They take about a minute.
 check: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -36,14 +37,14 @@ check: setup
 	.venv/bin/mypy examples/outside-project
 	.venv/bin/pytest --quiet tests/test_imports.py
 
-# pytest's processes: more than there are processors, because tests of nodes mostly wait.
+# PROCESSES may be higher than the number of processors, because tests with nodes mostly wait.
 test: check node data
 	$(call if_missing,npm,nodejs npm)
 	find bitcoind-patch/src -name '*.h' -o -name '*.cpp' | \
 	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
 	.venv/bin/pytest --numprocesses $(PROCESSES) --dist loadfile
 
-# All of upstream's tests, on the node with and without the patch: hours, and it goes on where it was interrupted.
+# Runs all of upstream's tests, on the node with and without the patch. It takes hours. An interrupted run continues.
 test-upstream: setup
 	.venv/bin/python tests/upstream/run.py
 
@@ -53,18 +54,19 @@ bench: node data
 
 setup: $(STAMP)
 
-# Fetches, patches and builds bitcoind; quick if that was done before.
+# Fetches, patches and builds bitcoind. A build in the cache is not repeated.
 node: setup
 	.venv/bin/traincert node build
 
-# traincert/node and traincert/traincert, built from source; PROGRAMS=cached takes what `make node` built instead.
+# Builds the images traincert/node and traincert/traincert. By default Docker builds bitcoind from source.
+# PROGRAMS=cached copies the programs that `make node` has built.
 images: $(if $(filter cached,$(PROGRAMS)),node)
 	$(if $(filter cached,$(PROGRAMS)),mkdir -p build/programs && \
 	  cd "$$(.venv/bin/traincert node path)" && cp bitcoind bitcoin-cli $(CURDIR)/build/programs)
 	$(DOCKER_BUILD) --target node --tag traincert/node .
 	$(DOCKER_BUILD) --target traincert --tag traincert/traincert .
 
-# The stamp goes first and comes back last: a setup that was interrupted begins again from nothing.
+# We remove the stamp first and write it last. So an interrupted setup starts again with an empty .venv.
 $(STAMP): requirements.lock pyproject.toml
 	@$(system_packages)
 	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear .venv; fi
@@ -72,8 +74,8 @@ $(STAMP): requirements.lock pyproject.toml
 	.venv/bin/pip install --disable-pip-version-check --quiet --no-deps --editable .
 	touch $@
 
-# Pins what pyproject.toml asks for, as of today, in requirements.lock. PyTorch is named: pip would take the newest,
-# whether or not there is one for CPUs, and each has its own floating-point results.
+# Writes requirements.lock: the newest versions of the packages in pyproject.toml. PyTorch's version is fixed, because
+# the newest one may have no CPU wheels, and because each version gives other floating-point results.
 lock:
 	@$(system_packages)
 	$(PYTHON) -m venv --clear build/lock

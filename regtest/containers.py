@@ -1,6 +1,6 @@
-"""Nodes in containers of a Docker engine on this machine, behind the interface of those that are processes.
+"""Runs nodes in containers of a Docker engine on this machine, with the same interface as node processes.
 
-Their data directories are folders of this machine, so logs, cookies, snapshots and bitcoin-cli are the same for both.
+The data directories are folders of this machine. So logs, cookies and snapshots work as with node processes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from traincert.regtest.node import Node, Options, PortTakenError
 
 IMAGE = "traincert/node"
 LABEL = "traincert.network"
-"""Every container and every network that is made here has it; its value is the folder of the nodes."""
+"""The Docker label of all our containers and networks. Its value is the folder of the nodes."""
 
-_DATADIR = "/data"  # in the container
+_DATADIR = "/data"  # the data directory's path in the container
 
 
 class Docker:
-    """The engine and the image that the nodes of a network in `directory` run from.
+    """A Docker engine, and the image for the nodes of a network in `directory`.
 
-    Unless `keep` is set, no container and no network is left when this Python process ends, however it ends.
-    Raises NodeError if no engine answers, or if it has no such image.
+    When this Python process ends, even by SIGKILL, all containers and networks are removed, unless `keep` is set.
+    Raises NodeError if no engine answers, or if the engine does not have the image.
     """
 
     def __init__(self, directory: Path, image: str = IMAGE, *, keep: bool = False) -> None:
@@ -56,12 +56,12 @@ class Docker:
             raise NodeError(f"Docker has no image {image}: make images builds it") from None
 
     def node(self, datadir: Path, options: Options) -> Node:
-        """Return a node that is to run in a container."""
+        """Return a new node, whose start() starts a container."""
         return _ContainerNode(self, datadir, options, keep=self._keep)
 
     def network(self, name: str) -> DockerNetwork:
-        """Return a network of ours, made if there is none of this name."""
-        with self._one_at_a_time:  # the engine would make two of one name
+        """Return the Docker network of this name. Make it if it does not exist."""
+        with self._one_at_a_time:  # the engine would make two networks of one name
             there = self.client.networks.list(names=[f"^{name}$"])
             return there[0] if there else self._make_network(name)
 
@@ -72,7 +72,10 @@ class Docker:
         return self.client.networks.create(name, driver="bridge", labels={LABEL: self.directory})
 
     def divide(self, nodes: Sequence[Node], groups: Sequence[set[int]]) -> None:
-        """Give each group of nodes a network of its own, or all nodes one, and remove those that nobody is in."""
+        """Move each group of nodes into its own Docker network. Without groups, all nodes share one network.
+
+        Docker networks that no node uses are removed.
+        """
         wanted = set()
         for number, node in enumerate(nodes):
             group = next((i for i, group in enumerate(groups) if number in group), None)
@@ -84,7 +87,7 @@ class Docker:
                 network.remove()
 
     def close(self) -> None:
-        """Remove the networks, and containers of whoever was killed while they started."""
+        """Remove all our networks and containers, also containers of a process that was killed as it started them."""
         for container in self.client.containers.list(all=True, filters={"label": f"{LABEL}={self.directory}"}):
             container.remove(v=True, force=True)
         for network in self._networks():
@@ -100,7 +103,7 @@ class Docker:
 
 
 class _ContainerNode(Node):
-    """A bitcoind in a container: a new one for each start."""
+    """A bitcoind in a container. Each start makes a new container."""
 
     def __init__(self, engine: Docker, datadir: Path, options: Options, *, keep: bool) -> None:
         super().__init__(Path("bitcoind"), datadir, options, keep=keep)
@@ -110,7 +113,7 @@ class _ContainerNode(Node):
 
     @property
     def p2p_address(self) -> str:
-        return f"{self.name}:{self.p2p_port}"  # an alias of the container
+        return f"{self.name}:{self.p2p_port}"  # the name is the container's alias in its network
 
     @property
     def relay_host(self) -> str:
@@ -156,7 +159,7 @@ class _ContainerNode(Node):
             self._running_container().unpause()
 
     def join(self, name: str) -> None:
-        """Leave the network for another, the same alias in it."""
+        """Move the node to another Docker network. Its alias there is the same."""
         self.network = name
         if self.pid is None or self._container is None:
             return
@@ -173,20 +176,20 @@ class _ContainerNode(Node):
             raise NodeError(f"{self.name}: cannot limit its files: {output!r}")
 
     def _listening(self) -> Options:
-        # All addresses of the container: what of it is published is published on 127.0.0.1.
+        # Listen on all addresses of the container. Outside it, Docker publishes the RPC port only on 127.0.0.1.
         return {"rpcbind": "0.0.0.0", "rpcallowip": "0.0.0.0/0"}  # noqa: S104
 
     def _launch(self) -> None:
         client = self._engine.client
         network = self.network
-        self._engine.network(network)  # is there, then
+        self._engine.network(network)  # makes the network if it does not exist
         try:
             self._container = client.containers.create(
                 self._engine.image,
                 [f"-datadir={_DATADIR}"],
                 name=self._container_name,
                 labels={LABEL: self._engine.directory},
-                user=f"{os.getuid()}:{os.getgid()}",  # the data directory is ours
+                user=f"{os.getuid()}:{os.getgid()}",  # the owner of the data directory
                 volumes={str(self.datadir): {"bind": _DATADIR, "mode": "rw"}},
                 ports={f"{self.rpc_port}/tcp": ("127.0.0.1", self.rpc_port)},
                 network=network,
@@ -228,7 +231,7 @@ class _ContainerNode(Node):
             return {}
         try:
             self._container.reload()
-        except NotFound:  # somebody else removed it
+        except NotFound:  # for example removed with `docker rm`
             return {}
         state: dict[str, Any] = self._container.attrs["State"]
         return state

@@ -27,7 +27,7 @@ class WaitTimeoutError(RegtestError):
 
 
 class NodeError(RegtestError):
-    """A node cannot do what was asked, for example because it does not start. Also: a wrong name, link or folder."""
+    """A node does not start, has died, or cannot do what was asked. Also raised for a wrong name, link or folder."""
 
 
 class NodeUnreachableError(NodeError):

@@ -1,4 +1,4 @@
-"""Coins for who needs some: a wallet on a network's first node, and blocks that pay it."""
+"""Pays coins to addresses, from a wallet on a network's first node. New blocks fill this wallet."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from traincert.regtest.network import Network
 from traincert.regtest.node import Node, wait_for
 
 WALLET = "faucet"
-MATURITY = 100  # blocks on a coinbase before it can be spent
+MATURITY = 100  # blocks on top of a coinbase transaction before its coins can be spent
 _FEE_RATES = (2, 5, 10, 20, 50)  # sat/vB
-_FEE_BLOCKS = 12
+_FEE_BLOCKS = 12  # blocks with payments, enough for estimatesmartfee
 RELAY_TIMEOUT = 60.0  # seconds
 _WALLET_NOT_FOUND = -18
 _WALLET_ALREADY_LOADED = -35
 
 Mine = Callable[[int, str], None]
-"""Makes so many blocks that pay an address, on the first node."""
+"""Makes the given number of blocks on the first node. They pay the given address."""
 
 
 class Faucet:
-    """The wallet `faucet` of a network's first node; `mine` makes the blocks that it lives from."""
+    """The wallet `faucet` of a network's first node. It gets its coins from the blocks that `mine` makes.
+
+    Raises NodeError if the wallet cannot be loaded or made.
+    """
 
     def __init__(self, network: Network, mine: Mine) -> None:
         self._network = network
@@ -38,30 +41,37 @@ class Faucet:
                 raise
 
     def mine(self, count: int) -> None:
-        """Make blocks that pay the faucet."""
+        """Make `count` blocks that pay the faucet."""
         self._mine(count, self._address())
 
     def fund(self, address: str, amount: Decimal) -> str:
-        """Pay an amount, in BTC, to an address, and confirm it by a block; return the txid.
+        """Pay `amount` BTC to an address, make a block that confirms the payment, and return the txid.
 
-        Blocks are made as long as there is not enough. Raises NodeError if the address is none, or if there is no end.
+        If the faucet has too few coins, it first makes blocks that pay it. Raises NodeError if the address is not a
+        regtest address, or if new blocks pay too little because the subsidy has halved too often.
         """
         if not self._node.rpc("validateaddress", address)["isvalid"]:
-            raise NodeError(f"{address} is no address of regtest")
+            raise NodeError(f"{address} is not a regtest address")
         while self._balance() <= amount:
             height = self._node.rpc("getblockcount")
             if height > MATURITY and self._node.rpc("getblockstats", height)["subsidy"] < 10**6:
-                raise NodeError(f"{amount} BTC is more than blocks pay: the faucet has {self._balance()}")
+                raise NodeError(
+                    f"the faucet cannot pay {amount} BTC: it has {self._balance()} BTC, "
+                    "and new blocks pay almost nothing"
+                )
             self.mine(MATURITY + 1 if height <= MATURITY else 10)
         txid: str = self._node.rpc("sendtoaddress", address, str(amount), wallet=WALLET)
         self.mine(1)
         return txid
 
     def make_fee_history(self) -> None:
-        """Pay fees in some blocks, so that estimatesmartfee has an answer on every node."""
+        """Make blocks with payments of different fees, so that estimatesmartfee has an answer on every node.
+
+        Raises NodeError, or WaitTimeoutError if a node does not hear of a payment within RELAY_TIMEOUT seconds.
+        """
         if self._balance() < 1:
             self.mine(MATURITY + 1)
-        # Coins of their own for the payments, so that they need not wait for each other.
+        # Each payment of a block gets its own coins. So no payment must wait until another one is confirmed.
         outputs = {self._address(): "0.1" for _ in range(4 * len(_FEE_RATES))}
         self._node.rpc("sendmany", "", outputs, wallet=WALLET)
         self.mine(1)

@@ -1,7 +1,7 @@
-"""Networks that outlive the command that made them.
+"""Networks that keep running after the command that made them.
 
-A folder holds all of one. Its state file says what was asked for; what runs is asked of the processes themselves, so it
-is known after a crash and after a reboot too.
+A folder holds everything of one network. Its state file has what the user asked for, such as links and faults. Which
+nodes run is not in it: each command looks at the processes. So the status is right after a crash or a reboot too.
 """
 
 from __future__ import annotations
@@ -25,36 +25,41 @@ from traincert.regtest.snapshot import OPTIONS as SNAPSHOT_OPTIONS
 from traincert.regtest.snapshot import copy_files
 
 OWNED = "owned"
-"""A folder in the network's for whatever its owner keeps with it: it is in snapshots, and gone with the network."""
+"""The name of the folder for the caller's own files. Snapshots contain it, and down() removes it."""
 
 VERSION = 1
-"""Of the format of network.json."""
+"""The version of network.json's format."""
 
 _STATE = "network.json"
 _LOCK = "lock"
 _LINKS = "links"
 _SNAPSHOTS = "snapshots"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-# Peers get transactions at once, not after seconds as strangers do.
+# A node sends transactions to whitelisted peers at once. Other peers get them seconds later.
 _OPTIONS: Options = {**SNAPSHOT_OPTIONS, "whitelist": "in,out,noban@0.0.0.0/0"}
 
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What `traincert network status` shows of a node; `height`, `tip` and `peers` are None if it gives no answer."""
+    """What `traincert network status` shows for one node."""
 
     name: str
     state: str
+    """`running`, `paused`, `stopped`, `died` (it ended without a regular shutdown), or `no answer` (it runs)."""
     pid: int | None
     rpc_port: int
     height: int | None
+    """The height of the best block; None unless the state is `running`, as for `tip` and `peers`."""
     tip: str | None
+    """The hash of the best block, in hex."""
     peers: list[str] | None
+    """The names of the connected nodes."""
     faults: list[str]
+    """The faults that the user has made, in words: cut links, delays, a full disk, a corrupt block."""
 
 
 class LastingNetwork(Network):
-    """The network in a folder, from `create()` to `down()`. Change it within `opened()`."""
+    """A network in a folder. `create()` makes it and `down()` removes it. Change it only inside `opened()`."""
 
     def __init__(
         self,
@@ -67,7 +72,7 @@ class LastingNetwork(Network):
     ) -> None:
         docker = None
         if image:
-            from traincert.regtest.containers import Docker  # takes a while, and not everybody has an engine
+            from traincert.regtest.containers import Docker  # a slow import, and only needed with Docker
 
             docker = Docker(directory, image, keep=True)
         super().__init__(
@@ -92,11 +97,12 @@ class LastingNetwork(Network):
         image: str | None = None,
         prepare: Callable[[Path], Options] = lambda _: {},
     ) -> Self:
-        """Make a network, and start nothing yet; with an `image` nodes run in containers, and `bitcoind` is not used.
+        """Make a network, but do not start its nodes.
 
-        `prepare` is given the folder OWNED, to make it if there is anything to keep, and returns the nodes' options.
+        With `image`, the nodes run in containers and `bitcoind` is ignored. `prepare` gets the path of the folder
+        OWNED, which does not exist yet. It may make this folder for its own files. It returns the nodes' options.
 
-        Raises NodeError if the folder is not empty, or if there is no engine or no image.
+        Raises NodeError if `directory` is not empty. With `image`, also if there is no Docker engine or no such image.
         """
         directory = directory.absolute()
         if (directory / _STATE).exists():
@@ -105,7 +111,7 @@ class LastingNetwork(Network):
             raise NodeError(f"{directory} is not empty: choose another with --dir")
         bare = cls(bitcoind.absolute(), directory, count, {}, topology, image)
         directory.mkdir(parents=True, exist_ok=True)
-        bare.save()  # so that whatever comes now, down() removes it
+        bare.save()  # if this process is killed after this line, `traincert network down` can clean up
         try:
             network = cls(bitcoind.absolute(), directory, count, prepare(directory / OWNED), topology, image)
             network.save()
@@ -116,7 +122,10 @@ class LastingNetwork(Network):
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """Return the network in a folder, with the nodes that run. Raises NodeError if there is none."""
+        """Return the network in a folder, and attach to its running nodes.
+
+        Raises NodeError if there is no network, if the state file is damaged, or if it has another format than VERSION.
+        """
         directory = directory.absolute()
         if not (directory / _STATE).exists():
             raise NodeError(f"there is no network in {directory}: traincert network up makes one")
@@ -130,9 +139,12 @@ class LastingNetwork(Network):
     @classmethod
     @contextmanager
     def opened(cls, directory: Path) -> Iterator[Self]:
-        """Load a network to change it, which no other command does meanwhile; what it is then is written at the end."""
+        """Load a network to change it, and save it at the end. Other commands that change it wait for the lock.
+
+        Raises NodeError as `load()` does.
+        """
         if not (directory / _STATE).exists():
-            cls.load(directory)  # says so
+            cls.load(directory)  # raises: there is no network
         with (directory / _LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             network = cls.load(directory)
@@ -143,7 +155,7 @@ class LastingNetwork(Network):
                     network.save()
 
     def save(self) -> None:
-        """Write the state file: wholly or not at all."""
+        """Write the state file. It is replaced as a whole, so a crash cannot leave half of it."""
         state = {
             "version": VERSION,
             "made_of": self._made_of,
@@ -168,7 +180,7 @@ class LastingNetwork(Network):
         self._set_clock(state["time"])
 
     def status(self) -> list[NodeStatus]:
-        """Ask all nodes how they are."""
+        """Return the status of all nodes, in their order."""
         return [self._status(number, node) for number, node in enumerate(self.nodes)]
 
     def _status(self, number: int, node: Node) -> NodeStatus:
@@ -202,30 +214,30 @@ class LastingNetwork(Network):
         return faults
 
     def corrupt(self, number: int) -> None:
-        """Flip a byte of the last block in the node's block files, until `repair()`.
+        """Invert one byte of the last block in the node's block files, until `repair()`.
 
-        The node finds out when it next reads the block, at the latest when it is started. Raises NodeError if it was
-        done already.
+        The node notices when it reads this block next, at the latest at its next start. Raises NodeError if the node is
+        corrupt already.
         """
         node = self.nodes[number]
         if number in self.flips:
-            raise NodeError(f"{node.name} is corrupt already: traincert network repair {node.name}")
+            raise NodeError(f"{node.name} is corrupt already: traincert network repair {node.name} repairs it")
         path = max((node.chain_dir / "blocks").glob("blk*.dat"))
-        offset = _last_block(path) + 36  # the header's Merkle root
+        offset = _last_block(path) + 36  # hashMerkleRoot in the header; its change makes the block invalid
         _flip(path, offset)
         self.flips[number] = (str(path), offset)
 
     def repair(self, number: int) -> None:
-        """Undo `corrupt()`."""
+        """Undo `corrupt()`. Raises NodeError if the node is not corrupt."""
         if number not in self.flips:
             raise NodeError(f"{self.nodes[number].name} is not corrupt")
         path, offset = self.flips.pop(number)
         _flip(Path(path), offset)
 
     def snapshot(self, name: str) -> None:
-        """Keep a copy of everything under a name; nodes that run are stopped for it, and started again.
+        """Copy the whole network under a name. The running nodes are stopped first, and started again afterwards.
 
-        Raises NodeError if there is one of this name.
+        Raises NodeError if a snapshot with this name exists, or if the name is not valid.
         """
         copy = self._snapshot(name)
         if copy.exists():
@@ -240,15 +252,15 @@ class LastingNetwork(Network):
         try:
             copy_files(everything, new)
             new.replace(copy)
-        finally:  # also where the disk is full
+        finally:  # also if the disk is full and the copy fails
             shutil.rmtree(new, ignore_errors=True)
             self._for_each(lambda node: node.start() if node in running else None)
             self.connect()
 
     def restore(self, name: str) -> None:
-        """Make everything as it was at a snapshot, and start all nodes.
+        """Restore the whole network from a snapshot, and start all nodes.
 
-        Raises NodeError if there is none of this name.
+        Raises NodeError if no snapshot has this name, or if its state file cannot be used.
         """
         copy = self._snapshot(name)
         if not copy.exists():
@@ -256,7 +268,7 @@ class LastingNetwork(Network):
             raise NodeError(f"there is no snapshot {name}; there are: {', '.join(there) or 'none'}")
         _read_state_file(copy / _STATE)  # raises before anything has changed
         for node in self.nodes:
-            node.kill()  # what it would write is not kept
+            node.kill()  # faster than a shutdown, which would save data that restore() replaces
         self.stop()
         for path in copy.iterdir():
             target = self.directory / path.name
@@ -268,14 +280,17 @@ class LastingNetwork(Network):
 
     def _snapshot(self, name: str) -> Path:
         if not _NAME.fullmatch(name) or name.endswith(".new"):
-            raise NodeError(f"{name!r} is no name for a snapshot: letters, digits, '.', '_' and '-'")
+            raise NodeError(
+                f"{name!r} is no name for a snapshot: use letters, digits, '.', '_' and '-', no '.' at the start, and "
+                "no '.new' at the end"
+            )
         return self.directory / _SNAPSHOTS / name
 
     def down(self) -> None:
-        """End everything, and remove all that `create()` and what came after it made."""
+        """Kill all nodes, and remove all files of the network. Files that are not the network's stay."""
         for node in self.nodes:
-            node.kill()  # what it would write is not kept
-            # If whoever started it was killed just then, there may be no pid file yet.
+            node.kill()  # faster than a shutdown, which would save data that down() removes
+            # A traincert that was killed while it started this node may have left no pid file.
             for process in find_by_argument(f"-datadir={node.datadir}"):
                 kill(process)
         self.stop()
@@ -294,7 +309,7 @@ def _read_state_file(path: Path) -> dict[str, Any]:
     except ValueError:
         state = None
     if not isinstance(state, dict):
-        raise NodeError(f"{path} is damaged: end the nodes of this network, remove the folder, and make it again")
+        raise NodeError(f"{path} is damaged: stop this network's nodes, remove the folder, and make the network again")
     if state.get("version") != VERSION:
         raise NodeError(
             f"{path} has format {state.get('version')}, this traincert reads format {VERSION}: take the network down "
@@ -304,14 +319,17 @@ def _read_state_file(path: Path) -> dict[str, Any]:
 
 
 def status_json(status: Sequence[NodeStatus]) -> list[Mapping[str, Any]]:
-    """Return a status as JSON has it."""
+    """Return the status of a network in a form for json.dumps."""
     return [asdict(each) for each in status]
 
 
 def _last_block(path: Path) -> int:
-    """Where in a block file the last block begins; each comes after a magic number and its size (4 bytes each)."""
+    """Return the offset, in bytes, of the last block in a block file. The file must have a block.
+
+    Each block follows the message start and the block's size, 4 bytes each (upstream: node/blockstorage.cpp).
+    """
     data = path.read_bytes()
-    key_file = path.with_name("xor.dat")  # since Bitcoin Core 28
+    key_file = path.with_name("xor.dat")  # since Bitcoin Core 28, block files are XORed with this key
     key = key_file.read_bytes() if key_file.exists() else bytes(8)
 
     def decoded(start: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Which nodes are linked to which, and links that are slow."""
+"""Reads which nodes are linked, and makes links slow."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from traincert.regtest.node import wait_for
 from traincert.regtest.processes import find_process, kill, spawn
 
 Link = tuple[int, int]
-"""The numbers of two nodes, the lower one first: it makes the connection."""
+"""The numbers of two nodes, the lower one first. The node with the lower number makes the connection."""
 
-RELAY_TIMEOUT = 30.0  # seconds for a relay to start
+RELAY_TIMEOUT = 30.0  # seconds that a relay may take to start
 
 
 def read_topology(topology: str | Sequence[Link], count: int) -> list[Link]:
-    """Return the links of `count` nodes: `full` (all), `line`, `ring`, or a file with the numbers of two nodes a line.
+    """Return the links of `count` nodes.
 
-    Links are returned as they are.
+    `topology` is `full` (all nodes are linked), `line`, `ring`, a list of links, or the path of a text file. Each line
+    of the file has the numbers of two linked nodes, such as "0 2". A `#` starts a comment.
 
-    Raises NodeError for a file that cannot be read, or says something else.
+    Raises NodeError for a file that cannot be read, and for a wrong line in the file.
     """
     if not isinstance(topology, str):
         return list(topology)
@@ -37,9 +38,7 @@ def read_topology(topology: str | Sequence[Link], count: int) -> list[Link]:
     try:
         lines = Path(topology).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise NodeError(
-            f"topology {topology} is none of full, line and ring, and no file to be read: {error}"
-        ) from None
+        raise NodeError(f"topology {topology} is not full, line or ring, and not a readable file: {error}") from None
     links = set()
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
@@ -48,14 +47,14 @@ def read_topology(topology: str | Sequence[Link], count: int) -> list[Link]:
         numbers = sorted(int(word) for word in words if word.isdecimal() and int(word) < count)
         if len(words) != 2 or len(set(numbers)) != 2:
             raise NodeError(
-                f"{topology}, line {number}: {line!r} is not the numbers of two nodes, from 0 to {count - 1}"
+                f"{topology}, line {number}: {line!r} must be two different node numbers, from 0 to {count - 1}"
             )
         links.add((numbers[0], numbers[1]))
     return sorted(links)
 
 
 class Relay:
-    """A relay process, which makes one link slow. It does not outlive us, unless `keep` is set."""
+    """A process that makes one link slow. It ends with this Python process, unless `keep` is set."""
 
     def __init__(self, pid_file: Path, *, keep: bool) -> None:
         self._pid_file = pid_file.absolute()
@@ -63,9 +62,11 @@ class Relay:
         self._process: psutil.Process | None = None
 
     def start(self, target: str, seconds: float, host: str) -> str:
-        """Make sure that a relay runs which leads to `target` and is late by `seconds` and listens on `host`.
+        """Make sure that a relay on `host` passes data on to `target` (host:port), `seconds` later.
 
-        Returns the host:port to connect to.
+        Returns the relay's host:port. Nodes connect to it instead of to `target`.
+
+        Raises WaitTimeoutError if the relay does not start within RELAY_TIMEOUT seconds.
         """
         arguments = [str(self._pid_file), host, target, str(seconds)]
         process = self._find()
@@ -79,7 +80,7 @@ class Relay:
         return f"{host}:{self._pid_file.with_suffix('.port').read_text()}"
 
     def stop(self) -> None:
-        """End the relay, if there is one, and its connections with it."""
+        """End the relay if it runs. This closes its connections."""
         process = self._process or self._find()
         if process is not None:
             kill(process)

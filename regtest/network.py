@@ -1,4 +1,4 @@
-"""Several nodes, linked to each other, and what can go wrong between them."""
+"""Starts and connects several nodes, and makes faults between them: partitions, delays, wrong clocks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from traincert.regtest.node import Node, Options, wait_for
 if TYPE_CHECKING:
     from traincert.regtest.containers import Docker
 
-CONNECT_TIMEOUT = 30.0  # seconds
+CONNECT_TIMEOUT = 30.0  # seconds for two nodes to connect or disconnect
 
 
 class Network:
     """`count` nodes with the same options, in `directory`/node0, node1, ...
 
-    `topology` says which are linked, see `read_topology`; with all links (`full`) the rest still hear each other
-    whichever nodes are stopped. As a context manager the network is started on entry and stopped on exit; for `keep`
-    see `Node`. With `docker` nodes run in containers, and `bitcoind` is not used. Nodes are told apart by their peers
-    by their names, which are in their user agents.
+    `topology` says which nodes are linked, see `read_topology`. With `full`, the running nodes stay connected when
+    others are stopped. The context manager starts the network on entry and stops it on exit. For `keep` see `Node`.
+    With `docker`, the nodes run in containers, and `bitcoind` is ignored. Each node's user agent contains its name, so
+    `peers()` can recognise it.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Network:
             self.stop()
 
     def add(self, node: Node) -> None:
-        """Let another node take part, of whatever program, linked to every other: before it is started."""
+        """Add a node and link it to all others. It may run another bitcoind. Call this before the node starts."""
         node.options = _with_name(node.options, node.name)
         for number in range(len(self.nodes)):
             link = (number, len(self.nodes))
@@ -71,7 +71,7 @@ class Network:
         self.nodes.append(node)
 
     def start(self) -> None:
-        """Start all nodes and connect them; if one does not start, stop the others.
+        """Start all nodes at the same time, and connect them. If one fails, stop the others.
 
         Raises NodeError or WaitTimeoutError for the first node that did not start or connect.
         """
@@ -83,7 +83,7 @@ class Network:
             raise
 
     def stop(self) -> None:
-        """Stop all nodes, all at once, and what makes links slow."""
+        """Stop all nodes at the same time, and all relays. With Docker, also remove the networks."""
         self._for_each(Node.stop)
         for relay in self._relays.values():
             relay.stop()
@@ -91,13 +91,14 @@ class Network:
             self.docker.close()
 
     def connect(self) -> None:
-        """Connect the nodes that run as the links say, and no others: also after one was restarted.
+        """Connect the running nodes along the links, and disconnect cut links. Call it also after a node's restart.
 
-        It goes outward from the node with the most blocks, because a node in initial block download (one that was
-        killed may have lost its chain) asks the first peer it meets for headers, and nobody else for the next 15
-        minutes, even if that one has none either (upstream: net_processing.cpp, fSyncStarted).
+        The order matters for a node in initial block download, for example one that lost its chain when it was killed.
+        Such a node asks only its first peer for headers, and asks no other peer for 15 minutes, even if the first one
+        has no headers (upstream: net_processing.cpp, fSyncStarted). So we start at the node with the most blocks, and
+        connect its neighbours first, then their neighbours.
 
-        Raises WaitTimeoutError if two nodes did not shake hands within CONNECT_TIMEOUT seconds.
+        Raises WaitTimeoutError if two nodes do not complete the handshake within CONNECT_TIMEOUT seconds.
         """
         running = {number for number, node in enumerate(self.nodes) if node.pid is not None and not node.paused}
         links = [link for link in self.links if running.issuperset(link) and not self.is_cut(link)]
@@ -106,7 +107,7 @@ class Network:
         if len(set(blocks.values())) > 1:
             known = set[int]()
             for first in sorted(running, key=blocks.__getitem__, reverse=True):
-                layer = {first} - known  # empty, unless nothing leads here from those before
+                layer = {first} - known  # empty if an earlier round has already reached this node
                 while layer:
                     known |= layer
                     outward = [link for link in links if len(known.intersection(link)) == 1]
@@ -116,13 +117,14 @@ class Network:
         self._connect(links)
 
     def is_cut(self, link: Link) -> bool:
-        """Whether a partition is between two nodes."""
+        """Whether a partition separates the two nodes of a link."""
         return bool(self.groups) and not any(group.issuperset(link) for group in self.groups)
 
     def partition(self, groups: Iterable[Iterable[int]]) -> None:
-        """Cut the links between groups of nodes; nodes that are in none are a group of their own together.
+        """Cut the links between groups of nodes. All nodes without a group form one more group.
 
-        Returns when no node has a peer of another group. Raises NodeError if a node is in two groups.
+        Returns when no node has a peer of another group. Raises NodeError if a node is in two groups. Raises
+        WaitTimeoutError if nodes do not connect or disconnect within CONNECT_TIMEOUT seconds.
         """
         parts = [set(group) for group in groups]
         named = [number for group in parts for number in group]
@@ -132,20 +134,23 @@ class Network:
         self._divide()
 
     def heal(self) -> None:
-        """End a partition: returns when both ends of every link say that they are connected."""
+        """End a partition. Returns when both nodes of each link report the connection.
+
+        Raises WaitTimeoutError if nodes do not connect within CONNECT_TIMEOUT seconds.
+        """
         self.groups = []
         self._divide()
 
     def _divide(self) -> None:
         if self.docker:
-            self._disconnect(self.links)  # who moves to another network leaves connections that nobody closes
+            self._disconnect(self.links)  # nothing else closes the connections of a node that changes its network
             self.docker.divide(self.nodes, self.groups)
         self.connect()
 
     def delay(self, link: Link, seconds: float) -> None:
-        """Let all that two linked nodes say arrive `seconds` later, each way; 0 undoes it.
+        """Delay all data between two linked nodes by `seconds`, in each direction; 0 removes the delay.
 
-        Raises NodeError if they are not linked.
+        Raises NodeError if the nodes are not linked. Raises WaitTimeoutError if they do not connect again in time.
         """
         if link not in self.links:
             raise NodeError(f"node{link[0]} and node{link[1]} are not linked")
@@ -158,16 +163,19 @@ class Network:
 
     @property
     def time(self) -> int | None:
-        """The Unix time in seconds at which all clocks stand, if it is not the real one."""
+        """The mock time of all nodes, in Unix seconds; None for the real time."""
         time = self.nodes[0].options.get("mocktime")
         return int(time) if isinstance(time, str) else None
 
     def set_time(self, time: int | None) -> None:
-        """Let all nodes' clocks stand at a Unix time in seconds, also when they are restarted; None: the real time."""
+        """Set the mock time of all nodes, in Unix seconds, also for later starts; None sets the real time.
+
+        A mock clock stands still. Raises RpcError if a node refuses the time.
+        """
         for node in self.nodes:
             if node.pid is not None and not node.paused:
                 node.rpc("setmocktime", time or 0)
-        self._set_clock(time)  # only now: a time that nodes refuse would keep them from starting
+        self._set_clock(time)  # only after all nodes accept the time: with a wrong time in its conf a node cannot start
 
     def _set_clock(self, time: int | None) -> None:
         for node in self.nodes:
@@ -175,14 +183,14 @@ class Network:
             node.options = options if time is None else {**options, "mocktime": str(time)}
 
     def peers(self, number: int) -> list[str]:
-        """Return the names of the nodes that a node is connected to."""
+        """Return the names of the nodes to which a node is connected."""
         return [other.name for other in self.nodes if _peers(self.nodes[number], other)]
 
     def wait_until_same_tip(self, timeout: float = 60.0) -> str:
-        """Wait until all nodes that run, and are not paused, have the same best block, and return its hash.
+        """Wait until all running nodes that are not paused have the same best block. Returns its hash.
 
-        Raises WaitTimeoutError if they had not within `timeout` seconds, with each node's height and tip, and NodeError
-        if a node stopped answering.
+        Raises WaitTimeoutError after `timeout` seconds: the message has each node's height and tip. Raises NodeError if
+        a node stops answering, or if no node runs.
         """
         nodes = [node for node in self.nodes if node.pid is not None and not node.paused]
         if not nodes:
@@ -199,22 +207,28 @@ class Network:
     def _for_each(self, action: Callable[[Node], None]) -> None:
         with ThreadPoolExecutor(max_workers=max(1, len(self.nodes))) as pool:
             results = [pool.submit(action, node) for node in self.nodes]
-        for result in results:  # only now, when every node has been tried
+        for result in results:  # raise a node's error only after the action has ended on all nodes
             result.result()
 
     def _connect(self, links: Sequence[Link]) -> None:
-        """Wait until nodes are connected."""
+        """Connect the nodes of each link and wait for it. Raises WaitTimeoutError if one link stays down."""
 
         def still_down() -> str:
             ends = map(self._ends, self._down(links))
-            return "; ".join(f"{node.name} has no {other.name}, its log: {node.log_tail()}" for node, other in ends)
+            return "; ".join(
+                f"{node.name} is not connected to {other.name}; log of {node.name}: {node.log_tail()}"
+                for node, other in ends
+            )
 
         for caller in {first for first, _ in self._try(links)}:
             _wake(self.nodes[caller])
         wait_for(lambda: not self._try(links), CONNECT_TIMEOUT, "nodes to connect", still_down)
 
     def _try(self, links: Sequence[Link]) -> list[Link]:
-        """Return which links are not up; there a node tries to connect, unless it has an earlier connection."""
+        """Return the links that are down. Ask the first node of each such link to connect.
+
+        A node ignores the request if it has this connection already (upstream: `addnode` with onetry).
+        """
         down = self._down(links)
         for link in down:
             node, other = self._ends(link)
@@ -225,7 +239,7 @@ class Network:
         return down
 
     def _down(self, links: Sequence[Link]) -> list[Link]:
-        """Which links are not up: there an end has not had the other's verack."""
+        """Return the links that are down: at least one node has not received the other's verack."""
         peers = {number: self.nodes[number].rpc("getpeerinfo") for number in set[int]().union(*links)}
 
         def has(number: int, other: int) -> bool:
@@ -234,7 +248,7 @@ class Network:
         return [(first, second) for first, second in links if not (has(first, second) and has(second, first))]
 
     def _wait_for_headers(self, links: Sequence[Link]) -> None:
-        """Wait until each of two nodes knows of as many blocks as the other has."""
+        """Wait until both nodes of each link know as many headers as either has blocks."""
         for node, other in map(self._ends, links):
             what = f"{node.name} and {other.name} to know of the same blocks"
             wait_for(partial(_know_the_same, node, other), CONNECT_TIMEOUT, what, node.log_tail)
@@ -251,7 +265,7 @@ class Network:
                 continue
             for one, another in ((node, other), (other, node)):
                 for peer in _peers(one, another):
-                    with contextlib.suppress(RpcError):  # the other's end was first
+                    with contextlib.suppress(RpcError):  # the other node may have closed the connection already
                         one.rpc("disconnectnode", "", peer["id"])
             wait_for(
                 partial(_strangers, node, other),
@@ -266,28 +280,28 @@ def _with_name(options: Options, name: str) -> Options:
 
 
 def _wake(node: Node) -> None:
-    """Let a node look now at the connections that it has just made.
+    """Make a node use its new connections at once.
 
-    Else it begins to speak on them up to 100 ms later, and hears an answer up to 50 ms after that (upstream: net.cpp,
-    ThreadMessageHandler and SELECT_TIMEOUT_MILLISECONDS). A message wakes both threads: `version` without content,
-    which is ignored, on a connection that ends with it. Where that is not possible, it only takes longer.
+    Otherwise its message thread waits up to 100 ms, and its socket thread up to 50 ms (upstream: net.cpp,
+    ThreadMessageHandler and SELECT_TIMEOUT_MILLISECONDS). Any message wakes both threads. We send an empty `version` on
+    a short connection, because nodes ignore it. If this fails, connecting only takes longer.
     """
     host, _, port = node.relay_target.rpartition(":")
     with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1) as connection:
         connection.sendall(_EMPTY_VERSION)
 
 
-# The magic of regtest, the command, a length of 0, and the checksum of nothing.
+# Regtest's message start, the message type, a payload length of 0, and the checksum of an empty payload.
 _EMPTY_VERSION = bytes.fromhex("fabfb5da") + b"version".ljust(12, b"\0") + bytes(4) + bytes.fromhex("5df6e0e2")
 
 
 def _peers(node: Node, other: Node) -> list[dict[str, Any]]:
-    """The connections that `node` has with `other`."""
+    """Return the entries of `node`'s getpeerinfo that are connections to `other`."""
     return _named(node.rpc("getpeerinfo"), other)
 
 
 def _named(peers: list[dict[str, Any]], node: Node) -> list[dict[str, Any]]:
-    """Those of a node's peers that are `node`."""
+    """Return the entries of a getpeerinfo whose user agent has the name of `node`."""
     return [peer for peer in peers if f"({node.name};" in peer["subver"].replace(")", ";")]
 
 

@@ -1,4 +1,4 @@
-"""One bitcoind process on regtest."""
+"""Starts, stops and calls one bitcoind process on regtest."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from traincert.regtest.errors import NodeError, NodeUnreachableError, RpcError, 
 from traincert.regtest.processes import find_process, is_running, kill, spawn
 
 Options = Mapping[str, str | Sequence[str]]
-"""bitcoin.conf options, without the dash: a name and its value, or its values where it may be repeated."""
+"""bitcoin.conf options: from a name, without dash, to its value. A repeated option has a list of values."""
 
-START_TIMEOUT = 60.0  # seconds; a start takes half a second, the rest is for machines that are busy
-STOP_TIMEOUT = 60.0
-RPC_TIMEOUT = 60.0
+START_TIMEOUT = 60.0  # seconds; a start takes about 0.5 s, but longer on a busy machine
+STOP_TIMEOUT = 60.0  # seconds
+RPC_TIMEOUT = 60.0  # seconds
 START_ATTEMPTS = 5
 
-# A light node that speaks only to the nodes it is told of. A caller's option of the same name replaces ours.
+# These options make a node that uses little memory and connects only to given nodes. The caller's options replace them.
 DEFAULT_OPTIONS: Options = {
     "dbcache": "16",  # MiB
     "discover": "0",
     "dnsseed": "0",
-    "fallbackfee": "0.0002",  # regtest has no fee history, without this its wallets cannot send
+    "fallbackfee": "0.0002",  # BTC/kvB; a regtest chain has no fee history, so wallets need this to send
     "fixedseeds": "0",
     "listenonion": "0",
-    "maxsigcachesize": "1",  # MiB; to make room for the usual 32 is a fifth of the work of a start
+    "maxsigcachesize": "1",  # MiB; allocating the default 32 MiB is a fifth of a start's work
     "natpmp": "0",
-    "peertimeout": "999999999",  # seconds of mock time: a jump of it must not look like peers that fell silent
+    "peertimeout": "999999999",  # seconds; after a jump of the mock time, a node must not think that peers timed out
     "printtoconsole": "0",
 }
 
@@ -49,12 +49,12 @@ _logger = logging.getLogger(__name__)
 class Node:
     """A bitcoind with its data directory.
 
-    All its options are in `datadir`/bitcoin.conf, so `bitcoin-cli -datadir=...` needs nothing else. As a context
-    manager it is started on entry and stopped on exit.
+    All options are in `datadir`/bitcoin.conf, so `bitcoin-cli -datadir=...` works without further options.
+    The context manager starts the node on entry and stops it on exit.
 
-    A node never outlives this Python process, even if that is killed, unless `keep` is set: then leaving the context
-    leaves the node running, its pid in `datadir`/regtest/bitcoind.pid, `bitcoin-cli ... stop` ends it, and another
-    Node of the same data directory can `attach()` to it.
+    By default the node ends when this Python process ends, even if this process is killed. With `keep` the node goes
+    on running after the context and after this process. `bitcoin-cli -datadir=... stop` then stops it. Another Node
+    object of the same data directory can control it after `attach()`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Node:
         self.name = name or datadir.name
         self.options = options or {}
         self.keep = keep
-        self.rpc_port = 0  # chosen by start()
+        self.rpc_port = 0  # start() chooses both ports
         self.p2p_port = 0
         self.disk_full = False
         self._process: psutil.Process | None = None
@@ -80,7 +80,7 @@ class Node:
 
     @property
     def rpc_url(self) -> str:
-        """Where the node answers JSON-RPC; user and password are in `cookie_file`."""
+        """The URL for JSON-RPC. The user and the password are in `cookie_file`."""
         return f"http://127.0.0.1:{self.rpc_port}"
 
     @property
@@ -90,46 +90,46 @@ class Node:
 
     @property
     def relay_host(self) -> str:
-        """Where a relay on this machine must listen for the node to reach it."""
+        """The IP address on which a relay must listen, so that the node can connect to the relay."""
         return "127.0.0.1"
 
     @property
     def relay_target(self) -> str:
-        """Where a relay on this machine reaches the node."""
+        """The host:port at which a relay on this machine can connect to the node."""
         return self.p2p_address
 
     @property
     def cli(self) -> list[str]:
-        """The command that runs bitcoin-cli on the node."""
+        """The command line of bitcoin-cli for this node, to be followed by an RPC method."""
         return [str(self.bitcoind.with_name("bitcoin-cli")), f"-datadir={self.datadir}"]
 
     @property
     def chain_dir(self) -> Path:
-        """The part of the data directory that belongs to regtest."""
+        """The folder of the regtest chain in the data directory."""
         return self.datadir / "regtest"
 
     @property
     def cookie_file(self) -> Path:
-        """`user:password` for the RPC port, written anew at each start."""
+        """The file with `user:password` for RPC. Each start writes a new one."""
         return self.chain_dir / ".cookie"
 
     @property
     def pid(self) -> int | None:
-        """The process id while the node runs, also while it is paused."""
+        """The process id of the running or paused node; None if the node does not run."""
         return self._process.pid if self._process and is_running(self._process) else None
 
     @property
     def died(self) -> bool:
-        """Whether the node ended without a shutdown of its own."""
+        """Whether the node ended without a regular shutdown: a regular shutdown removes the pid file."""
         return self.pid is None and self._pid_file.exists()
 
     @property
     def paused(self) -> bool:
-        """Whether the process was stopped by `pause()`."""
+        """Whether `pause()` has paused the node."""
         return self.pid is not None and self._process is not None and self._process.status() == psutil.STATUS_STOPPED
 
     def attach(self) -> bool:
-        """Take over the node that another Python process started on this data directory and left; whether it runs."""
+        """Take control of a node that another process started on this data directory. Returns whether it runs."""
         self._process = find_process(self._pid_file, f"-datadir={self.datadir}")
         self._read_ports()
         return self._process is not None
@@ -140,34 +140,34 @@ class Node:
             self.rpc_port, self.p2p_port = int(options["rpcport"]), int(options["port"])
 
     def start(self) -> None:
-        """Start the node and wait until it answers.
+        """Start the node and wait until it answers RPC. Does nothing if the node runs already.
 
-        The ports of the last start are used again where they are free. Does nothing if the node runs.
+        The node keeps the ports of its last start if they are free.
 
-        Raises NodeError if it ended instead, with its exit code and its own last words, and WaitTimeoutError if it
-        did not answer within START_TIMEOUT seconds.
+        Raises NodeError if the node ended: the message has its exit code and its last output. Raises WaitTimeoutError
+        if the node did not answer within START_TIMEOUT seconds.
         """
         if self.pid is not None:
             return
-        self.kill()  # nothing: it has ended, but may not have been waited for
+        self.kill()  # forgets an earlier process, which has ended; also removes its zombie
         if self.disk_full:
             raise NodeError(f"{self.name} cannot start: its disk is full")
         self.datadir.mkdir(parents=True, exist_ok=True)
         if datadir_in_use(self.datadir):
-            # perhaps a node that was kept: writing its conf anew would cut it off
+            # This may be a node started with `keep`. A new bitcoin.conf would have other ports and make it unreachable.
             raise NodeError(f"{self.name}: a node is running in {self.datadir} already")
         for attempt in range(1, START_ATTEMPTS + 1):
             if attempt > 1 or not self.rpc_port:
                 self.rpc_port, self.p2p_port = _free_ports(2)
             self._write_conf()
-            # What a former run left must not pass for a sign of life of this one.
+            # _is_ready() looks for these files, so files of an earlier start must not mislead it.
             for leftover in (self.cookie_file, self._pid_file):
                 leftover.unlink(missing_ok=True)
             try:
                 self._launch()
                 wait_for(self._is_ready, START_TIMEOUT, f"{self.name} to answer RPC", self.log_tail)
             except PortTakenError:
-                # Between our look and bitcoind's bind anyone may take a port: take others.
+                # Another program took a port after _free_ports() and before bitcoind's bind: try other ports.
                 if attempt == START_ATTEMPTS:
                     raise
             except BaseException:
@@ -177,16 +177,16 @@ class Node:
                 return
 
     def stop(self) -> None:
-        """Ask the node to stop and wait for its end; kill it if it takes more than STOP_TIMEOUT seconds."""
+        """Ask the node to stop and wait for its end. After STOP_TIMEOUT seconds, kill it."""
         if not self._was_started():
             return
         if self.pid is None:
-            _logger.warning("%s had ended by itself (%s)", self.name, self._ending())
+            _logger.warning("%s had already ended (%s)", self.name, self._ending())
         try:
             self.resume()
             try:
                 self.rpc("stop")
-            except NodeError:  # it is starting, or on its way out already; the wait below decides
+            except NodeError:  # the node is still starting or already stopping; SIGTERM works in both cases
                 self._terminate()
             wait_for(lambda: self.pid is None, STOP_TIMEOUT, f"{self.name} to stop")
         except WaitTimeoutError:
@@ -195,38 +195,39 @@ class Node:
             self.kill()
 
     def kill(self) -> None:
-        """End the node at once, as a power failure would."""
+        """End the node at once, without a shutdown, as in a power failure."""
         if self._process is not None:
             kill(self._process)
             self._process = None
 
     def pause(self) -> None:
-        """Let the node stand still (SIGSTOP): it keeps its connections, and answers nobody until `resume()`."""
+        """Pause the node (SIGSTOP) until `resume()`: it keeps its connections but does not answer."""
         self._running().suspend()
         wait_for(lambda: self.paused, STOP_TIMEOUT, f"{self.name} to stand still")
 
     def resume(self) -> None:
-        """Let a paused node go on."""
+        """Let a paused node continue. Does nothing if the node is not paused."""
         if self.paused:
             self._running().resume()
 
     def fill_disk(self) -> None:
-        """Let every write of the node fail, as on a full disk, until `free_disk()`: at the next it shuts itself down.
+        """Make every write of the node fail, as on a full disk, until `free_disk()`.
 
-        The file size limit does it (EFBIG instead of ENOSPC), which needs no privilege. Linux only.
+        The node shuts itself down at its next write. This sets the limit of the file size to 0, so writes fail with
+        EFBIG instead of ENOSPC. A limit needs no privilege. Linux only.
         """
         self.disk_full = True
         if self.pid is not None:
             self._limit_files(0)
 
     def free_disk(self) -> None:
-        """Undo `fill_disk()`. A node that has shut itself down is not started."""
+        """Undo `fill_disk()`. This does not start a node that has shut itself down."""
         self.disk_full = False
         if self.pid is not None:
             self._limit_files(psutil.RLIM_INFINITY)
 
     def _limit_files(self, soft: int) -> None:
-        """Limit the size of the files that the node writes, in bytes."""
+        """Set the maximum size, in bytes, of files that the node writes."""
         self._running().rlimit(psutil.RLIMIT_FSIZE, (soft, psutil.RLIM_INFINITY))
 
     def _terminate(self) -> None:
@@ -234,7 +235,7 @@ class Node:
             self._process.terminate()
 
     def _was_started(self) -> bool:
-        """Whether there is something to stop, or to say of its end."""
+        """Whether this object has started or attached to a node, which it has not stopped or killed since."""
         return self._process is not None
 
     def _running(self) -> psutil.Process:
@@ -243,15 +244,15 @@ class Node:
         return self._process
 
     def restart(self) -> None:
-        """Stop the node and start it on the same data."""
+        """Stop the node and start it again on the same data directory."""
         self.stop()
         self.start()
 
     def rpc(self, method: str, *params: object, wallet: str | None = None) -> Any:
-        """Call an RPC method, of a wallet if one is named, and return its result, as JSON has it.
+        """Call an RPC method and return its result as decoded JSON. With `wallet`, call it for the wallet of this name.
 
-        Raises RpcError with the node's own error, and NodeUnreachableError if there is no connection, no answer within
-        RPC_TIMEOUT seconds, or not the node's answer.
+        Raises RpcError if the node answers with an error. Raises NodeUnreachableError if there is no connection, no
+        answer within RPC_TIMEOUT seconds, or an answer that is not JSON-RPC.
         """
         try:
             login = read_cookie(self.cookie_file)
@@ -259,7 +260,7 @@ class Node:
             raise NodeUnreachableError(f"{self.name} is not running: no {self.cookie_file}") from None
         try:
             with requests.Session() as session:
-                session.trust_env = False  # a proxy from the environment has no business here
+                session.trust_env = False  # ignore proxies and .netrc: the node is on this machine
                 response = session.post(
                     self.rpc_url if wallet is None else f"{self.rpc_url}/wallet/{wallet}",
                     json={"id": 0, "method": method, "params": params},
@@ -280,7 +281,7 @@ class Node:
         return result
 
     def log_tail(self, lines: int = 10) -> str:
-        """Return the last lines of debug.log ("" if there is none)."""
+        """Return the last lines of debug.log; "" if the file does not exist."""
         try:
             with (self.chain_dir / "debug.log").open("rb") as log:
                 log.seek(max(0, log.seek(0, 2) - 300 * lines))
@@ -295,7 +296,7 @@ class Node:
     def _listening(self) -> Options:
         return {
             "bind": self.p2p_address,
-            # Left to itself a node whose RPC port is taken on 127.0.0.1 makes do with ::1, and does not say so.
+            # Without rpcbind, a node listens on ::1 too. If only 127.0.0.1's port is taken, it starts without an error.
             "rpcbind": "127.0.0.1",
             "rpcallowip": "127.0.0.1",
         }
@@ -309,7 +310,7 @@ class Node:
             raise NodeError(f"{self.name}: cannot run {self.bitcoind}: {error.strerror}") from error
 
     def _is_ready(self) -> bool:
-        """Whether our process, and no other, answers on our RPC port."""
+        """Whether our own process answers on our RPC port. Raises NodeError if the process has ended."""
         if self.pid is None:
             said = self._last_words() or self.log_tail()
             port_taken = "Unable to bind to" in said or "Unable to start HTTP server" in said
@@ -317,7 +318,7 @@ class Node:
             ending = self._ending()
             self.kill()
             raise kind(f"{self.name} did not start ({ending}): {said}")
-        # bitcoind writes both files only after it has its lock and its RPC port, so a stranger has no part in them.
+        # bitcoind writes both files only after it owns the data directory's lock and the RPC port.
         if not (self.cookie_file.exists() and self._pid_file.exists()):
             return False
         try:
@@ -331,16 +332,16 @@ class Node:
         return self._pid_file.read_text().strip() == str(self._pid_of_its_own())
 
     def _pid_of_its_own(self) -> int | None:
-        """The process id as the node itself knows it."""
+        """The process id that the node writes into its pid file."""
         return self.pid
 
     def _last_words(self) -> str:
         return self._stderr_file.read_text(errors="replace").strip()
 
     def _ending(self) -> str:
-        if not isinstance(self._process, psutil.Popen):  # no child of ours
-            return "exit code not known"
-        code = self._process.wait()  # a negative signal number, as subprocess has it
+        if not isinstance(self._process, psutil.Popen):  # only a parent process learns the exit code
+            return "exit code unknown"
+        code = self._process.wait()  # for a killed process this is minus the signal's number
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
     @property
@@ -353,20 +354,21 @@ class Node:
 
 
 class PortTakenError(NodeError):
-    """The node found a port taken."""
+    """The node did not start, because another program uses one of its ports."""
 
 
 def write_conf(datadir: Path, options: Options, name: str = "") -> None:
-    """Write the bitcoin.conf of a regtest node: these options, and DEFAULT_OPTIONS where they say nothing.
+    """Write the bitcoin.conf of a regtest node, from DEFAULT_OPTIONS and `options`, which take precedence.
 
-    Raises NodeError, with the node's name (the data directory's if there is none), for a value that it cannot hold.
+    Raises NodeError for a value with a line break or "#". The message has `name`, or else the folder's name.
     """
     lines = ["regtest=1", "[regtest]"]
     for option, values in {**DEFAULT_OPTIONS, **options}.items():
         for value in [values] if isinstance(values, str) else values:
             if "\n" in value or "#" in value:
                 raise NodeError(
-                    f"{name or datadir.name}: option {option}: bitcoin.conf cannot hold the value {value!r}"
+                    f"{name or datadir.name}: option {option}: bitcoin.conf cannot hold the value {value!r}, "
+                    "because of its line break or '#'"
                 )
             lines.append(f"{option}={value}")
     (datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
@@ -388,10 +390,10 @@ def read_cookie(cookie_file: Path) -> tuple[str, str]:
 
 
 def datadir_in_use(datadir: Path) -> bool:
-    """Whether a bitcoind, ours or not, runs regtest on a data directory."""
+    """Whether any bitcoind runs regtest on a data directory."""
     try:
         with (datadir / "regtest" / ".lock").open("r+") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock that bitcoind itself takes
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a running bitcoind holds this lock
     except FileNotFoundError:
         return False
     except OSError:
@@ -402,11 +404,10 @@ def datadir_in_use(datadir: Path) -> bool:
 def wait_for(
     condition: Callable[[], object], timeout: float, what: str, last_seen: Callable[[], object] | None = None
 ) -> None:
-    """Ask until `condition()` is true.
+    """Call `condition()` repeatedly until it returns a true value.
 
-    `what` is what is awaited, in words, and `last_seen` gives the state to be told if it does not come.
-
-    Raises WaitTimeoutError if it was not true within `timeout` seconds.
+    Raises WaitTimeoutError if that takes more than `timeout` seconds. The message is "waited ... s for `what`", and the
+    result of `last_seen()`.
     """
     deadline = time.monotonic() + timeout
     while not condition():
@@ -417,7 +418,7 @@ def wait_for(
 
 
 def _free_ports(count: int) -> list[int]:
-    """`count` different ports on 127.0.0.1 that were free when we looked."""
+    """Return `count` different ports on 127.0.0.1 that are free now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

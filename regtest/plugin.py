@@ -1,11 +1,11 @@
-"""pytest fixtures with real nodes, for this project's tests and for other projects'.
+"""pytest fixtures with real nodes, for this project and for other projects.
 
-Each of `bitcoind`, `bitcoin_network` and `chain_snapshot` is there three times: by its own name for one test,
-`..._module` shared by a module's tests, and `..._session` by all tests (under pytest-xdist, by all of one worker).
+`bitcoind`, `bitcoin_network` and `chain_snapshot` each exist in three scopes. The plain name is for one test. With
+`_module`, the tests of one module share it. With `_session`, all tests share it (with pytest-xdist: all tests of one
+worker).
 
-A failing test's report carries the last log lines of the nodes that it used, and their data directories are kept, as
-long as pytest keeps its temporary folders. Override `bitcoind_options` or `node_programs` to use other options or
-programs.
+If a test fails, its report has the last log lines of its nodes, and their data directories are kept for as long as
+pytest keeps temporary folders. Override `bitcoind_options` for other options, and `node_programs` for other programs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-# The rest is imported where it is needed: this file is imported at every start of pytest, in any project.
+# The functions import the rest: pytest imports this file in every project, so importing must be fast.
 if TYPE_CHECKING:
     from traincert.regtest.containers import Docker
     from traincert.regtest.links import Link
@@ -32,54 +32,54 @@ KEPT = "bitcoin data directory"
 
 
 class NetworkFactory(Protocol):
-    """What the fixture `bitcoin_network` gives."""
+    """The type of the function that the fixture `bitcoin_network` gives."""
 
     def __call__(self, count: int, options: Options | None = None, topology: str | Sequence[Link] = "full") -> Network:
-        """Start `count` nodes, with `bitcoind_options` and these, and connect them as `read_topology` says.
+        """Start `count` connected nodes. They stop when the fixture ends.
 
-        They are stopped with the fixture.
+        The nodes have `bitcoind_options` and `options`, which take precedence. For `topology` see `read_topology`.
         """
 
 
 @dataclass
 class _Nodes:
-    """What one fixture has started, in a folder of its own."""
+    """The nodes that one fixture has started, and their folder."""
 
     fixture: str
     folder: Path
     nodes: list[Node] = field(default_factory=list)
     failed: bool = False
-    """Whether a test that used them has."""
+    """Whether a test that used the nodes has failed: then the folder is kept."""
 
 
-_STARTED = pytest.StashKey[list[_Nodes]]()  # of the test, module or session that they are for
+_STARTED = pytest.StashKey[list[_Nodes]]()  # stored with the test, module or pytest session of the fixture's scope
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add our options."""
+    """Add the command-line options of this plugin."""
     group = parser.getgroup("bitcoin nodes")
     group.addoption(
         "--bitcoind",
         metavar="PATH",
         type=Path,
-        help="the bitcoind to test with, bitcoin-cli beside it (default: the one built from the patch)",
+        help="the bitcoind to test with; bitcoin-cli must be in the same folder (default: build the patched node)",
     )
     group.addoption(
         "--regtest-backend",
         choices=["process", "docker"],
         default="process",
-        help="what nodes are: processes (default), or containers of the image traincert/node",
+        help="run nodes as processes (default), or as containers of the image traincert/node",
     )
     group.addoption(
         "--regtest-keep",
         action="store_true",
-        help="keep the data directories of all nodes, not of failed tests only, and list them at the end",
+        help="keep the data directories of all nodes and list them at the end (default: only those of failed tests)",
     )
 
 
 @pytest.fixture(scope="session")
 def node_programs(pytestconfig: pytest.Config) -> Path:
-    """Return the folder with bitcoind and bitcoin-cli, built first if they are not in the cache."""
+    """Return the folder with bitcoind and bitcoin-cli. Without --bitcoind, build them unless the cache has them."""
     from traincert.regtest.build import build_node
 
     bitcoind: Path | None = pytestconfig.getoption("--bitcoind")
@@ -88,7 +88,7 @@ def node_programs(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def bitcoind_options() -> Options:
-    """Return bitcoin.conf options for every node, none but ours by default: override it to give some."""
+    """Return bitcoin.conf options for every node, by default none. Override this fixture to set some."""
     return {}
 
 
@@ -98,7 +98,7 @@ def _bitcoind(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Iterator[Node]:
-    """Give a running node, on a chain of its own."""
+    """Give a running node with its own empty chain."""
     with (
         _folder(tmp_path_factory, request) as started,
         _node(node_programs, started, bitcoind_options, request) as node,
@@ -112,7 +112,7 @@ def _bitcoin_network(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Iterator[NetworkFactory]:
-    """Give a function that starts networks of connected nodes: `bitcoin_network(count, options)`."""
+    """Give a function that starts a network of connected nodes: `bitcoin_network(count, options, topology)`."""
     from traincert.regtest.network import Network
 
     with _folder(tmp_path_factory, request) as started, ExitStack() as stack:
@@ -136,7 +136,7 @@ def _bitcoin_network(
 
 @pytest.fixture(scope="session")
 def _snapshot(node_programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Give the data directory that is copied: made once, and under pytest-xdist once by each worker that needs it."""
+    """Give the data directory to copy. It is made once (with pytest-xdist: once in each worker that needs it)."""
     from traincert.regtest.snapshot import make_snapshot
 
     folder = tmp_path_factory.mktemp("snapshot")
@@ -152,10 +152,10 @@ def _chain_snapshot(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Iterator[Node]:
-    """Give a running node with 250 blocks, the coins of 150 of which can be spent.
+    """Give a running node with 250 blocks. The coins of the first 150 blocks can be spent.
 
-    Its wallet `default` has them, if this bitcoind has wallets; they are the known key's, `snapshot.COINS_KEY`. The
-    chain is made once, and each node starts from a copy.
+    All coins belong to the key `snapshot.COINS_KEY`. If this bitcoind has wallets, the node's wallet `default` has this
+    key. The chain is made once, and each node starts from a copy.
     """
     from traincert.regtest.snapshot import OPTIONS, copy_snapshot
 
@@ -195,7 +195,7 @@ chain_snapshot, chain_snapshot_module, chain_snapshot_session = _in_scopes(_chai
 
 @contextmanager
 def _folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[_Nodes]:
-    """Give a fixture a folder for its nodes, which is removed unless somebody may want to look into it."""
+    """Give a fixture a folder for its nodes. Remove it afterwards, unless a test failed or --regtest-keep is set."""
     name = str(request.fixturename)
     started = _Nodes(name, tmp_path_factory.mktemp(name))
     request.node.stash.setdefault(_STARTED, []).append(started)
@@ -206,7 +206,7 @@ def _folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add to a failed test's report what its nodes said last, and how to look further."""
+    """Add to a failed test's report the last log lines of its nodes, and commands to start and ask the nodes again."""
     report = yield
     used = [
         started
@@ -225,7 +225,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """List the data directories that are kept, those of xdist's workers too."""
+    """List the kept data directories, also those of pytest-xdist's workers."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = [each for report in reports for each in getattr(report, "user_properties", ())]
     kept = dict.fromkeys(value for name, value in properties if name == KEPT)

@@ -1,4 +1,7 @@
-"""Programs that must not outlive us, and finding those again that should."""
+"""Starts programs that end with us or keep running, and finds running ones again.
+
+In this file "we" are this Python process.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,15 @@ import psutil
 
 from traincert.regtest.errors import RegtestError
 
-# The kernel counts the *thread* that starts a process as its parent: this one lives as long as we do.
+# The kernel sends a death signal when the *thread* that started a process ends. This thread lives as long as we do.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
 
 
 def spawn(command: list[str], *, keep: bool, stderr: IO[bytes] | int = subprocess.DEVNULL) -> psutil.Popen:
-    """Start a program in a session of its own, without input and output.
+    """Start a program, detached from the terminal. Its stdin and stdout are /dev/null.
 
-    It ends with us, however we end, SIGKILL included, unless `keep` is set. Raises OSError if it cannot be run.
+    The program ends when we end, even by SIGKILL. With `keep` it keeps running. Raises OSError if it cannot be run,
+    and RegtestError if setpriv is missing.
     """
     start = partial(
         psutil.Popen,
@@ -30,16 +34,17 @@ def spawn(command: list[str], *, keep: bool, stderr: IO[bytes] | int = subproces
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=stderr,
-        start_new_session=True,  # Ctrl-C in the terminal is for us; we then stop what we started in good order
-        restore_signals=False,  # SIGXFSZ stays ignored, for Node.fill_disk(); SIGPIPE too, as bitcoind itself has it
+        start_new_session=True,  # Ctrl-C in the terminal reaches only us; we then stop the program properly
+        restore_signals=False,  # keep SIGXFSZ ignored, for Node.fill_disk(); bitcoind itself ignores SIGPIPE
     )
     return _spawner.submit(start).result()
 
 
 def bound_to_us(command: list[str], death_signal: str) -> list[str]:
-    """Return a command that runs `command` in the same process and has the kernel signal it when we end.
+    """Return a command that runs `command` so that the kernel sends it a signal when we end, even by SIGKILL.
 
-    That holds however we end, SIGKILL included. To the kernel "we" are the *thread* that starts the command.
+    `death_signal` is a name without SIG, such as TERM. The kernel watches the *thread* that starts the command.
+    Raises RegtestError if setpriv is missing.
     """
     setpriv = shutil.which("setpriv")
     if setpriv is None:
@@ -48,36 +53,36 @@ def bound_to_us(command: list[str], death_signal: str) -> list[str]:
 
 
 def find_process(pid_file: Path, argument: str) -> psutil.Process | None:
-    """Return the process that wrote its number into a file, if it still runs.
+    """Return the process whose id is in a pid file; None if it does not run.
 
-    After a crash or a reboot the number may be a stranger's: then it began after the file was written, or does not have
+    After a crash or a reboot another process may have this id. So the process must be older than the file and have
     `argument` on its command line.
     """
     with contextlib.suppress(OSError, ValueError, psutil.Error):
         process = psutil.Process(int(pid_file.read_text()))
-        began = process.create_time() <= pid_file.stat().st_mtime + 1  # in seconds; the kernel counts in hundredths
+        began = process.create_time() <= pid_file.stat().st_mtime + 1  # seconds; create_time() is not exact
         if began and argument in process.cmdline() and is_running(process):
             return process
     return None
 
 
 def find_by_argument(argument: str) -> list[psutil.Process]:
-    """Return the processes that have an argument on their command line."""
+    """Return all processes that have `argument` on their command line."""
     return [process for process in psutil.process_iter(["cmdline"]) if argument in (process.info["cmdline"] or [])]
 
 
 def kill(process: psutil.Process) -> None:
-    """End a process at once, and wait for its end."""
+    """Kill a process (SIGKILL) and wait for its end."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process.kill()
     if isinstance(process, psutil.Popen):
         process.wait()
-    while is_running(process):  # no child of ours: psutil would wait until its parent knows
+    while is_running(process):  # not our child; psutil's wait() does not return for a zombie
         time.sleep(0.005)
 
 
 def is_running(process: psutil.Process) -> bool:
-    """Whether a process has not ended; a zombie has."""
+    """Whether a process runs. A zombie does not run."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

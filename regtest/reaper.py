@@ -1,8 +1,9 @@
-"""A program: waits for the end of its input, which comes when its parent ends, and removes what is left in Docker.
+"""Removes a killed Python process's containers from Docker. Docker itself would keep them.
 
     reaper.py LABEL
 
-removes the containers with their volumes, and then the networks, that have a label.
+This program runs beside the process that started it. That process holds the other end of stdin and sends nothing. When
+it ends, stdin ends too. Then this program removes the containers, their volumes and the networks that have LABEL.
 """
 
 from __future__ import annotations

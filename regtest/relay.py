@@ -1,9 +1,12 @@
-"""A program: takes TCP connections, makes one to a node for each, and passes on what comes, later.
+"""Delays TCP connections to a node.
 
     relay.py PID_FILE LISTEN_HOST HOST:PORT SECONDS
 
-Writes its own port and then its process id into PID_FILE and beside it (.port). It imports nothing of ours, so that it
-starts at once. Each direction is late by SECONDS, however much is under way.
+This program accepts TCP connections on LISTEN_HOST, on a free port. For each it connects to the node at HOST:PORT. It
+passes on the data of both directions SECONDS later.
+
+First it writes its port into a file beside PID_FILE, with the suffix .port. Then it writes its process id into
+PID_FILE. It imports only the standard library, so it starts quickly.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import sys
 from pathlib import Path
 
 CHUNK = 1 << 16  # bytes
-CHUNKS_UNDER_WAY = 256  # for each direction; then the sender has to wait
+CHUNKS_UNDER_WAY = 256  # in each direction; with more the sender must wait, which limits the memory
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: float) -> None:
@@ -26,7 +29,7 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, s
         while data:
             try:
                 data = await reader.read(CHUNK)
-            except OSError:  # reset by its end
+            except OSError:  # the sender reset the connection
                 data = b""
             await under_way.put((loop.time() + seconds, data))
 
@@ -53,7 +56,7 @@ async def _serve(pid_file: Path, listen_host: str, target: str, seconds: float) 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
-        except OSError:  # the node is down: so is the link
+        except OSError:  # the node is down, so the link must be down
             writer.close()
             return
         await asyncio.gather(_pass_on(reader, onward_writer, seconds), _pass_on(onward_reader, writer, seconds))

@@ -1,4 +1,4 @@
-"""A chain with coins to spend, made once and copied for each node that starts from it."""
+"""Makes a chain with coins to spend, and copies it. Copying is faster than making the chain for each node."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from traincert.regtest.errors import NodeError, RpcError
 from traincert.regtest.node import Node, Options
 
 MATURE_COINS = 150
-"""Blocks whose coins can be spent; all of 50 BTC, but for the last of 25."""
+"""The number of blocks whose coins can be spent. Each block pays 50 BTC, the last one 25 BTC."""
 
-COINBASE_MATURITY = 100  # blocks on top, until the wallet spends a block's coins
+COINBASE_MATURITY = 100  # blocks on top of a block, before its coins can be spent
 
 COINS_KEY = "cMahea7zqjxrtgAbB7LSGbcQUr1uX1ojuat9jZodMN87JcbXMTcA"
-"""The private key of all coins, which are paid to its P2WPKH address, as bitcoin-cli has it (WIF): the number 1."""
+"""The private key of all coins, in WIF. It is the number 1. The coins are at its P2WPKH address."""
 
 WALLET = "default"
 
 OPTIONS: Options = {
-    "keypool": "1",  # not the 8,000 keys in advance that take a second
-    "unsafesqlitesync": "1",  # no fsync for every block's coin
+    "keypool": "1",  # by default a wallet makes 8,000 keys in advance, which takes a second
+    "unsafesqlitesync": "1",  # no fsync for the coin of each block
 }
-"""For nodes with the wallet: with them the chain is made in less than a second, without in up to a quarter minute."""
+"""Options for nodes with this wallet. They make `make_snapshot` faster: less than 1 s instead of up to 15 s."""
 
 _RPC_METHOD_NOT_FOUND = -32601
 
 
 def make_snapshot(bitcoind: Path, datadir: Path) -> None:
-    """Make a data directory with the chain; with a wallet that has its coins, if this bitcoind has wallets.
+    """Make a data directory with the chain. If this bitcoind has wallets, the wallet `default` owns the coins.
 
     Raises NodeError if the node cannot be started or refuses a call.
     """
@@ -37,7 +37,7 @@ def make_snapshot(bitcoind: Path, datadir: Path) -> None:
         private = f"wpkh({COINS_KEY})"
         info = node.rpc("getdescriptorinfo", private)
         try:
-            node.rpc("createwallet", WALLET, False, False, "", False, True, True)  # the last: loaded at each start
+            node.rpc("createwallet", WALLET, False, False, "", False, True, True)  # load_on_startup is the last
         except RpcError as error:
             if error.code != _RPC_METHOD_NOT_FOUND:
                 raise
@@ -47,18 +47,19 @@ def make_snapshot(bitcoind: Path, datadir: Path) -> None:
 
 
 def copy_snapshot(snapshot: Path, datadir: Path) -> None:
-    """Copy a data directory that no node runs on, sharing its blocks on disk where the file system can.
+    """Copy a data directory that no node uses. See `copy_files` for the disk space.
 
     Raises NodeError if it cannot be copied.
     """
     copy_files([snapshot], datadir)
-    (datadir / "regtest/debug.log").unlink()  # not this node's
+    (datadir / "regtest/debug.log").unlink()  # it belongs to the node that made the snapshot
 
 
 def copy_files(paths: Sequence[Path], target: Path) -> None:
-    """Copy files and folders into a folder, or one to a new name; they share on disk what neither side has changed.
+    """Copy files and folders into the folder `target`. A single one can also be copied to the new name `target`.
 
-    That is, where the file system can. Raises NodeError if they cannot be copied.
+    If the file system supports reflinks, a copy needs no disk space until it is changed.
+    Raises NodeError if something cannot be copied.
     """
     command = ["cp", "--archive", "--reflink=auto", "--", *map(str, paths), str(target)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -215,7 +215,7 @@ def test_faucet_pays_and_fees_are_known(network: LastingNetwork) -> None:
     network.wait_until_same_tip()
     paid = network.nodes[1].rpc("gettransaction", txid, wallet="mine")
     assert (paid["amount"], paid["confirmations"]) == (120.5, 1)
-    with pytest.raises(NodeError, match="nonsense is no address of regtest"):
+    with pytest.raises(NodeError, match="nonsense is not a regtest address"):
         faucet.fund("nonsense", Decimal(1))
 
 
@@ -224,7 +224,10 @@ def test_faucet_pays_and_fees_are_known(network: LastingNetwork) -> None:
     [
         (('"version": 1', '"version": 2'), "has format 2, this traincert reads format 1: take the network down with "),
         (('"version": 1', '"other": 1'), "has format None, this traincert reads format 1: take the network down with "),
-        (('"version"', "version"), "is damaged: end the nodes of this network, remove the folder, and make it again"),
+        (
+            ('"version"', "version"),
+            "is damaged: stop this network's nodes, remove the folder, and make the network again",
+        ),
     ],
 )
 def test_a_state_file_that_cannot_be_read_is_told_by_a_line_that_says_what_to_do(

@@ -186,7 +186,7 @@ def test_topology_file(text: str, links: list[tuple[int, int]], tmp_path: Path) 
 @pytest.mark.parametrize("line", ["0", "0 0", "0 3", "a b", "0 1 2", "-1 0"])
 def test_line_of_a_topology_file_that_makes_no_sense_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "links").write_text(f"0 1\n{line}\n")
-    with pytest.raises(NodeError, match=rf"links, line 2: '{line}' is not the numbers of two nodes, from 0 to 2"):
+    with pytest.raises(NodeError, match=rf"links, line 2: '{line}' must be two different node numbers, from 0 to 2"):
         read_topology(str(tmp_path / "links"), 3)
 
 
@@ -194,5 +194,5 @@ def test_topologies() -> None:
     assert read_topology("line", 3) == [(0, 1), (1, 2)]
     assert read_topology("ring", 3) == [(0, 1), (0, 2), (1, 2)]
     assert read_topology("ring", 2) == read_topology("full", 2) == [(0, 1)]
-    with pytest.raises(NodeError, match="topology star is none of full, line and ring, and no file"):
+    with pytest.raises(NodeError, match="topology star is not full, line or ring, and not a readable file"):
         read_topology("star", 3)

@@ -94,7 +94,7 @@ def test_stop_twice_is_harmless_and_a_node_that_ended_is_told(bitcoind: Node, ca
     wait_for(lambda: bitcoind.pid is None, 10, "the node to end")
     bitcoind.stop()
     bitcoind.stop()
-    assert caplog.messages == ["node0 had ended by itself (killed by SIGKILL)"]
+    assert caplog.messages == ["node0 had already ended (killed by SIGKILL)"]
 
 
 def test_node_that_does_not_stop_is_killed(

@@ -1,4 +1,4 @@
-"""Reports payments to an address."""
+"""Reports payments to a Bitcoin address."""
 
 from payments.rpc import Rpc
 from payments.watcher import Payment, Watcher

@@ -1,4 +1,4 @@
-"""Calls to a Bitcoin node."""
+"""Calls RPC methods of a Bitcoin node."""
 
 from decimal import Decimal
 from pathlib import Path
@@ -8,16 +8,17 @@ import requests
 
 
 class Rpc:
-    """A node's JSON-RPC interface, by its URL and its cookie file."""
+    """The JSON-RPC interface of a node, with the login from its cookie file."""
 
     def __init__(self, url: str, cookie_file: Path) -> None:
         self._url = url
         self._cookie_file = cookie_file
 
     def __call__(self, method: str, *params: object) -> Any:
-        """Return the answer to a call, amounts as Decimal.
+        """Call a method and return its result. Numbers with a fraction, such as amounts in BTC, are Decimal.
 
-        Raises RuntimeError with the node's own error, and requests' exceptions if it does not answer.
+        Raises RuntimeError if the node answers with an error. If the node does not answer, raises OSError for a missing
+        cookie file, or an exception of requests.
         """
         user, _, password = self._cookie_file.read_text().partition(":")
         call: dict[str, Any] = {"id": 0, "method": method, "params": list(params)}

@@ -1,4 +1,4 @@
-"""Follows a node's chain, and knows the payments to an address that are in it."""
+"""Follows a node's chain and finds the payments to an address."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from payments.rpc import Rpc
 
 @dataclass(frozen=True)
 class Payment:
-    """An output that pays the address."""
+    """A transaction output that pays the address."""
 
     txid: str
     output: int
+    """The index of the output in its transaction."""
     satoshis: int
     height: int
+    """The height of its block."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class _Block:
 
 
 class Watcher:
-    """The payments to an address in the blocks from height `start` on, which the chain must have reached."""
+    """The payments to an address, in blocks from height `start` on. The chain must have a block at this height."""
 
     def __init__(self, rpc: Rpc, address: str, start: int = 0) -> None:
         self._rpc = rpc
@@ -34,12 +36,12 @@ class Watcher:
 
     @property
     def confirmations(self) -> dict[Payment, int]:
-        """Each payment's confirmations, as of the last poll."""
+        """The number of confirmations of each payment, as of the last `poll()`."""
         top = self._start + len(self._blocks)
         return {payment: top - payment.height for block in self._blocks for payment in block.payments}
 
     def poll(self) -> list[Payment]:
-        """Follow the chain to its tip, and return the payments that are in it no longer."""
+        """Follow the chain to its tip. Return the payments that a reorganisation has removed from the chain."""
         gone: list[Payment] = []
         while self._blocks and not self._is_in_chain(self._blocks[-1]):
             gone += self._blocks.pop().payments
@@ -53,7 +55,10 @@ class Watcher:
         return bool(self._rpc("getblockheader", block.hash)["confirmations"] >= 0)
 
     def _next_hash(self) -> str | None:
-        """The hash of the block after the last one; None at the tip, and if a reorganisation came in between."""
+        """The hash of the block after our last block.
+
+        None if our last block is the tip, or if it has just left the chain: the next `poll()` then notices.
+        """
         if not self._blocks:
             first: str = self._rpc("getblockhash", self._start)
             return first

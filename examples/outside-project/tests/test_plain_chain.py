@@ -1,4 +1,4 @@
-"""The watcher, and a node with coins to spend."""
+"""Tests the watcher on a node with coins to spend."""
 
 import pytest
 
@@ -40,6 +40,6 @@ def test_a_payment_of_a_block_that_lost_is_gone(chain_snapshot: Node, watcher: W
     assert [payment.txid for payment in watcher.poll()] == [txid]
     assert watcher.confirmations == {}
 
-    mine(chain_snapshot, 1)  # it was in the mempool again
+    mine(chain_snapshot, 1)  # invalidateblock had put the payment back into the mempool
     assert watcher.poll() == []
     assert [payment.height for payment in watcher.confirmations] == [252]

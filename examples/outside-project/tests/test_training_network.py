@@ -1,4 +1,4 @@
-"""The watcher, and a network whose blocks need training certificates."""
+"""Tests the watcher on a training network, where blocks need certificates."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from traincert.bridge.testing.plugin import TrainingNetworkFactory
 
 @pytest.fixture
 def training(training_network: TrainingNetworkFactory) -> TrainingNetwork:
-    """A network whose first node can pay, with the coins of the blocks below the start height."""
+    """A network whose first node has coins, from blocks below the start height."""
     training = training_network(nodes=2, start_height=102)
     payer = training.nodes[0]
     payer.rpc("createwallet", "payer")
