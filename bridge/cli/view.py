@@ -71,7 +71,8 @@ class _LiveTable:
         self._task = self._progress.add_task("", total=None)
         self._table = Table(box=None)
         for name in columns:
-            self._table.add_column(name, no_wrap=True, overflow="ellipsis")
+            # The last column, a hash, is the one that rich cuts where the terminal is narrow.
+            self._table.add_column(name, no_wrap=name != columns[-1], overflow="ellipsis")
         self._live = Live(Group(self._table, self._progress), console=self._console, transient=True)
 
     def __enter__(self) -> Self:
