@@ -12,12 +12,12 @@ from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State
 from traincert.trainer.updates import Update
 
-_BLOCK = 2**16  # values at a time, which stay in a processor's cache: seven times as fast as all at once
+_BLOCK = 2**16  # values at a time: they stay in the processor's cache, which is seven times as fast
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """An update that counts."""
+    """An accepted update, its contribution and its segment."""
 
     contribution: Contribution
     segment: Segment
@@ -34,13 +34,14 @@ def aggregate(
     *,
     share: float = 1.0,
 ) -> tuple[State, torch.Tensor]:
-    """Return the next state and velocity; those given are not changed.
+    """Return the next state and the next velocity. `state` and `velocity` are not changed.
 
-    In each segment the updates' mean, weighted by the contributions' weights, is a step of the outer optimizer: SGD
-    with Nesterov momentum, as in DiLoCo (arXiv 2311.08105). A segment without updates stays as it is. `velocity` is
-    (all trainable parameters,) float32. Only `share` of the move is made, and remembered as velocity.
+    In each segment the outer optimizer makes one step: SGD with Nesterov momentum, as in DiLoCo (arXiv 2311.08105). Its
+    gradient is the updates' mean, weighted by the contributions' weights. A segment without updates stays the same.
+    `velocity` is the momentum buffer, (all trainable parameters,) float32. `share` (0 to 1) scales the step and the new
+    velocity.
 
-    All is elementwise, in float64 and in the contributions' order, so that every machine gets the same bits.
+    Every operation is elementwise, in float64, in the contributions' order: every machine gets the same bits.
     """
     velocity = velocity.clone()
     for segment in sorted({each.segment for each in accepted}, key=lambda segment: segment.start):
@@ -68,7 +69,8 @@ def aggregate(
 def _weighted_mean(weighted: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     total = torch.zeros_like(weighted[0][1], dtype=torch.float64)
     for weight, tensor in weighted:
-        # Two operations, not one that some processors would round once and others twice.
-        product = tensor.double() * float(weight)  # tensors take integers of 63 bits only
+        # Multiply, then add: a fused multiply-add rounds once instead of twice, which would change bits between
+        # processors.
+        product = tensor.double() * float(weight)  # float, because torch takes no integer above 63 bits
         total = total + product
     return total / float(sum(weight for weight, _ in weighted))

@@ -1,4 +1,4 @@
-"""Cycles: tasks, updates, scores, and the next model."""
+"""One cycle: assign tasks, train, check and score the updates, aggregate them into the next model."""
 
 import hashlib
 from collections import Counter
@@ -29,83 +29,83 @@ HALVINGS = 4
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run has come to, and all that its next cycle needs."""
+    """A run's state between two cycles: all that the next cycle needs."""
 
     cycle: int
-    """How many cycles there have been."""
+    """How many cycles are done."""
     model: State
     model_hash: bytes
-    """The model's SHA-256 (32 raw bytes), under which the engine's store has it."""
+    """The model's SHA-256, 32 raw bytes; its name in the engine's store."""
     evaluation: Evaluation
-    """Of the model, on the validation examples."""
+    """Loss and metric of the model, on the validation examples."""
     best_loss: int
-    """The lowest of the models so far, nano-nats."""
+    """The lowest validation loss of all models so far, nano-nats."""
     velocity: torch.Tensor
-    """Of the outer optimizer: (all trainable parameters,) float32."""
+    """The outer optimizer's momentum buffer, (all trainable parameters,) float32."""
     memories: Mapping[bytes, bytes] = field(default_factory=dict)
-    """For each miner that has one, the hash of what it keeps for its next task."""
+    """SHA-256 of each miner's memory, by miner. A miner without a memory is not in it."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task, and what came of it."""
+    """A task and its outcome: a contribution or a refusal."""
 
     order: Order
     contribution: Contribution | None
     refusal: Refusal | None
-    """Either this or `contribution` is None."""
+    """Exactly one of `contribution` and `refusal` is None."""
     update_hash: bytes | None
-    """SHA-256 of the update's bytes, if there was one, refused or not."""
+    """SHA-256 of the update's bytes, also of a refused update. None: the task gave no update."""
     update_size: int
-    """Bytes."""
+    """Length of the update, bytes."""
     seconds: float
-    """That the training took; 0 if it came to no end."""
+    """How long the training took; 0 if it did not end."""
 
 
 @dataclass(frozen=True)
 class CycleResult:
-    """What a cycle did. Hashes are 32 raw bytes, losses are on the validation examples, in nano-nats."""
+    """The result of a cycle. Hashes are 32 raw bytes; losses are of the validation examples, in nano-nats."""
 
     model_before: bytes
     model_after: bytes
     after: Checkpoint
-    """The next cycle's beginning; its model's hash is `model_after`."""
+    """What the next cycle starts from. The hash of its model is `model_after`."""
     dataset_root: bytes
     loss_before: int
     loss_after: int
     metric: float
-    """Of the next model, on the validation examples."""
+    """The next model's metric, on the validation examples."""
     tasks: tuple[TaskResult, ...]
     """Sorted by miner."""
 
     @property
     def contributions(self) -> tuple[Contribution, ...]:
-        """Of the updates that were accepted, sorted by miner."""
+        """The accepted updates' contributions, sorted by miner."""
         return tuple(task.contribution for task in self.tasks if task.contribution)
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        """Of the other miners, sorted by miner."""
+        """The refused updates, sorted by miner."""
         return tuple(task.refusal for task in self.tasks if task.refusal)
 
     @property
     def params_trained(self) -> int:
-        """Sum of params over the contributions."""
+        """The sum of `params` over the contributions."""
         return sum(contribution.params for contribution in self.contributions)
 
 
 class Trainer:
-    """Runs a job's cycles. Use it as a context manager; the engine is the caller's."""
+    """Runs a job's cycles. Use it as a context manager; it does not close the engine."""
 
     def __init__(self, dataset: Dataset, engine: LocalEngine) -> None:
-        """Prepare for cycles.
+        """Build the model, cut it into segments, and read the validation examples.
 
-        Raises ValueError if the engine is of another job than the dataset, JobError if the job's model or optimizer
-        cannot be made, and IntegrityError if a stored split is missing or damaged.
+        Raises ValueError if engine and dataset belong to different jobs, JobError if the job's model, segments or
+        optimizer cannot be made, and IntegrityError if the validation file is missing or damaged.
         """
         self.job = dataset.job
         if engine.job != self.job:
-            raise ValueError("the engine and the dataset are of different jobs")
+            raise ValueError("the engine and the dataset belong to different jobs")
         self.dataset = dataset
         self._engine = engine
         self._model = build_model(self.job)
@@ -122,9 +122,9 @@ class Trainer:
         self._scorer.__exit__(kind, error, tb)
 
     def start(self) -> Checkpoint:
-        """Return the state that the first cycle begins with: a function of the job.
+        """Store the job's initial model, and return the checkpoint that the first cycle starts from.
 
-        Raises JobError if its `initial_model` cannot be used.
+        Raises JobError if the job's `initial_model` cannot be used.
         """
         model = initial_state(self.job)
         model_hash = save_state(self._engine.store, model)
@@ -132,11 +132,11 @@ class Trainer:
         return Checkpoint(0, model, model_hash, evaluation, evaluation.loss, torch.zeros(self.layout.params))
 
     def evaluate(self, model: State) -> Evaluation:
-        """Measure a model on the validation examples."""
+        """Return a model's loss and metric on the validation examples."""
         return self._scorer.evaluate([model], self.validation)[0]
 
     def test(self, model: State) -> Evaluation:
-        """Measure a model on the test examples."""
+        """Return a model's loss and metric on the test examples."""
         examples = read_examples(self.job, self.dataset.held_out_folder, self.dataset.test)
         return self._scorer.evaluate([model], examples)[0]
 
@@ -148,15 +148,16 @@ class Trainer:
         seed: bytes,
         on_update: Callable[[int, int], None] | None = None,
     ) -> CycleResult:
-        """Let every miner do a task.
+        """Run one cycle, in which every miner does one task.
 
-        On one kind of machine the result is a function of the dataset, the state before, the set of miners (32-byte
-        ids; there may be none) and seed (any bytes, new ones for each cycle), which decides who trains what, and on
-        which examples first. Neither the order of `miners` nor the engine's number of workers matters. `on_update` is
-        called with the number of tasks done and their total: at the start, and as tasks end.
+        `miners` are ids of 32 bytes; there may be none. `seed` is any bytes, other ones in each cycle. It decides which
+        miner trains which segment on which shard, and the order of the examples. `on_update` is called with the number
+        of tasks done and their total: at the start, and after tasks end.
 
-        Raises ValueError if a miner is there twice, and EngineError if a task fails for a reason that is not its
-        miner's.
+        Within a numeric class the result depends on the dataset, `before`, the set of miners and `seed` alone. The
+        order of `miners` and the number of workers do not change it.
+
+        Raises ValueError if a miner is in `miners` twice, and OSError or EngineError if a task raises an exception.
         """
         orders = [
             Order(
@@ -173,7 +174,7 @@ class Trainer:
         model, velocity, evaluation, memories = before.model, before.velocity, before.evaluation, {}
         if accepted:
             moved = self._aggregate(before, accepted)
-            # If the guard lets nothing through, it is as if nothing had been sent, and the outer optimizer begins anew.
+            # If the guard allows no move, the model and the memories stay, and the momentum starts again from 0.
             model, velocity, evaluation = moved or (model, torch.zeros_like(velocity), evaluation)
             memories = _memories(tasks, answers) if moved else {}
         after = Checkpoint(
@@ -197,13 +198,13 @@ class Trainer:
         )
 
     def prune(self, state: Checkpoint) -> None:
-        """Remove from the engine's store what cycles from `state` on do not need."""
+        """Remove all files from the engine's store but the model and the memories of `state`."""
         prune(self._engine.store, [state.model_hash, *state.memories.values()])
 
     def _aggregate(
         self, before: Checkpoint, accepted: Sequence[Accepted]
     ) -> tuple[State, torch.Tensor, Evaluation] | None:
-        """Return the next model, velocity and the model's evaluation: the guard halves a move that does harm."""
+        """Return the next model, its velocity and its evaluation; None if the guard allows no move."""
         for halvings in range(HALVINGS + 1):
             model, velocity = aggregate(
                 self.job, self.layout, before.model, before.velocity, accepted, share=0.5**halvings
@@ -216,7 +217,7 @@ class Trainer:
     def _judge(
         self, before: Checkpoint, orders: Sequence[Order], answers: Sequence[Answer | Reason], seed: bytes
     ) -> tuple[list[TaskResult], list[Accepted]]:
-        """Check and score what the miners sent."""
+        """Check and score the miners' updates."""
         readable: list[Update | UpdateError] = []
         for order, answer in zip(orders, answers, strict=True):
             try:
@@ -229,8 +230,8 @@ class Trainer:
         sent = Counter(
             order.segment for order, update in zip(orders, readable, strict=True) if isinstance(update, Update)
         )
-        # Each is measured at the share that it has of the segment's mean. All of it may well do harm where the mean
-        # helps: training on a few examples leaves noise, which averages out.
+        # Score each of a segment's n updates at 1/n of its size, its part in their mean. At full size, the noise of one
+        # miner's few examples can raise the loss although the mean, in which noise averages out, lowers it.
         candidates = (
             update.scaled(1 / sent[order.segment]).applied(self.layout, order.segment, before.model)
             for order, update in zip(orders, readable, strict=True)
@@ -256,7 +257,7 @@ class Trainer:
         return tasks, accepted
 
     def _score_examples(self, seed: bytes) -> Examples:
-        """Draw the examples that this cycle's updates are scored on."""
+        """Draw the validation examples that this cycle's updates are scored on."""
         count, wanted = len(self.validation), self.job.score_examples
         if not 0 < wanted < count:
             return self.validation
@@ -265,7 +266,7 @@ class Trainer:
 
 
 def _memories(tasks: Sequence[TaskResult], answers: Sequence[Answer | Reason]) -> dict[bytes, bytes]:
-    """Return what miners keep now; one whose update is refused goes on with what it had."""
+    """Return the accepted miners' new memories. A refused miner keeps the memory that it had."""
     return {
         task.order.task.miner: answer.memory_hash
         for task, answer in zip(tasks, answers, strict=True)

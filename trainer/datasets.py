@@ -1,4 +1,4 @@
-"""Data as it comes: what a dataset function returns, and the functions that come with the trainer."""
+"""Raw data: what a dataset function returns, and the dataset functions that come with the trainer."""
 
 import gzip
 import struct
@@ -15,7 +15,7 @@ from traincert.trainer.errors import JobError
 
 Array = npt.NDArray[Any]
 Chunk = Mapping[str, Array]
-"""Consecutive examples: an array for each column, (N, ...), all with the same N."""
+"""Consecutive examples: an array (N, ...) for each column, by name. N is the same for all columns."""
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 PYTHON_DOCS = "/usr/share/doc/python3.11/html/_sources"  # Debian's package python3.11-doc
@@ -23,21 +23,22 @@ PYTHON_DOCS = "/usr/share/doc/python3.11/html/_sources"  # Debian's package pyth
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A dataset before preprocessing, which need not fit into memory.
+    """A dataset before preprocessing. It does not have to fit into memory.
 
-    Each function is called several times, and must give the same chunks each time. Only one is in memory at a time.
+    Preprocessing calls each function several times, and holds one chunk at a time. A function must give the same chunks
+    each time.
     """
 
     train: Callable[[], Iterable[Chunk]]
     test: Callable[[], Iterable[Chunk]] | None = None
-    """The split that the dataset's makers set aside, if they did."""
+    """The dataset's own test split, if it has one."""
 
 
 def digits() -> RawDataset:
-    """Return scikit-learn's bundled digits: inputs (1797, 64) float32, 0 to 16; labels (1797,) int64, 0 to 9."""
+    """Return scikit-learn's digits: inputs (1797, 64) float32, 0 to 16; labels (1797,) int64, 0 to 9."""
 
     def train() -> Iterator[Chunk]:
-        from sklearn.datasets import load_digits  # slow to import, and only needed here
+        from sklearn.datasets import load_digits  # slow, and only this dataset needs it
 
         inputs, labels = load_digits(return_X_y=True)
         yield {"inputs": inputs.astype(np.float32), "labels": labels.astype(np.int64)}
@@ -46,10 +47,10 @@ def digits() -> RawDataset:
 
 
 def fashion_mnist(folder: str = FASHION_MNIST) -> RawDataset:
-    """Return Fashion-MNIST: inputs (N, 1, 28, 28) uint8; labels (N,) int64, 0 to 9; N 60,000 and 10,000 for the test.
+    """Return Fashion-MNIST: inputs (N, 1, 28, 28) uint8; labels (N,) int64, 0 to 9.
 
-    Zalando Research, arXiv:1708.07747, MIT licence; Debian has it as dataset-fashion-mnist. Raises JobError if a file
-    is missing or is not what it should be.
+    N is 60,000, and 10,000 in the test split. Source: Zalando Research, arXiv:1708.07747, MIT licence; Debian's package
+    dataset-fashion-mnist. Reading its chunks raises JobError if a file is missing, or is not an IDX file.
     """
 
     def split(name: str) -> Iterator[Chunk]:
@@ -61,18 +62,18 @@ def fashion_mnist(folder: str = FASHION_MNIST) -> RawDataset:
 
 
 def text(folder: str = PYTHON_DOCS, pattern: str = "**/*.txt", context: int = 128) -> RawDataset:
-    """Return the bytes of text files, in sorted order, as windows: inputs and labels (N, context) uint8.
+    """Return the bytes of text files, in the order of their paths, as windows: inputs and labels (N, context) uint8.
 
-    The labels are the inputs' next bytes; windows do not overlap, but for that. By default it is Python's own
-    documentation (PSF licence, version 2), which Debian has as python3.11-doc.
+    A label is the byte that follows its input. Inputs do not overlap. The default is Python's own documentation
+    (PSF licence, version 2), from Debian's package python3.11-doc.
 
-    Raises JobError if there is no such file.
+    Reading its chunks raises JobError if no file in `folder` matches `pattern`.
     """
 
     def train() -> Iterator[Chunk]:
         paths = sorted(Path(folder).glob(pattern))
         if not paths:
-            raise JobError(f"no file {pattern!r} in {folder}; Debian's package python3.11-doc has the default ones")
+            raise JobError(f"no file {pattern!r} in {folder}; Debian's package python3.11-doc has the default files")
         rest = b""
         for path in paths:
             data = rest + path.read_bytes()
@@ -86,7 +87,7 @@ def text(folder: str = PYTHON_DOCS, pattern: str = "**/*.txt", context: int = 12
 
 
 def _read_idx(path: Path) -> npt.NDArray[np.uint8]:
-    """Read a gzipped file of unsigned bytes in the IDX format of http://yann.lecun.com/exdb/mnist."""
+    """Read a gzipped IDX file (big-endian header, unsigned bytes); format: http://yann.lecun.com/exdb/mnist."""
     try:
         data = gzip.decompress(path.read_bytes())
         zeros, kind, dimensions = struct.unpack_from(">HBB", data)

@@ -1,4 +1,4 @@
-"""The same bits each time, on one kind of machine."""
+"""Computations that give the same bits each time, on machines of one numeric class."""
 
 import os
 from collections.abc import Iterator
@@ -9,21 +9,21 @@ import torch
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Make what runs inside, or a function decorated with this, give the same bits each time; restored at the end.
+    """Make the code inside give the same bits each time, as a context manager or a decorator.
 
-    Not promised: the same bits on another kind of CPU, with another version of torch, or in another build of it,
-    each of which may add in another order. Randomness is not set here: every draw uses its own seed.
+    The bits are the same within one numeric class: one kind of processor, one version and build of torch. Others
+    may add in another order. torch's settings are restored at the end. No random seed is set: every draw has its own.
     """
     threads = torch.get_num_threads()
     strictness = torch.get_deterministic_debug_mode()
     precision = torch.get_float32_matmul_precision()
-    # The number of threads decides how sums are divided, and so how they are rounded.
+    # The number of threads decides how a sum is split, and so how it is rounded.
     torch.set_num_threads(1)
-    # An operation that has no deterministic implementation raises, instead of being a little different each time.
+    # An operation without a deterministic implementation raises an exception.
     torch.set_deterministic_debug_mode("error")
-    # What cuBLAS needs to be deterministic. It stays: a process reads it once, when it first multiplies on a GPU.
+    # cuBLAS needs this to be deterministic. It is not restored: cuBLAS reads it once, at its first multiplication.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Lower settings let the CPU backend multiply in bfloat16 where it has the instructions.
+    # With a lower setting, CPUs that have bfloat16 instructions would multiply in bfloat16.
     torch.set_float32_matmul_precision("highest")
     try:
         yield

@@ -1,11 +1,11 @@
 """The errors that the trainer raises on purpose.
 
 TrainerError
-├── JobError          a job's file, key or value, or what it names
-├── IntegrityError    a stored file that is not what its name says
-├── UpdateError       a miner's update (updates.py)
-├── EngineError       a task that could not be run (engines/)
-└── RunError          a run's folder that cannot be used (records.py)
+├── JobError          a job cannot be used
+├── IntegrityError    a stored file is missing or damaged
+├── UpdateError       a miner's update is refused (updates.py)
+├── EngineError       a task cannot be run (engines/)
+└── RunError          a run folder cannot be used (records.py)
 """
 
 
@@ -14,16 +14,16 @@ class TrainerError(Exception):
 
 
 class JobError(TrainerError):
-    """A job cannot be used; the message names file, key, value and what is allowed."""
+    """A job, or a file or function that it names, cannot be used. The message says what is allowed."""
 
 
 class IntegrityError(TrainerError):
-    """A stored file is missing, or its bytes do not hash to its name."""
+    """A stored file is missing, or its SHA-256 is not its name."""
 
 
 class EngineError(TrainerError):
-    """A task could not be run, or the engine is closed."""
+    """A task cannot be run, or the engine is closed."""
 
 
 class RunError(TrainerError):
-    """A run's folder cannot be used; the message says what to do."""
+    """A run folder cannot be used. The message says what to do."""

@@ -1,6 +1,6 @@
 """`TrainingJob`: everything that defines a run, read from TOML and checked.
 
-Nothing here imports torch, so that a command line can read jobs without waiting for it.
+This module does not import torch: the command line reads jobs, and importing torch takes seconds.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ def _is_reference(value: str) -> str:
 
 
 Reference = Annotated[str, AfterValidator(_is_reference)]
-"""`package.module:name`, which is imported when it is needed."""
-Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists
+"""A function as `package.module:name`. `resolve` imports it."""
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # not strict, because TOML gives a list
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -44,104 +44,113 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
     config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True),
 )
 class TrainingJob:
-    """One training run. Equal jobs on the same kind of machine give the same hashes.
+    """One training run. Equal jobs give equal hashes on machines of one numeric class.
 
-    Every field is a TOML key of the same name. The number of miners and of workers is no part of it: miners come and
-    go, and workers must not matter. Making one raises pydantic's ValidationError for a wrong value; `load` turns that
-    into a JobError.
+    Every field is a TOML key of the same name. A job does not set the number of miners, because miners come and go. It
+    does not set the number of workers either, because they do not change the result.
+
+    The constructor raises pydantic's ValidationError for a wrong value; `load` raises JobError instead.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Decides the initial model, and who trains what."""
+    """The seed of the initial model and of the tasks: which miner trains which segment on which shard."""
     cycles: Count
-    """How many cycles the run takes."""
+    """How many cycles the run has."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where models are trained and measured. With cuda, use one worker for each device."""
+    """Where models are trained and scored. With cuda, start one worker for each GPU."""
 
     dataset: Reference
     """A function that returns a datasets.RawDataset."""
     dataset_options: dict[str, Any] = Field(default_factory=dict)
-    """The arguments it is called with."""
+    """The keyword arguments of the `dataset` function."""
     inputs: Annotated[Names, Field(min_length=1)] = ("inputs",)
-    """Columns that are given to the model, in this order."""
+    """Columns that the model takes as its arguments, in this order."""
     target: str = "labels"
-    """The column that is given to the loss."""
+    """The column that the loss and the metric compare the model's outputs with."""
     drop: Names = ()
-    """Columns that are left out. Every column must be an input, the target, or here."""
+    """Columns that are not used. Every column of the dataset must be in `inputs`, in `drop`, or be the target."""
     normalize: dict[str, Literal["all", "each", "center"]] = Field(default_factory=dict)
-    """Columns to subtract the mean from and divide by the standard deviation, both of the training split: of all the
-    column's values together, or of each feature for itself; center: the mean of each feature, one deviation for all."""
+    """Columns to normalize: subtract the mean, then divide by the standard deviation, both of the training examples.
+    all: one mean and one deviation for the column. each: a mean and a deviation for each feature.
+    center: a mean for each feature, one deviation for the column."""
     hash: dict[str, Annotated[int, Field(ge=2, lt=2**31)]] = Field(default_factory=dict)
-    """Columns whose values are replaced by a keyed hash (HMAC-SHA256), and into how many buckets."""
+    """Columns whose values are replaced by a bucket's number, and the number of buckets.
+    The bucket is the value's HMAC-SHA256 modulo the number of buckets."""
     hash_key: str = ""
-    """The file with the hash's secret key, 32 bytes, made if it is not there; relative to the job's file."""
+    """The file with the secret key of `hash`, 32 bytes. Its path is relative to the job's file.
+    If there is no such file, it is made, with a random key."""
     shuffle_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Decides which examples are held out, and the order in which they are cut into shards."""
+    """The seed of the shuffle that comes before the data is split and cut into shards."""
     validation_examples: Count
-    """Examples held out from the miners, on which updates are scored and models are measured."""
+    """How many examples are held out from the miners. Updates and models are scored on them."""
     test_examples: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Examples that neither training nor scoring ever sees; 0 if the dataset brings a test split of its own."""
+    """How many examples are kept for the final test. Neither training nor scoring uses them.
+    Must be 0 if the dataset has its own test split."""
     shards: Annotated[int, Field(ge=1, le=4096)]
-    """Into how many equal parts (± 1 example) the remaining examples are cut."""
+    """How many shards the training examples are cut into. Shards have equal size, ± 1 example."""
 
     model: Reference
     """A function that returns a torch.nn.Module."""
     model_options: dict[str, Any] = Field(default_factory=dict)
-    """The arguments it is called with."""
+    """The keyword arguments of the `model` function."""
     initial_model: str = ""
-    """A safetensors file of the model's parameters and buffers by name, as a run's store has them, to start from
-    instead of what `seed` gives; relative to the job's file."""
+    """A safetensors file with the initial parameters and buffers, by name, such as a model in a run's store.
+    Its path is relative to the job's file. Empty: `seed` decides the initial model."""
     loss: Reference = "traincert.trainer.models:cross_entropy"
-    """A function of the model's outputs and the target that returns their mean loss, nats."""
+    """A function of the model's outputs and the target. It returns the mean loss, in nats."""
     metric: Reference = "traincert.trainer.models:accuracy"
-    """A function of the model's outputs and the target that returns a mean to be shown; greater is better."""
+    """A function of the model's outputs and the target. It returns a mean, which is only shown; higher is better."""
     target_metric: float | None = None
-    """What the metric should be on the test examples in the end."""
+    """The metric that the final model should reach on the test examples. The report shows it."""
 
     segments: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Into how many parts the model's trainable parameters are cut. 1: each miner trains the whole model."""
+    """How many segments the model's trainable parameters are cut into. 1: each miner trains the whole model."""
     balance: Literal["parameters", "flops"] = "parameters"
-    """What segments have the same amount of: parameters (± 1), or measured floating-point operations of a step."""
+    """What is balanced between segments. parameters: their number, ± 1.
+    flops: the floating-point operations of a training step, as PyTorch counts them; tensors then stay whole."""
     optimizer: Literal["SGD", "Adam", "AdamW"] = "SGD"
-    """The class of torch.optim that a task trains with."""
+    """The miners' optimizer, a class of torch.optim."""
     keep_optimizer_state: bool = False
-    """Whether a miner's optimizer goes on with the state of its last task, as in DiLoCo, or starts from nothing."""
+    """true: a miner's optimizer continues with the state of its last task, as in DiLoCo. false: each task starts with
+    a new optimizer."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)
-    """The arguments it is made with, besides lr."""
+    """The optimizer's keyword arguments, without lr."""
     learning_rate: Annotated[float, Field(gt=0, le=100)]
-    """The optimizer's lr, before `schedule`."""
+    """The optimizer's highest learning rate. `warmup_cycles` and `schedule` lower it."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls over the run's cycles, from `learning_rate` to nearly 0."""
+    """The learning rate after the warm-up. constant: it stays. linear, cosine: it falls to nearly 0."""
     warmup_cycles: Annotated[int, Field(ge=0)] = 0
-    """Cycles over which the learning rate rises first."""
+    """In how many cycles, at the beginning, the learning rate rises linearly."""
     batch_size: Count
-    """Examples in one step of the optimizer."""
+    """How many examples one step of the optimizer uses."""
     local_steps: Count
-    """Steps of the optimizer in one task."""
+    """How many steps of the optimizer one task has."""
 
     outer_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """How much of the updates' mean the model moves by."""
+    """The learning rate of the outer optimizer, which moves the model by the updates' mean."""
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Nesterov momentum of the model's moves across cycles."""
+    """The outer optimizer's Nesterov momentum, from cycle to cycle."""
     guard: Annotated[float, Field(gt=0)] = 0.2
-    """A move after which the held-out loss would be this share above the lowest so far is halved, or not made."""
+    """How far the validation loss may rise above the lowest so far, as a share. 0.2: 20 %.
+    If a cycle would raise it more, the model's move is halved, up to four times; then the model stays as it is."""
     density: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of an update's values that travel, each as its sign, with error feedback. 1: all, as float32."""
+    """The share of an update's values that a miner sends. 1: all values, as float32.
+    Below 1: the values of greatest magnitude, each as its sign; the miner keeps the residual (error feedback)."""
     residual_decay: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The share that a miner keeps, from one task to the next, of what did not travel."""
+    """The share of its residual, the values not sent, that a miner takes into its next task."""
     max_update_norm: Annotated[float, Field(gt=0)] = 10.0
-    """An update that would move the parameters by more than this (L2 norm) is refused."""
+    """The greatest L2 norm of an update's parameters. An update with a greater norm is refused."""
     task_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """A task that takes longer is refused as late."""
+    """How many seconds a task may take. A slower task is refused as late."""
     score_examples: Annotated[int, Field(ge=0)] = 0
-    """How many of the validation examples, drawn anew each cycle, updates are scored on. 0: all."""
+    """How many validation examples updates are scored on. Each cycle draws others. 0: all validation examples."""
     history: Count = 100
-    """Of how many cycles the models and the miners' memories are kept, to be re-executed."""
+    """For how many cycles the store keeps the models and memories that a replay needs."""
 
     def __post_init__(self) -> None:
-        """Refuse contradictions, by name; pydantic makes a ValidationError of them."""
+        """Raise ValueError if two fields contradict each other; pydantic turns it into a ValidationError."""
         if bool(self.hash) != bool(self.hash_key):
-            raise ValueError("hash and hash_key: each needs the other")
+            raise ValueError("hash and hash_key: set both or neither")
         named = [*self.inputs, self.target]
         for key in ("normalize", "hash"):
             if strangers := set(getattr(self, key)) - set(named):
@@ -155,9 +164,11 @@ class TrainingJob:
 
     @classmethod
     def load(cls, path: Path) -> "TrainingJob":
-        """Read a job from a TOML file. Modules beside the file can be named in it: its folder is put on sys.path.
+        """Read a job from a TOML file.
 
-        Raises JobError, naming the file, the key, its value and what is allowed.
+        The job can name modules that lie beside the file: this puts the file's folder on sys.path.
+
+        Raises JobError. The message names the file, the key, its value and what is allowed.
         """
         try:
             values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -174,24 +185,24 @@ class TrainingJob:
         except TypeError as error:
             raise JobError(f"{path}: {error}") from None
         if folder != str(_SHIPPED) and folder not in sys.path:
-            sys.path.append(folder)  # last, so that a file beside the job hides nobody's module
+            sys.path.append(folder)  # last: a file beside the job must not hide an installed module
         return job
 
     @classmethod
     def named(cls, name: str) -> "TrainingJob":
-        """Read one of the jobs that come with the trainer, such as `digits`, or else the TOML file of that name.
+        """Read a job that comes with the trainer, such as `digits`, or the TOML file with this path.
 
-        Raises JobError, listing those there are, if there is neither.
+        Raises JobError if neither exists. The message lists the trainer's own jobs.
         """
         shipped = sorted(path.stem for path in _SHIPPED.glob("*.toml"))
         if name in shipped:
             return cls.load(_SHIPPED / f"{name}.toml")
         if not Path(name).is_file():
-            raise JobError(f"no job {name!r}: neither a file, nor one of {', '.join(shipped)}")
+            raise JobError(f"no job {name!r}: it is neither a file, nor one of {', '.join(shipped)}")
         return cls.load(Path(name))
 
     def learning_rate_at(self, cycle: int) -> float:
-        """Return the learning rate of a cycle, counted from 0; from `cycles` on, that of the last one."""
+        """Return the learning rate of a cycle, counted from 0. After the last cycle it stays the same."""
         place = min(cycle, self.cycles - 1)
         if place < self.warmup_cycles:
             return self.learning_rate * (place + 1) / (self.warmup_cycles + 1)
@@ -203,7 +214,7 @@ class TrainingJob:
         return self.learning_rate
 
     def to_toml(self) -> str:
-        """Return a TOML file of this job: all keys, each with what it means, and those that are not set as comments."""
+        """Return this job as TOML, all keys with their descriptions. A key that is not set is a comment."""
         document = tomlkit.document()
         properties = TypeAdapter(TrainingJob).json_schema()["properties"]
         for field in dataclasses.fields(self):
@@ -223,14 +234,14 @@ class TrainingJob:
         return tomlkit.dumps(document).rstrip("\n") + "\n"
 
     def digest(self) -> bytes:
-        """Return a hash of all that is in the job, 32 bytes: equal for equal jobs."""
+        """Return the SHA-256 of all fields, 32 bytes. Equal jobs have equal digests."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).digest()
 
 
 def resolve(reference: str, key: str) -> Callable[..., Any]:
-    """Import what a job's key names as `package.module:name`.
+    """Import the function `reference` (`package.module:name`), the value of a job's `key`.
 
-    Raises JobError if there is no such module or function; an error inside the module itself is not caught.
+    Raises JobError if the module or the function does not exist. An exception inside the module passes through.
     """
     module_name, _, name = reference.partition(":")
     try:
@@ -239,7 +250,7 @@ def resolve(reference: str, key: str) -> Callable[..., Any]:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise JobError(f"{key} = {reference!r}: importing it failed: {error}") from error
         raise JobError(
-            f"{key} = {reference!r}: no module {error.name!r}; it must be installed, or lie beside the job's file"
+            f"{key} = {reference!r}: no module {error.name!r}; install it, or put it beside the job's file"
         ) from None
     found = getattr(module, name, None)
     if not callable(found):
@@ -250,26 +261,26 @@ def resolve(reference: str, key: str) -> Callable[..., Any]:
 
 
 def call(reference: str, options: dict[str, Any], key: str) -> Any:
-    """Import what a job's key names and call it with the job's options for it.
+    """Import the function `reference`, the value of a job's `key`, and call it with `options`.
 
-    Raises JobError if it cannot be called with them.
+    Raises JobError if the function does not take these options. An exception inside the function passes through.
     """
     function = resolve(reference, key)
     try:
         return function(**options)
     except TypeError as error:
         if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            raise  # a mistake inside the function, not in how it was called
+            raise  # the mistake is inside the function, not in its options
         raise JobError(f"{key}_options = {options}: {error}; it takes {takes(function)}") from None
 
 
 def takes(function: Callable[..., Any]) -> str:
-    """Return a function's parameters, to be shown."""
+    """Return a function's parameters as text, for an error message."""
     return ", ".join(str(parameter) for parameter in inspect.signature(function).parameters.values()) or "none"
 
 
 def _explain(error: ValidationError, values: dict[str, Any]) -> str:
-    """Say in one line what is wrong first: the key, its value and what is allowed."""
+    """Return the first mistake as one line: the key, its value and what is allowed."""
     first, *more = error.errors()
     others = f" (and {len(more)} more)" if more else ""
     key = ".".join(str(part) for part in first["loc"] if part != "function-after")

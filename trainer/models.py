@@ -1,4 +1,4 @@
-"""The models, losses and metrics that come with the trainer, and building a job's model."""
+"""Build a job's model; the models, losses and metrics that come with the trainer."""
 
 from itertools import pairwise
 
@@ -10,9 +10,12 @@ from traincert.trainer.job import TrainingJob, call
 
 
 def build_model(job: TrainingJob) -> nn.Module:
-    """Build the job's model on the CPU, its parameters set from `job.seed`; the global generator is left as it was.
+    """Build the job's model on the CPU, with random parameters from `job.seed`.
 
-    Raises JobError if the job's function is not there, cannot be called so, or returns no module that can be trained.
+    torch's global random state on the CPU does not change.
+
+    Raises JobError if the function `job.model` does not exist, does not take the job's options, or does not return a
+    module with a trainable parameter.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
@@ -25,7 +28,7 @@ def build_model(job: TrainingJob) -> nn.Module:
 
 
 def mlp(inputs: int, hidden: list[int], classes: int) -> nn.Module:
-    """Return linear layers with ReLU between them: (N, inputs) -> (N, classes), logits."""
+    """Return a multilayer perceptron with ReLU: (N, inputs) -> (N, classes), logits."""
     layers: list[nn.Module] = []
     for before, after in pairwise([inputs, *hidden, classes]):
         layers += [nn.Linear(before, after), nn.ReLU()]
@@ -33,7 +36,7 @@ def mlp(inputs: int, hidden: list[int], classes: int) -> nn.Module:
 
 
 def cnn(channels: tuple[int, int], hidden: int, classes: int, size: int) -> nn.Module:
-    """Return two convolutions, each halving the image, and two linear layers: (N, 1, size, size) -> (N, classes)."""
+    """Return two convolutions of stride 2 and two linear layers: (N, 1, size, size) -> (N, classes), logits."""
     first, second = channels
     return nn.Sequential(
         nn.Conv2d(1, first, 5, stride=2, padding=2),
@@ -61,12 +64,15 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
         nn.init.normal_(self.qkv.weight, std=width**-0.5)
         nn.init.normal_(self.up.weight, std=width**-0.5)
-        # So that each block begins as the identity, as in nanochat.
+        # Zeros make each block the identity at first, as in nanochat.
         nn.init.zeros_(self.projection.weight)
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Attend, then transform, (N, T, width). `rotation` are two tensors (T, width / heads / 2)."""
+        """Return attention and MLP of `x`: (N, T, width) -> (N, T, width).
+
+        `rotation` is the cosines and the sines, each (T, width / heads / 2).
+        """
         batch, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, width / heads)
@@ -84,7 +90,7 @@ def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.
 
 
 class Transformer(nn.Module):
-    """A byte-level language model: (N, T) bytes -> (N, T, 256) logits of each next byte; T at most `context`."""
+    """A byte-level language model: (N, T) bytes -> (N, T, 256), logits of each next byte. T is at most `context`."""
 
     cosine: torch.Tensor
     sine: torch.Tensor
@@ -103,7 +109,7 @@ class Transformer(nn.Module):
         self.register_buffer("sine", angles.sin(), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return logits."""
+        """Return the logits of each next byte: (N, T) integers -> (N, T, 256)."""
         x = self.token(tokens.long())
         rotation = (self.cosine[: tokens.shape[1]], self.sine[: tokens.shape[1]])
         for block in self.blocks:
@@ -113,10 +119,10 @@ class Transformer(nn.Module):
 
 
 def cross_entropy(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy, nats, of logits (..., classes) and class numbers (...)."""
+    """Return the mean cross-entropy, in nats, of logits (..., classes) and class numbers (...)."""
     return nn.functional.cross_entropy(outputs.flatten(0, -2), target.flatten().long())
 
 
 def accuracy(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return how often the greatest of the logits (..., classes) is the target's (...), 0 to 1."""
+    """Return the accuracy, 0 to 1: how often the greatest of the logits (..., classes) is that of the target (...)."""
     return (outputs.argmax(dim=-1) == target).double().mean()

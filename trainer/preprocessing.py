@@ -1,6 +1,6 @@
-"""A job's data, made ready: shuffled, split, normalized, hashed, and stored as content-addressed, memory-mapped files.
+"""Prepare a job's data: shuffle, split, normalize, hash, and store it as content-addressed, memory-mapped files.
 
-No step holds more than a chunk of the raw data in memory, besides some bytes for each example.
+Each step holds one chunk of the raw data in memory, and a few bytes for each example.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob, call
 from traincert.trainer.store import read_blob, sync_folder, verify_blob, write_blob, write_file
 
-# What a prepared column may hold, as safetensors calls it.
+# The dtypes that a prepared column may have: numpy's, and safetensors' name.
 _DTYPES = {
     np.dtype(name): short
     for name, short in {
@@ -42,11 +42,11 @@ _DTYPES = {
 }
 _PREPARED = "prepared.json"
 VERSION = 1
-"""Of the format of prepared.json."""
+"""Version of the format of prepared.json."""
 
 _KEY_BYTES = 32
 _BLOCK = 2**22  # bytes of a column that are preprocessed at once
-# The fields of a job that decide what is stored.
+# The fields of a job that change the stored files.
 _FIELDS = [
     "dataset",
     "dataset_options",
@@ -63,7 +63,10 @@ _FIELDS = [
 
 
 class Examples(NamedTuple):
-    """A shard, the validation split or the test split. Tensors may be memory-mapped: take batches, which are copies."""
+    """A shard, the validation split or the test split.
+
+    The tensors may be memory-mapped. `batch` copies them.
+    """
 
     inputs: tuple[torch.Tensor, ...]  # each (N, ...)
     target: torch.Tensor  # (N, ...)
@@ -73,10 +76,10 @@ class Examples(NamedTuple):
         return len(self.target)
 
     def batch(self, index: torch.Tensor | slice, device: str = "cpu") -> "Examples":
-        """Return a copy of some examples."""
+        """Return a copy, on `device`, of the examples that `index` selects."""
 
         def take(tensor: torch.Tensor) -> torch.Tensor:
-            # Tensors inside a file start at any address, and vectorized sums may depend on alignment.
+            # Copy: tensors inside a file start at any address, and the bits of vectorized sums may depend on alignment.
             return (tensor[index].clone() if isinstance(index, slice) else tensor[index]).to(device)
 
         return Examples(tuple(map(take, self.inputs)), take(self.target))
@@ -84,33 +87,34 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A job's data as stored in a directory. Hashes are 32 raw bytes, each the name of a file."""
+    """A job's prepared data in a directory. Hashes are 32 raw bytes; in hex they are the files' names."""
 
     job: TrainingJob
     directory: Path
     shards: tuple[bytes, ...]
-    """Files in `shard_folder`, which is all that miners see."""
+    """The shards' files in `shard_folder`, the only folder that miners see."""
     validation: bytes
-    """A file in `held_out_folder`, like `test`."""
+    """The validation split's file in `held_out_folder`."""
     test: bytes
+    """The test split's file in `held_out_folder`."""
     root: bytes
-    """Hash of the manifest: what was done to which dataset, and all the hashes above, as JSON."""
+    """SHA-256 of the manifest (JSON): how the data was prepared, and the hashes above."""
 
     @property
     def shard_folder(self) -> Path:
-        """Where the shards are."""
+        """The folder of the shards."""
         return self.directory / "shards"
 
     @property
     def held_out_folder(self) -> Path:
-        """Where the validation and the test split are."""
+        """The folder of the validation and the test split."""
         return self.directory / "held-out"
 
 
 def read_examples(job: TrainingJob, directory: Path, digest: bytes) -> Examples:
-    """Check a stored shard or split against its hash, and map it into memory.
+    """Check the file of a shard or split against its hash (32 bytes), and map it into memory.
 
-    Raises IntegrityError if it is missing or damaged.
+    Raises IntegrityError if the file is missing or damaged.
     """
     path = verify_blob(directory, digest)
     with safe_open(path, framework="pt") as file:
@@ -118,17 +122,16 @@ def read_examples(job: TrainingJob, directory: Path, digest: bytes) -> Examples:
 
 
 def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
-    """Preprocess the job's data and store it in `directory`, which is made if need be.
+    """Preprocess the job's data and store it in `directory`, which is made if it does not exist.
 
-    Equal jobs give the same `root`. If `directory` has the data of an equal job already, it is used as it is; files
-    are checked when they are read. The split does not depend on `job.seed`, so that runs with other seeds are measured
-    on the same examples.
+    Equal jobs give equal roots. If `directory` already has the data of an equal job, nothing is done; reading a file
+    checks it. The split does not depend on `job.seed`: runs with different seeds have the same held-out examples.
 
-    Raises JobError if the dataset cannot be loaded, or not be used as the job says.
+    Raises JobError if the dataset cannot be loaded, or does not fit the job.
     """
     for folder in (directory, directory / "shards", directory / "held-out"):
         folder.mkdir(parents=True, exist_ok=True)
-        _clean(folder)  # of what a process left that was killed
+        _clean(folder)  # remove the temporary files of a killed process
     key = _hash_key(Path(job.hash_key)) if job.hash_key else b""
     facts = {name: getattr(job, name) for name in _FIELDS} | {"hash_key": hashlib.sha256(key).hexdigest()}
     preparation = json.dumps(facts, sort_keys=True)
@@ -137,7 +140,7 @@ def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
         try:
             return _read_manifest(job, directory, bytes.fromhex(prepared["root"]))
         except IntegrityError:
-            pass  # a file is missing or damaged: make all of them again
+            pass  # a file is missing or damaged: prepare all of them again
     root = write_blob(directory, json.dumps(_Preparation(job, key).run(directory, facts), sort_keys=True).encode())
     done = {"version": VERSION, "preparation": preparation, "root": root.hex()}
     write_file(directory / _PREPARED, json.dumps(done).encode())
@@ -145,7 +148,7 @@ def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
 
 
 def _read_prepared(path: Path) -> dict[str, Any]:
-    """Read what was prepared; nothing if the file is missing or damaged. Raises JobError for another format."""
+    """Read prepared.json. A missing or damaged file gives {}. Raises JobError if it has another format."""
     try:
         prepared = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -177,14 +180,14 @@ def _read_manifest(job: TrainingJob, directory: Path, root: bytes) -> Dataset:
 
 @dataclass(frozen=True)
 class _Column:
-    """What every chunk's array must be like."""
+    """The dtype and shape that a column must have in every chunk."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]  # of one example
 
 
 class _Preparation:
-    """The passes over a job's data."""
+    """Prepares a job's data in several passes: count, statistics, store."""
 
     def __init__(self, job: TrainingJob, key: bytes) -> None:
         self.job = job
@@ -197,7 +200,7 @@ class _Preparation:
         self.columns: dict[str, _Column] = {}
 
     def run(self, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
-        """Store everything, and return the manifest."""
+        """Store all shards and splits, and return the manifest."""
         job = self.job
         count = self._count(self.raw.train, "train")
         test_count = self._count(self.raw.test, "test") if self.raw.test else 0
@@ -214,7 +217,7 @@ class _Preparation:
                 f"validation_examples = {job.validation_examples}, test_examples = {job.test_examples}: must leave one "
                 f"example for each of {job.shards} shards, but {job.dataset} has {count} in all"
             )
-        # RandomState, because numpy promises that its numbers stay the same.
+        # RandomState, because numpy guarantees that its numbers never change.
         order = np.random.RandomState(job.shuffle_seed).permutation(count)
         validation, test, train = np.split(order, [job.validation_examples, held_out])
         statistics = self._statistics(count, train)
@@ -234,9 +237,9 @@ class _Preparation:
         }
 
     def _chunks(self, split: Callable[[], Iterable[Chunk]]) -> Iterator[tuple[int, dict[str, Array]]]:
-        """Go through a split block by block: the number of examples before each, and its columns, those used.
+        """Yield a split in blocks: the number of examples before the block, and the columns that the job uses.
 
-        A block is a part of a chunk, so that what is computed from it is small.
+        A block is a part of a chunk. Its small size limits the memory of the computations on it.
         """
         start = 0
         for chunk in split():
@@ -248,7 +251,7 @@ class _Preparation:
             start += count
 
     def _count(self, split: Callable[[], Iterable[Chunk]], name: str) -> int:
-        """Count a split's examples, and check that its chunks are all alike."""
+        """Count a split's examples, and check that all chunks have the same columns."""
         count = 0
         for chunk in split():
             self._check(chunk, name)
@@ -273,7 +276,7 @@ class _Preparation:
         for name in self.names:
             array = chunk[name]
             column = self.columns.setdefault(name, _Column(array.dtype, array.shape[1:]))
-            same_kind = array.dtype == column.dtype or name in job.hash  # strings are as wide as a chunk's widest
+            same_kind = array.dtype == column.dtype or name in job.hash  # the width of strings may differ
             if not same_kind or array.shape[1:] != column.shape:
                 raise JobError(f"{where} has a column {name!r} of different types or shapes in its chunks")
             if array.dtype not in _DTYPES and name not in job.hash:
@@ -282,7 +285,7 @@ class _Preparation:
                 raise JobError(f"normalize: {name!r} is of {array.dtype}, not numbers")
 
     def _statistics(self, count: int, train: npt.NDArray[np.int64]) -> dict[str, tuple[Array, Array]]:
-        """Return mean and standard deviation, float64, of the columns to normalize, of the training examples alone."""
+        """Return the mean and standard deviation (float64) of each column to normalize, over the training examples."""
         if not self.job.normalize:
             return {}
         trained = np.zeros(count, np.bool_)
@@ -316,7 +319,7 @@ class _Preparation:
         folders: list[Path],
         statistics: dict[str, tuple[Array, Array]],
     ) -> list[bytes]:
-        """Write the examples numbered in each cut to a file of its own; return the files' hashes."""
+        """Write a file for each cut, which is an array of example numbers; return the files' hashes, 32 bytes each."""
         cut_of = np.empty(count, np.int32)
         place_of = np.empty(count, np.int64)
         for number, cut in enumerate(cuts):
@@ -337,7 +340,7 @@ class _Preparation:
             raise
 
     def _stored(self) -> dict[str, _Column]:
-        """Return what the columns are like in the end."""
+        """Return the columns' dtypes and shapes after preprocessing."""
 
         def dtype(name: str) -> np.dtype[Any]:
             if name in self.job.hash:
@@ -363,10 +366,10 @@ def _clean(folder: Path) -> None:
 
 
 class _File:
-    """A safetensors file that is written row by row, in any order, without being in memory.
+    """A safetensors file that is written row by row, in any order, and is never whole in memory.
 
-    The format is that of https://huggingface.co/docs/safetensors: the header's length (u64, little-endian), the header
-    (JSON, padded with spaces), and the tensors' bytes, here as the library orders them.
+    Format (https://huggingface.co/docs/safetensors): the header's length (u64, little-endian), the header (JSON, padded
+    with spaces), and the tensors' bytes, in the order that the safetensors library writes.
     """
 
     def __init__(self, folder: Path, count: int, columns: dict[str, _Column]) -> None:
@@ -384,7 +387,7 @@ class _File:
         with os.fdopen(handle, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.flush()
-            # Reserved now, because writing to a map of a file that the disk has no room for kills the process.
+            # Reserve the disk space now. If the disk were full later, writing to the memory map would kill the process.
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
         self._arrays = {
             name: (column.dtype, 8 + len(text) + header[name]["data_offsets"][0], (count, *column.shape))
@@ -392,14 +395,14 @@ class _File:
         }
 
     def write(self, places: npt.NDArray[np.int64], rows: dict[str, Array]) -> None:
-        """Write rows of all columns to their places."""
+        """Write the rows of all columns to their places, which are row numbers."""
         for name, (dtype, offset, shape) in self._arrays.items():
-            # Mapped only for now, so that what was written is no more in this process's memory afterwards.
+            # Map anew each time: unmapping removes the written pages from this process's memory.
             array: Array = np.memmap(self.path, dtype, "r+", offset, shape)
             array[places] = rows[name]
 
     def finish(self) -> bytes:
-        """Name the file by its hash, durably; return the hash, 32 bytes."""
+        """Rename the file to its SHA-256, durably; return the hash, 32 bytes."""
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
             os.fsync(file.fileno())
@@ -409,8 +412,8 @@ class _File:
 
 
 def _sum_rows(rows: Array) -> Array:
-    """Add rows (N, features) in their order, so that every machine gets the same bits."""
-    if rows.shape[1] == 1:  # numpy would add a single column in an order that depends on the processor
+    """Add rows (N, features) in their order, so that every machine gets the same bits; return (features,)."""
+    if rows.shape[1] == 1:  # numpy adds a single column in an order that depends on the processor
         return np.array([math.fsum(rows[:, 0])])
     total: Array = rows.sum(axis=0)
     return total
@@ -423,7 +426,7 @@ def _bucket(key: bytes, column: str, value: object, buckets: int) -> int:
 
 
 def _hash_key(path: Path) -> bytes:
-    """Read the secret key of a job's hashes, or make it."""
+    """Read the secret key for hashed columns, 32 bytes. If there is no such file, make one with a random key."""
     try:
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,10 +1,10 @@
-"""A run in a folder: its records, one for each cycle, and its store; it goes on wherever it was interrupted.
+"""The run folder: a record of each cycle, and a store. An interrupted run continues from the last record.
 
 job.toml            the job, with all its keys
-version             of the format of this folder
+version             the version of the folder's format
 data/               shards/ and held-out/: content-addressed files
 store/              models, velocities and miners' memories: content-addressed files
-cycles/00000012.json  what cycle 12 did; it names the record before by its hash
+cycles/00000012.json  the record of cycle 12; it has the hash of the record before
 """
 
 import fcntl
@@ -24,30 +24,31 @@ from traincert.trainer.state import load_state, save_state
 from traincert.trainer.store import prune, write_file
 
 VERSION = 1
-"""Of a run folder's format: the records, and what else the folder has."""
+"""Version of the run folder's format, records included."""
 
 Record = dict[str, Any]
-"""A cycle's record, as in its JSON file; record 0 is the run's beginning. Hashes are in hex."""
+"""A cycle's record, as in its JSON file. Record 0 is the state before the first cycle. Hashes are in hex."""
 
 
 class RunFolder:
-    """A run's folder, locked while this is open. Use it as a context manager."""
+    """A run folder, locked while it is open. Use it as a context manager."""
 
     def __init__(self, folder: Path, job: TrainingJob | None = None) -> None:
-        """Open a folder, and make it if `job` is given and it is not there.
+        """Open a run folder. With `job`, make the folder if it does not exist.
 
-        Raises RunError if it is of another job, in use by another process, or no run's.
+        Raises RunError if the folder belongs to another job, is in use by another process, has another format, or is
+        not a run folder; IntegrityError if a record is damaged.
         """
         self.folder = folder
         self.store = folder / "store"
         self._cycles = folder / "cycles"
         described = folder / "job.toml"
         if job is None and not described.is_file():
-            raise RunError(f"{folder} has no job.toml: it is no run's folder")
+            raise RunError(f"{folder} has no job.toml: it is not a run folder")
         if job and folder.exists() and any(folder.iterdir()) and not (folder / ".lock").exists():
-            raise RunError(f"{folder} is not empty, and no run's: choose another folder")
+            raise RunError(f"{folder} is not empty, and is not a run folder: choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder / ".lock")  # before anything else, because it says that the folder is a run's
+        self._lock = _lock(folder / ".lock")  # first, because this file marks the folder as a run folder
         try:
             for each in (self.store, self._cycles):
                 each.mkdir(exist_ok=True)
@@ -70,24 +71,24 @@ class RunFolder:
 
     @property
     def cycles(self) -> int:
-        """How many cycles there have been."""
+        """The number of cycles that are done."""
         return max(0, len(self.records) - 1)
 
     @property
     def head(self) -> bytes:
-        """Hash of the last record, 32 bytes: equal for runs in which everything was equal."""
+        """SHA-256 of the last record, 32 bytes. Two runs with equal heads have equal records."""
         return _digest(self.records[-1])
 
     def seed(self) -> bytes:
-        """Return the next cycle's seed: nobody knows it before the last cycle is over."""
+        """Return the next cycle's seed, 32 bytes. Nobody knows it before the last cycle ends."""
         return hashlib.sha256(b"cycle" + self.job.seed.to_bytes(8, "little") + self.head).digest()
 
     def dataset(self) -> Dataset:
-        """Return the job's data; prepare it if that was not done yet."""
+        """Return the job's data. The first call prepares it."""
         return prepare_dataset(self.job, self.folder / "data")
 
     def begin(self, state: Checkpoint, dataset: Dataset) -> None:
-        """Write record 0."""
+        """Write record 0, the state before the first cycle."""
         self._append(
             {
                 "cycle": 0,
@@ -100,7 +101,7 @@ class RunFolder:
         )
 
     def load(self) -> Checkpoint:
-        """Return what the last cycle left; raises IntegrityError if it is damaged."""
+        """Return the checkpoint after the last cycle. Raises IntegrityError if a file is missing or damaged."""
         last = self.records[-1]
         return Checkpoint(
             cycle=last["cycle"],
@@ -113,7 +114,7 @@ class RunFolder:
         )
 
     def contributions(self) -> tuple[Contribution, ...]:
-        """Return the last cycle's contributions, as its `CycleResult` had them; none before the first cycle."""
+        """Return the last cycle's contributions, sorted by miner. Before the first cycle there are none."""
         return tuple(
             Contribution(
                 bytes.fromhex(task["miner"]),
@@ -127,10 +128,9 @@ class RunFolder:
         )
 
     def save(self, result: CycleResult) -> None:
-        """Write a cycle's record, durably, and remove from the store what is too old.
+        """Write a cycle's record, durably, and remove files from the store that are older than `job.history` cycles.
 
-        The record names files by their hashes: the trainer has stored the models and memories, and the velocity is
-        stored here, before the record.
+        All files that the record names are stored before it. Models and memories already are; this stores the velocity.
         """
         self._append(
             {
@@ -172,9 +172,9 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _check_version(path: Path, *, new: bool) -> None:
-    """Write the version into a new run folder, or compare it. Raises RunError for another version.
+    """Write the version into a new run folder, or check it. Raises RunError for another version.
 
-    It has a file of its own, because the records' hashes decide who trains what and must not depend on it.
+    The version is not in the records, because their hashes are the cycles' seeds and must not depend on it.
     """
     if new and not path.exists():
         write_file(path, f"{VERSION}\n".encode())
@@ -187,9 +187,9 @@ def _check_version(path: Path, *, new: bool) -> None:
 
 
 def _read_records(folder: Path) -> list[Record]:
-    """Read all records, each checked against the hash in the next one.
+    """Read all records, and check each against the hash in the next one.
 
-    Raises IntegrityError for one that is damaged or missing.
+    Raises IntegrityError if a record is damaged or missing.
     """
     paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{8}\.json", path.name))
     records: list[Record] = []
@@ -201,7 +201,7 @@ def _read_records(folder: Path) -> list[Record]:
             raise IntegrityError(f"{path}: not JSON") from None
         is_next = isinstance(record, dict) and path.name == f"{number:08}.json" and record.get("cycle") == number
         if not is_next or (number and record.get("parent") != _digest(records[-1]).hex()):
-            raise IntegrityError(f"{path}: does not follow the record before it")
+            raise IntegrityError(f"{path}: it does not follow the record before it")
         records.append(record)
     return records
 

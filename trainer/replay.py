@@ -1,4 +1,4 @@
-"""Doing a run's tasks again, from its records and its store, to see that they give the same updates."""
+"""Do a run's tasks again, from its records and its store, and compare the updates."""
 
 import hashlib
 from collections.abc import Iterator
@@ -16,27 +16,29 @@ from traincert.trainer.tasks import Task
 
 @dataclass(frozen=True)
 class Replayed:
-    """A task that was done again; miner and hashes in hex."""
+    """A task that was done again. The miner's id and the hashes are in hex."""
 
     cycle: int
     """Counted from 1, as in the records."""
     miner: str
     recorded: str
-    """SHA-256 of the update that the record names."""
+    """SHA-256 of the update in the record."""
     found: str
-    """SHA-256 of the update that the task gave now."""
+    """SHA-256 of the update that the replay gave."""
 
     @property
     def same(self) -> bool:
-        """Whether the task gave the same update."""
+        """Whether the replay gave the same update."""
         return self.recorded == self.found
 
 
 def replay_tasks(run: RunFolder, cycle: int | None = None) -> Iterator[Replayed]:
-    """Do the tasks of one cycle again (counted from 1), or of all cycles whose models the store still has.
+    """Do the tasks of one cycle again. `cycle` counts from 1; None: all cycles that the store still has.
 
-    Raises RunError if the run has no such cycle, IntegrityError if a file that it needs is missing or damaged, and
-    JobError if this machine does not have the job's device.
+    A task that gave no update is left out.
+
+    Raises RunError if the run has no such cycle or its store no longer has the cycle's files, IntegrityError if a file
+    is missing or damaged, and JobError if this machine does not have the job's device.
     """
     if cycle is not None and not 1 <= cycle <= run.cycles:
         raise RunError(f"{run.folder} has no cycle {cycle}; it has 1 to {run.cycles}")

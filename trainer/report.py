@@ -1,4 +1,4 @@
-"""What a run did, for people: TensorBoard's logs, and a report with plots."""
+"""Show a run to people: TensorBoard's logs, and a report with plots."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ from traincert.trainer.records import Record
 from traincert.trainer.scoring import Evaluation
 from traincert.trainer.store import write_file
 
-MAX_NAMED = 10  # miners that a plot tells apart
+MAX_NAMED = 10  # how many miners a plot's legend names
 
 
 class TensorBoard:
     """Writes a run's records as TensorBoard's scalars. Use it as a context manager."""
 
     def __init__(self, folder: Path, records: Sequence[Record]) -> None:
-        """Write the records so far anew, so that nothing of an interrupted process is missing or there twice."""
+        """Delete `folder`, and write all records. After an interruption no record is missing or there twice."""
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder))
         for record in records:
@@ -128,7 +128,7 @@ def _plot_miners(records: Sequence[Record]) -> Figure:
 
 def _plot_segments(records: Sequence[Record]) -> Figure:
     figure, axis = _figure(
-        "What an update of each segment took off the loss, at its share of the mean", "mean loss reduction (nats)"
+        "Mean loss reduction of an update, by segment (each at its share of the mean)", "mean loss reduction (nats)"
     )
     for segment in sorted({task["segment"] for record in records for task in record["tasks"]}):
         points = []

@@ -1,4 +1,4 @@
-"""Training a job from its beginning, or from where it was interrupted, to its end."""
+"""Run a job in a run folder: from its beginning, or from where it was interrupted, to its end."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,35 +14,36 @@ from traincert.trainer.scoring import Evaluation
 
 
 class View(Protocol):
-    """Shows how a run is getting on."""
+    """Shows a run's progress."""
 
     def step(self, text: str) -> None:
-        """Say what is being done now."""
+        """Show the name of the step that begins."""
 
     def update(self, done: int, total: int) -> None:
         """Show how many of the cycle's tasks are done."""
 
     def cycle(self, record: Record) -> None:
-        """Show a cycle that is over."""
+        """Show the record of a cycle that ended."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run came to."""
+    """The result of a finished run."""
 
     head: bytes
     """Hash of the last record, 32 bytes."""
     test: Evaluation
+    """The final model's loss and metric on the test examples."""
     path: Path
-    """The report's."""
+    """The path of the report (HTML)."""
 
 
 def run_job(job: TrainingJob, folder: Path, miners: int, workers: int, view: View) -> Finished:
-    """Train until the job's last cycle is over, and write the report.
+    """Run all cycles of the job, and write the report.
 
-    Killed at any moment and started again, it comes to the same hashes as if nothing had happened.
+    If it is killed at any moment, another call continues the run and gives the same hashes.
 
-    Raises TrainerError if it cannot be run to its end.
+    Raises TrainerError if the run cannot be finished.
     """
     ids = [hashlib.sha256(b"miner" + number.to_bytes(8, "little")).digest() for number in range(miners)]
     with RunFolder(folder, job) as run:

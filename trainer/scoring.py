@@ -1,4 +1,4 @@
-"""What an update is worth: params trained, loss reduction, weight."""
+"""Score an update: the parameters that it trained, the loss that it takes off, its weight in the lottery."""
 
 import hashlib
 import itertools
@@ -24,7 +24,7 @@ MAX_NANO_NATS = 2**64 - 1
 
 @dataclass(frozen=True)
 class Refusal:
-    """A miner whose update is not in a cycle's contributions."""
+    """Why a miner has no contribution in a cycle."""
 
     miner: bytes
     reason: Reason
@@ -44,19 +44,20 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model measured on examples."""
+    """A model's loss and metric on some examples."""
 
     loss: int  # mean, nano-nats
     metric: float  # mean of the job's metric
 
 
 class Scorer:
-    """Measures states of a job's models, several at once, each on one thread. Use it as a context manager."""
+    """Evaluates states of a job's model: on the CPU in one thread for each core. Use it as a context manager."""
 
     def __init__(self, job: TrainingJob) -> None:
         self._job = job
         self._models = threading.local()
-        # What deterministic() sets is partly each thread's own: setting it at the start leaves nothing to restore.
+        # torch has a number of threads for each thread. Set it once, when a thread of the pool starts; deterministic()
+        # sets it in the calling thread only.
         self._threads = os.cpu_count() or 1 if job.device == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._threads, "scoring", lambda: torch.set_num_threads(1))
 
@@ -68,7 +69,10 @@ class Scorer:
 
     @deterministic()
     def evaluate(self, states: Iterable[State], examples: Examples) -> list[Evaluation]:
-        """Measure each state on `examples`, with the same result as `evaluate`. Few of them are in memory at a time."""
+        """Return each state's loss and metric on `examples`, as the function `evaluate` does.
+
+        It takes one state for each thread from `states` at a time: not all have to fit into memory.
+        """
         batches = _batches(examples)
         left = iter(states)
         found: list[Evaluation] = []
@@ -94,18 +98,18 @@ class Scorer:
 def evaluate(
     model: nn.Module, job: TrainingJob, state: State, examples: Examples, *, batch_size: int | None = None
 ) -> Evaluation:
-    """Measure `state` on `examples`; `model` is the job's, on its device, and has that state afterwards.
+    """Return the loss and metric of `state` on `examples`.
 
-    Losses are computed in float64 from the model's outputs, summed, and divided once by their number, so that
-    `batch_size` (by default as `_batches` has it) changes no more than the rounding. A loss that is no number,
-    or too large for 64 bits of nano-nats, counts as `MAX_NANO_NATS`.
+    `model` is the job's model on the job's device; this sets its state. Losses are float64, computed from the model's
+    outputs, summed, and divided once by the number of examples. `batch_size` (default: at most 128) therefore changes
+    the rounding only. A loss that is NaN, or above 64 bits of nano-nats, counts as `MAX_NANO_NATS`.
     """
     set_state(model, state)
     return _evaluation([_measure(model, job, batch) for batch in _batches(examples, batch_size)], examples)
 
 
 def _batches(examples: Examples, batch_size: int | None = None) -> list[Examples]:
-    # A quarter, if that is fewer than 128: so that processors can share the work, however many there are.
+    # At least four batches, which threads can share. The number of CPUs must not change the batches, and so the bits.
     size = batch_size or min(128, math.ceil(len(examples) / 4))
     return [
         Examples(
@@ -116,7 +120,7 @@ def _batches(examples: Examples, batch_size: int | None = None) -> list[Examples
 
 
 def _measure(model: nn.Module, job: TrainingJob, batch: Examples) -> tuple[float, float]:
-    """Return the sums of losses and metrics."""
+    """Return the sums of the batch's losses (nats) and metrics."""
     inputs, target = batch.batch(slice(None), job.device)
     model.eval()
     with torch.inference_mode():
@@ -131,16 +135,18 @@ def _evaluation(totals: Sequence[tuple[float, float]], examples: Examples) -> Ev
 
 
 def nano_nats(loss: float) -> int:
-    """Return a loss in nats as fixed point: times 10⁹, to nearest, 0 to `MAX_NANO_NATS` (which also stands for NaN)."""
+    """Return a loss as nano-nats: nats times 10⁹, rounded, 0 to `MAX_NANO_NATS`. NaN gives `MAX_NANO_NATS`."""
     if not loss * 1e9 < MAX_NANO_NATS:
         return MAX_NANO_NATS
     return max(0, round(loss * 1e9))
 
 
 def score(miner: bytes, update: bytes, params: int, loss_before: int, loss_after: int) -> Contribution:
-    """Score an update that was checked: the loss without it and with it alone, nano-nats, on the same examples.
+    """Score an update that passed all checks. `update` is its bytes, `params` the size of its segment.
 
-    Raises UpdateError if the loss is not lower, so that the weight would be 0.
+    `loss_before` is the loss without the update, `loss_after` with this update alone: nano-nats, on the same examples.
+
+    Raises UpdateError if the loss is not lower, because the weight would be 0.
     """
     loss_reduction = max(0, loss_before - loss_after)
     weight = math.isqrt(params * loss_reduction)

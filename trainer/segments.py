@@ -1,4 +1,4 @@
-"""A model's trainable parameters as one flat vector, and cutting it into balanced segments."""
+"""A model's trainable parameters as one flat vector, which is cut into balanced segments."""
 
 import itertools
 from bisect import bisect_right
@@ -19,7 +19,7 @@ from traincert.trainer.state import State
 
 @dataclass(frozen=True)
 class Segment:
-    """What one task trains: a range of the flat vector, and the buffers that belong to it."""
+    """What one task trains: the range [start, end) of the flat vector, and the names of the buffers in it."""
 
     start: int
     end: int
@@ -27,12 +27,12 @@ class Segment:
 
     @property
     def params(self) -> int:
-        """How many parameters (scalars) it has."""
+        """The number of parameters (scalars) of the segment."""
         return self.end - self.start
 
 
 class Piece(NamedTuple):
-    """The part of one parameter tensor, flattened, that is in a segment."""
+    """The part of one parameter tensor that is in a segment: [begin, end) of the flattened tensor."""
 
     name: str
     begin: int
@@ -40,13 +40,16 @@ class Piece(NamedTuple):
 
 
 class Layout:
-    """Where each trainable parameter is in the flat vector: in module order, tied ones once, frozen ones nowhere."""
+    """Where each trainable parameter is in the flat vector.
+
+    Parameters are in module order. A tied parameter is in the vector once, a frozen one is not in it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.names = list(trainable)
         self.bounds = [0, *accumulate(parameter.numel() for parameter in trainable.values())]
-        # A buffer goes with the parameters before it: a batch norm's statistics with its weight and bias.
+        # A buffer belongs to the segment of the last parameter before it: a batch norm's statistics follow its bias.
         self.buffers: list[tuple[int, str]] = []
         kept = model.state_dict().keys()
         seen = 0
@@ -55,20 +58,20 @@ class Layout:
             seen += sum(name in trainable for name in names)
             place = max(0, self.bounds[seen] - 1)
             for name, buffer in module.named_buffers(prefix, recurse=False):
-                if name in kept and buffer.dtype is not torch.bool:  # those are masks, which nothing changes
+                if name in kept and buffer.dtype is not torch.bool:  # a bool buffer is a constant mask
                     self.buffers.append((place, name))
 
     @property
     def params(self) -> int:
-        """How many trainable parameters (scalars) there are."""
+        """The number of trainable parameters (scalars)."""
         return self.bounds[-1]
 
     def segment(self, start: int, end: int) -> Segment:
-        """Return a range of the flat vector with its buffers."""
+        """Return the segment [start, end) of the flat vector, with its buffers."""
         return Segment(start, end, tuple(name for place, name in self.buffers if start <= place < end))
 
     def pieces(self, segment: Segment) -> list[Piece]:
-        """Return the segment's parts of tensors, in order."""
+        """Return the segment's pieces, in the order of the flat vector."""
         first = bisect_right(self.bounds, segment.start) - 1
         found = []
         for number in itertools.count(first):
@@ -79,13 +82,13 @@ class Layout:
         raise AssertionError
 
     def flatten(self, tensors: State, segment: Segment) -> torch.Tensor:
-        """Return the segment's parameters (params,) in float32."""
+        """Return the segment's parameters as one vector, (params,) float32."""
         return torch.cat([tensors[name].reshape(-1)[begin:end].float() for name, begin, end in self.pieces(segment)])
 
     def add(self, state: State, segment: Segment, move: torch.Tensor) -> State:
-        """Return a new state in which the segment's parameters are changed by `move` (params,) float32.
+        """Return a new state: `state` with `move`, (params,) float32, added to the segment's parameters.
 
-        Each sum is rounded once, to the parameter's own type: float32, or what has at least its precision.
+        Each sum is computed in float32, or in the parameter's dtype if that is wider, and rounded once to that dtype.
         """
         changed = dict(state)
         start = 0
@@ -101,19 +104,22 @@ class Layout:
 def cut_segments(model: nn.Module, job: TrainingJob, examples: Examples | None = None) -> tuple[Segment, ...]:
     """Cut the model's trainable parameters into `job.segments` contiguous ranges of the flat vector.
 
-    With `job.balance` "parameters" each has the same number of them, ± 1. With "flops" tensors are kept whole, and the
-    greatest number of floating-point operations that a step on one of `examples` (of which there must be some) takes is
-    as small as it can be; operations are counted as PyTorch's FlopCounterMode does, not timed, so that everybody cuts
-    alike. Raises JobError if there is less to cut than `job.segments`.
+    With `job.balance` "parameters" all segments have the same number of parameters, ± 1.
+
+    With "flops" tensors stay whole. The cut minimizes the floating-point operations of the most expensive segment, in a
+    training step on the first of `examples`. PyTorch's FlopCounterMode counts the operations: unlike times, counts are
+    the same on every machine.
+
+    Raises JobError if there are fewer parameters, or tensors, than segments; ValueError if "flops" gets no examples.
     """
     layout = Layout(model)
     if job.balance == "parameters" or job.segments == 1:
         if job.segments > layout.params:
-            raise JobError(f"segments = {job.segments}: must be at most {layout.params}, the model's parameters")
+            raise JobError(f"segments = {job.segments}: must be at most {layout.params}, the trainable parameters")
         bounds = [layout.params * number // job.segments for number in range(job.segments + 1)]
     else:
         if job.segments > len(layout.names):
-            raise JobError(f"segments = {job.segments}: must be at most {len(layout.names)}, the parameter tensors")
+            raise JobError(f"segments = {job.segments}: must be at most {len(layout.names)}, the trainable tensors")
         if examples is None:
             raise ValueError("balance by flops needs examples")
         first, more = _count_flops(model, job, examples)
@@ -122,11 +128,15 @@ def cut_segments(model: nn.Module, job: TrainingJob, examples: Examples | None =
 
 
 def _count_flops(model: nn.Module, job: TrainingJob, examples: Examples) -> tuple[list[int], list[int]]:
-    """Count a step's operations: if only tensor i is trained, and how many more it is if tensor i is trained, too."""
+    """Count the floating-point operations of a training step on one example, for each trainable tensor i.
+
+    Return two lists: the operations if only tensor i is trained, and the operations that tensor i adds to a step that
+    trains all tensors (0 for the first tensor).
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss = resolve(job.loss, "loss")
     batch = examples.batch(slice(0, 1))
-    model.eval()  # so that no buffer changes, and one example is enough for batch norm
+    model.eval()  # training mode would change buffers, and batch norm would need more than one example
 
     def count(trained: Sequence[nn.Parameter]) -> int:
         for parameter in trainable:
@@ -146,9 +156,10 @@ def _count_flops(model: nn.Module, job: TrainingJob, examples: Examples) -> tupl
 
 
 def _cut(first: Sequence[int], more: Sequence[int], count: int) -> list[int]:
-    """Return count + 1 rising bounds, 0 first and len(first) last, that minimize the greatest cost between two.
+    """Return the bounds of the `count` parts whose greatest cost is the smallest possible.
 
-    The cost of a part [start, end) is first[start] + the sum of more[start + 1 : end].
+    There are count + 1 rising bounds, from 0 to len(first). The cost of a part [start, end) is first[start] plus the
+    sum of more[start + 1 : end].
     """
     before = [0, *accumulate(more)]
 

@@ -15,13 +15,13 @@ from traincert.trainer.models import build_model
 from traincert.trainer.store import read_blob, write_blob
 
 State = Mapping[str, torch.Tensor]
-"""Tensors by name, on the CPU; read, never changed in place."""
+"""Tensors by name, on the CPU. A state is never changed in place."""
 
 
 def initial_state(job: TrainingJob) -> State:
-    """Return the state that the job's first cycle starts from: `job.initial_model`'s, or a function of `job.seed`.
+    """Return the state that the first cycle starts from: the file `job.initial_model`, or random from `job.seed`.
 
-    Raises JobError if that file cannot be read, or is of another model.
+    Raises JobError if the file cannot be read, or its tensors do not fit the job's model.
     """
     fresh = state_of(build_model(job))
     return _read_model(job.initial_model, fresh) if job.initial_model else fresh
@@ -33,9 +33,9 @@ def _read_model(path: str, expected: State) -> State:
     except OSError as error:
         raise JobError(f"initial_model = {path!r}: {error.strerror}") from None
     except safetensors.SafetensorError as error:
-        raise JobError(f"initial_model = {path!r}: is no safetensors file: {error}") from None
+        raise JobError(f"initial_model = {path!r}: is not a safetensors file: {error}") from None
     if state.keys() != expected.keys():
-        raise JobError(f"initial_model = {path!r}: has {sorted(state)}, the model has {sorted(expected)}")
+        raise JobError(f"initial_model = {path!r}: has the tensors {sorted(state)}, the model has {sorted(expected)}")
     for name, tensor in expected.items():
         found = state[name]
         if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
@@ -47,7 +47,7 @@ def _read_model(path: str, expected: State) -> State:
 
 
 def state_of(model: nn.Module) -> State:
-    """Return a copy of a model's parameters and of the buffers that its state_dict has; tied ones are there once."""
+    """Return a copy of a model's parameters and persistent buffers. A tied parameter is in it once."""
     kept = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     tensors = dict[str, torch.Tensor](model.named_parameters()) | buffers
@@ -55,7 +55,7 @@ def state_of(model: nn.Module) -> State:
 
 
 def set_state(model: nn.Module, state: State) -> None:
-    """Copy a state that `state_of` gave into a model of the same job."""
+    """Copy `state`, as `state_of` returns it, into a model of the same job."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, tensor in state.items():
@@ -63,30 +63,30 @@ def set_state(model: nn.Module, state: State) -> None:
 
 
 def state_bytes(tensors: State) -> bytes:
-    """Encode tensors as canonical safetensors: the same names, dtypes, shapes and values always give the same bytes.
+    """Encode tensors as canonical safetensors: equal names, dtypes, shapes and values give equal bytes.
 
-    Tensors are ordered by falling size of their dtype, then by name, and there is no metadata. NaNs keep their
+    Tensors are sorted by the size of their dtype, largest first, then by name. There is no metadata. NaNs keep their
     bits, and -0.0 differs from 0.0.
     """
     return safetensors.torch.save({name: tensors[name].detach().contiguous() for name in sorted(tensors)})
 
 
 def state_hash(tensors: State) -> bytes:
-    """Return the SHA-256 of `state_bytes`, 32 raw bytes."""
+    """Return the SHA-256 of the tensors' `state_bytes`, 32 raw bytes."""
     return hashlib.sha256(state_bytes(tensors)).digest()
 
 
 def state_from_bytes(data: bytes) -> State:
-    """Decode `state_bytes` of a trusted source (see `updates.read_update` for one that is not)."""
-    # Cloned, because tensors inside a file start at any address, and vectorized sums may depend on alignment.
+    """Decode the result of `state_bytes`, from a trusted source. For untrusted bytes use `updates.read_update`."""
+    # Clone: tensors inside a file start at any address, and the bits of vectorized sums may depend on alignment.
     return {name: tensor.clone() for name, tensor in sorted(safetensors.torch.load(data).items())}
 
 
 def save_state(directory: Path, state: State) -> bytes:
-    """Store the state in `directory` under its hash; return the hash."""
+    """Store the state in `directory` under its SHA-256; return the hash, 32 bytes."""
     return write_blob(directory, state_bytes(state))
 
 
 def load_state(directory: Path, digest: bytes) -> State:
-    """Read the state with this hash from `directory`; raises as `store.read_blob` does."""
+    """Read the state with this SHA-256 (32 bytes) from `directory`. Raises as `store.read_blob` does."""
     return state_from_bytes(read_blob(directory, digest))

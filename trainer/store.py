@@ -1,6 +1,6 @@
-"""Content-addressed files: each is named by the SHA-256 of its bytes, in hex.
+"""Content-addressed files: a file's name is the SHA-256 of its bytes, in hex.
 
-A file is checked against its name when it is read.
+Each read checks the file against its name.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from traincert.trainer.errors import IntegrityError
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace a file by `data`, durably and never half-written."""
+    """Write `data` to the file `path`, durably (fsync) and atomically."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -28,7 +28,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync_folder(directory: Path) -> None:
-    """Make renames in a directory durable."""
+    """Make renames in a directory durable (fsync)."""
     folder = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -37,16 +37,16 @@ def sync_folder(directory: Path) -> None:
 
 
 def write_blob(directory: Path, data: bytes) -> bytes:
-    """Store `data` in `directory` under its hash, durably and never half-written; return the hash, 32 bytes."""
+    """Store `data` in `directory` under its hash, as `write_file` does; return the hash, 32 bytes."""
     digest = hashlib.sha256(data).digest()
     write_file(directory / digest.hex(), data)
     return digest
 
 
 def read_blob(directory: Path, digest: bytes) -> bytes:
-    """Read the bytes that hash to `digest` (32 bytes) from `directory`.
+    """Read the file whose SHA-256 is `digest` (32 bytes) from `directory`.
 
-    Raises IntegrityError if the file is missing, or its bytes hash to something else.
+    Raises IntegrityError if the file is missing, or its bytes have another hash.
     """
     path = directory / digest.hex()
     try:
@@ -58,7 +58,7 @@ def read_blob(directory: Path, digest: bytes) -> bytes:
 
 
 def verify_blob(directory: Path, digest: bytes) -> Path:
-    """Check a file as `read_blob` does, but without holding it in memory; return its path."""
+    """Check a file as `read_blob` does, but without reading all of it into memory; return its path."""
     path = directory / digest.hex()
     try:
         with path.open("rb") as file:
@@ -70,7 +70,7 @@ def verify_blob(directory: Path, digest: bytes) -> Path:
 
 
 def prune(directory: Path, kept: Collection[bytes]) -> None:
-    """Remove all files but those with these hashes, and what killed processes left."""
+    """Remove all files whose hash is not in `kept`, among them the temporary files of killed processes."""
     names = {digest.hex() for digest in kept}
     for path in directory.iterdir():
         if path.name not in names:

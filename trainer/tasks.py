@@ -1,4 +1,4 @@
-"""Which miner trains which segment on which shard: a function of the seed, not of anyone's choice."""
+"""Which miner trains which segment on which shard: the seed decides it; nobody chooses it."""
 
 import hashlib
 import math
@@ -8,23 +8,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """One miner's part of a cycle."""
+    """What one miner trains in a cycle."""
 
     miner: bytes  # 32 bytes
     segment: int
     shard: int
-    seed: bytes  # 32 bytes; decides the order of the examples, and what else is random
-    cycle: int  # from 0; decides the learning rate
+    seed: bytes  # 32 bytes; seeds the order of the examples and all other randomness, such as dropout
+    cycle: int  # counted from 0; decides the learning rate
 
 
 def assign(seed: bytes, cycle: int, miners: Sequence[bytes], segments: int, shards: int) -> list[Task]:
-    """Give every miner a segment and a shard, both numbered from 0; the order of `miners` does not matter.
+    """Give every miner a segment and a shard, both numbered from 0. Return the tasks, sorted by miner.
 
-    Miners, segments and shards are each shuffled by sorting them by a hash of the seed. Going through the shuffled
-    miners, segments and shards are then dealt round and round, so that both are covered evenly (± 1), and no
-    (segment, shard) pair is used twice before all have been used once. Tasks are sorted by miner.
+    The seed shuffles miners, segments and shards: each list is sorted by a hash of the seed and the item. Then each
+    miner in turn gets the next segment and the next shard; both lists start again at their end. So every segment and
+    every shard gets the same number of miners (± 1), and all (segment, shard) pairs are used before one is repeated.
+    The order of `miners` does not change the result.
 
-    Raises ValueError if a miner is there twice, or if there are no segments or shards.
+    Raises ValueError if a miner is in `miners` twice, or if there are no segments or no shards.
     """
     if len(set(miners)) != len(miners):
         raise ValueError("a miner can have only one task in a cycle")
@@ -33,7 +34,7 @@ def assign(seed: bytes, cycle: int, miners: Sequence[bytes], segments: int, shar
     segment_order = sorted(range(segments), key=lambda number: _hash(b"segment", seed, number.to_bytes(8, "little")))
     shard_order = sorted(range(shards), key=lambda number: _hash(b"shard", seed, number.to_bytes(8, "little")))
     shuffled = sorted(miners, key=lambda miner: _hash(b"miner", seed, miner))
-    # Dealing both at once comes back to the same pairs after this many; one step aside gives new ones.
+    # Pairs repeat after lcm(segments, shards) miners. From then on, one step aside in the shards gives unused pairs.
     period = math.lcm(segments, shards)
     tasks = [
         Task(
@@ -49,5 +50,5 @@ def assign(seed: bytes, cycle: int, miners: Sequence[bytes], segments: int, shar
 
 
 def _hash(purpose: bytes, seed: bytes, item: bytes) -> bytes:
-    """Hash without ambiguity: the seed's length comes before it, and purposes are no prefixes of each other."""
+    """Hash unambiguously: the seed's length comes before the seed, and no purpose is a prefix of another."""
     return hashlib.sha256(purpose + len(seed).to_bytes(8, "little") + seed + item).digest()

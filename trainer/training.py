@@ -1,4 +1,4 @@
-"""One task → one update, deterministic on one kind of machine."""
+"""One task → one update, with the same bits on machines of one numeric class."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -23,10 +23,10 @@ _OPTIMIZER = "optimizer."
 
 
 class Trained(NamedTuple):
-    """What a task gives: an update's bytes, and what the miner keeps for its next task."""
+    """The result of a task."""
 
-    update: bytes
-    memory: State  # the optimizer's state of each tensor; what did not travel, (all trainable parameters,) float32
+    update: bytes  # as `updates.encode_update` returns it
+    memory: State  # the optimizer's state of each tensor; the residual, (all trainable parameters,) float32
 
 
 def check_device(job: TrainingJob) -> None:
@@ -36,9 +36,9 @@ def check_device(job: TrainingJob) -> None:
 
 
 def build_optimizer(job: TrainingJob, trained: Sequence[nn.Parameter], cycle: int) -> torch.optim.Optimizer:
-    """Return the job's optimizer, with a cycle's learning rate.
+    """Return the job's optimizer of the parameters `trained`, with the learning rate of `cycle` (from 0).
 
-    Raises JobError if it does not take the job's options.
+    Raises JobError if the optimizer does not take the job's options.
     """
     kind = getattr(torch.optim, job.optimizer)
     try:
@@ -50,16 +50,18 @@ def build_optimizer(job: TrainingJob, trained: Sequence[nn.Parameter], cycle: in
 
 @deterministic()
 def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples, task: Task, memory: State) -> Trained:
-    """Train the task's segment, all else frozen, on `shard`, starting from `state`.
+    """Train the task's segment on `shard`, starting from `state`. All other parameters are frozen.
 
-    `memory` is what the miner kept from its last task: empty at first, or if the job keeps nothing.
+    `memory` is the `Trained.memory` of the miner's last task. It is empty in the first task, and if the job keeps
+    neither the optimizer's state nor a residual.
     """
     with torch.random.fork_rng([torch.cuda.current_device()] if job.device == "cuda" else []):
         torch.manual_seed(_seed(task))  # for dropout and the like
         model = build_model(job)
         layout = Layout(model)
         waiting = _waiting(job, segment, memory)
-        # Begin where the miner would be if all had travelled: from the common state it would learn the same again.
+        # Start from the shared model plus this miner's residual, which it has not sent yet. Started from the shared
+        # model alone, the miner would learn the residual again and send it twice.
         begin = layout.add(state, segment, waiting)
         set_state(model, begin)
         model.to(job.device).train()
@@ -92,7 +94,7 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
 
 
 def _waiting(job: TrainingJob, segment: Segment, memory: State) -> torch.Tensor:
-    """Return what the miner still has to send of the segment, (params,) float32."""
+    """Return the segment's residual, which the miner has not sent yet, (params,) float32."""
     if _RESIDUAL not in memory:
         return torch.zeros(segment.params)
     return memory[_RESIDUAL][segment.start : segment.end] * job.residual_decay
@@ -101,9 +103,9 @@ def _waiting(job: TrainingJob, segment: Segment, memory: State) -> torch.Tensor:
 def _freeze_all_but(
     model: nn.Module, layout: Layout, segment: Segment
 ) -> tuple[list[nn.Parameter], Callable[..., torch.Tensor]]:
-    """Return the leaves to train, one for each of the segment's pieces, and the model as a function.
+    """Return the leaf tensors to train, one for each of the segment's pieces, and the model as a function.
 
-    Gradients are computed for these leaves only, so that the backward pass ends at the first of them.
+    Only these leaves require gradients: the backward pass ends at the first of them.
     """
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():
@@ -115,7 +117,7 @@ def _freeze_all_but(
         if end - begin == parameter.numel():
             parameter.requires_grad_(True)
             leaves.append(parameter)
-        else:  # a part of it: a leaf of its own, between two parts that stay
+        else:  # the piece is a part of the tensor: make it a leaf, between two frozen parts
             flat = parameter.detach().reshape(-1)
             leaf = nn.Parameter(flat[begin:end].clone())
             leaves.append(leaf)
@@ -132,20 +134,20 @@ def _freeze_all_but(
 
 
 def _restore(optimizer: torch.optim.Optimizer, leaves: Mapping[int, nn.Parameter], memory: State) -> None:
-    """Give the optimizer the state that it had when the miner last trained these leaves, if it ever did.
+    """Load the leaves' optimizer state from the miner's memory. A leaf that is not in the memory gets no state.
 
-    Each leaf is named by the place in the flat vector where it begins.
+    `leaves` are keyed by where they begin in the flat vector.
     """
     for name, value in memory.items():
         if name.startswith(_OPTIMIZER):
             begin, key = name.removeprefix(_OPTIMIZER).split(".")
             if (leaf := leaves.get(int(begin))) is not None:
-                # PyTorch has the count of steps on the CPU.
+                # PyTorch's optimizers expect the step count on the CPU.
                 optimizer.state[leaf][key] = value.to("cpu" if key == "step" else leaf.device, copy=True)
 
 
 def _saved(optimizer: torch.optim.Optimizer, leaves: Mapping[int, nn.Parameter]) -> State:
-    """Return the optimizer's state, to be given to `_restore`."""
+    """Return the leaves' optimizer state, by name, as `_restore` reads it."""
     return {
         f"{_OPTIMIZER}{begin}.{key}": value.detach().cpu()
         for begin, leaf in leaves.items()
@@ -154,7 +156,7 @@ def _saved(optimizer: torch.optim.Optimizer, leaves: Mapping[int, nn.Parameter])
 
 
 def _batches(job: TrainingJob, shard: Examples, task: Task) -> Iterator[Examples]:
-    """Draw the task's batches, all of one size: from a shuffled shard, and when that is at its end from a new one."""
+    """Draw the task's batches, all of one size. When too few examples are left, the shard is shuffled again."""
     generator = torch.Generator().manual_seed(_seed(task))
     size = min(job.batch_size, len(shard))
     left = torch.empty(0, dtype=torch.int64)

@@ -1,8 +1,9 @@
-"""A miner's update: the change of one segment, as bytes; and reading bytes that a stranger sent.
+"""A miner's update, the change of one segment: encode it, and read it from untrusted bytes.
 
-As float32 all values travel. Compressed, only the greatest do, each as its sign, and the miner keeps the rest for its
-next task (error feedback): top-k as in DeMo (arXiv 2411.19870) and SparseLoCo (arXiv 2508.15706), signs with a common
-magnitude as in EF-SGD (arXiv 1901.09847). Unlike there, a task begins at the model plus what waits to be sent.
+With density 1 an update has all values, as float32. Below 1 it is compressed: it has the k values of greatest
+magnitude (top-k), as in DeMo (arXiv 2411.19870) and SparseLoCo (arXiv 2508.15706). Each is sent as its sign, with one
+magnitude for each chunk of values, as in EF-SGD (arXiv 1901.09847). The miner keeps the residual, which it did not
+send, for its next task (error feedback). Unlike in these papers, the next task starts from the model plus the residual.
 """
 
 import math
@@ -22,8 +23,8 @@ from traincert.trainer.job import TrainingJob
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State, state_bytes, state_from_bytes
 
-CHUNK = 4096  # values that share a magnitude
-_SKIP = 255  # a gap's byte that says: so many values on, and no end yet
+CHUNK = 4096  # values that share one magnitude
+_SKIP = 255  # a byte of a gap: skip 255 values, and the gap goes on in the next byte
 _BUFFER = "buffer."
 
 
@@ -44,7 +45,7 @@ class Reason(StrEnum):
 
 
 class UpdateError(TrainerError):
-    """An update is refused; `reason` says why, the message what was expected and found."""
+    """An update is refused. `reason` names the kind; `detail` says what was expected and what was found."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -54,13 +55,13 @@ class UpdateError(TrainerError):
 
 @dataclass(frozen=True)
 class Update:
-    """The change of a segment."""
+    """The change of a segment: what a task added to its parameters and buffers."""
 
     move: torch.Tensor  # (params,) float32
-    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float32, or int64 for buffers of integers
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float32; int64 for integer buffers
 
     def scaled(self, share: float) -> "Update":
-        """Return `share` of the change, 0 to 1; of integers rounded."""
+        """Return the change times `share`, 0 to 1. Integers are rounded."""
         buffers = {
             name: delta * share if delta.is_floating_point() else (delta.double() * share).round().to(delta.dtype)
             for name, delta in self.buffers.items()
@@ -68,7 +69,7 @@ class Update:
         return Update(self.move * share, buffers)
 
     def applied(self, layout: Layout, segment: Segment, state: State) -> State:
-        """Return a new state: `state`, changed."""
+        """Return a new state: `state` plus this change of `segment`."""
         changed = dict(layout.add(state, segment, self.move))
         for name, delta in self.buffers.items():
             changed[name] = (state[name].to(delta.dtype) + delta).to(state[name].dtype)
@@ -76,20 +77,20 @@ class Update:
 
 
 def encode_update(update: Update, density: float) -> tuple[bytes, torch.Tensor]:
-    """Return an update's bytes, and the move (params,) float32 that reading them gives.
+    """Return an update's bytes, and the move that `read_update` gets from them, (params,) float32.
 
-    With a density below 1, that share of the move's values travels.
+    The bytes are canonical safetensors. They have the share `density` of the move's values (0 to 1).
     """
     buffers = {_BUFFER + name: delta for name, delta in update.buffers.items()}
     if density == 1:
         return state_bytes({"move": update.move, **buffers}), update.move
     values = update.move.numpy()
-    # A value that is no number counts as the greatest, so that whoever reads the update sees it.
+    # NaN ranks highest. It is therefore sent, and the reader refuses the update.
     magnitudes = np.nan_to_num(np.abs(values), nan=np.inf, posinf=np.inf)
     kept = _greatest(magnitudes, _kept(len(values), density))
     chunks = kept // CHUNK
     count = -(-len(values) // CHUNK)
-    # Summed one by one, in order, so that every machine gets the same magnitudes from the same values.
+    # bincount adds one by one, in order: every machine gets the same bits.
     sums = np.bincount(chunks, magnitudes[kept].astype(np.float64), count)
     scales = (sums / np.maximum(np.bincount(chunks, minlength=count), 1)).astype(np.float32)
     positive = values[kept] > 0
@@ -103,13 +104,13 @@ def encode_update(update: Update, density: float) -> tuple[bytes, torch.Tensor]:
 
 @deterministic()
 def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -> Update:
-    """Check and decode `data`, the bytes that a miner sent as its update of a segment; cheap checks come first.
+    """Check and decode `data`, the untrusted bytes of an update of `segment`. Cheap checks come first.
 
-    It must have the names, dtypes and shapes that the job asks for, be encoded as `encode_update` does, be finite, and
-    its move must have an L2 norm of at most `job.max_update_norm`. Raises UpdateError if not.
+    Raises UpdateError if the tensors have other names, dtypes or shapes than the job asks for, are not in canonical
+    safetensors, or are not finite, or if the move's L2 norm is above `job.max_update_norm`.
     """
     expected = _expected(job, segment, state)
-    # Twice, so that one with other names or wider values is still refused for what it is.
+    # Allow twice the expected size: an update with wrong names or wider dtypes then gets that as its reason.
     limit = 1024 + 2 * sum(math.prod(shape) * _SIZES[dtype] for dtype, shape in expected.values())
     if len(data) > limit:
         raise UpdateError(Reason.TOO_LARGE, f"{len(data)} bytes, at most {limit} are read")
@@ -145,7 +146,7 @@ _SIZES = {"F32": 4, "I64": 8, "U8": 1}
 
 
 def _expected(job: TrainingJob, segment: Segment, state: State) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of each tensor that an update must have; of the gaps, the greatest shape."""
+    """Return the dtype and shape of each tensor of an update. The shape of "gaps" is the greatest allowed."""
     tensors: dict[str, tuple[str, list[int]]]
     if job.density == 1:
         tensors = {"move": ("F32", [segment.params])}
@@ -175,12 +176,12 @@ def _read_compressed(tensors: State, params: int, density: float) -> torch.Tenso
 
 
 def _kept(params: int, density: float) -> int:
-    """How many of a segment's values travel."""
+    """Return how many of a segment's values an update has."""
     return max(1, math.floor(density * params))
 
 
 def _greatest(magnitudes: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
-    """Return the places of the `count` greatest values, rising; of equal ones the first are taken."""
+    """Return the places of the `count` greatest values, rising. Of equal values the first come first."""
     least = np.partition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count]
     above = np.flatnonzero(magnitudes > least)
     equal = np.flatnonzero(magnitudes == least)[: count - len(above)]
@@ -196,7 +197,10 @@ def _unpack(
 
 
 def _pack_gaps(kept: npt.NDArray[np.int64]) -> bytes:
-    """Encode rising places: a byte for the distance between two, with Huffman's code, which is near the entropy."""
+    """Encode rising places as gaps, the number of values between two, with Huffman coding (raw DEFLATE).
+
+    A gap is its quotient by 255 in bytes of 255, then a byte with the remainder. Huffman's code is near their entropy.
+    """
     gaps = np.diff(kept, prepend=-1) - 1
     ends = np.cumsum(gaps // _SKIP + 1) - 1
     symbols = np.full(ends[-1] + 1, _SKIP, np.uint8)
@@ -206,7 +210,7 @@ def _pack_gaps(kept: npt.NDArray[np.int64]) -> bytes:
 
 
 def _unpack_gaps(data: bytes, params: int, count: int) -> npt.NDArray[np.int64]:
-    """Decode `_pack_gaps`: `count` rising places below `params`. Raises UpdateError if it is not that."""
+    """Decode the result of `_pack_gaps`. Raises UpdateError if it is not `count` rising places below `params`."""
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         symbols = np.frombuffer(unpacker.decompress(data, count + params // _SKIP + 1), np.uint8)
@@ -221,5 +225,5 @@ def _unpack_gaps(data: bytes, params: int, count: int) -> npt.NDArray[np.int64]:
 
 
 def _most_bytes(params: int, kept: int) -> int:
-    """How long `_pack_gaps` can be: deflate makes nothing much longer (RFC 1951, stored blocks)."""
+    """Return a bound of the length of `_pack_gaps`: DEFLATE adds little to any data (RFC 1951, section 3.2.4)."""
     return 64 + 2 * (kept + params // _SKIP + 1)

@@ -60,8 +60,8 @@ MISTAKES: list[tuple[dict[str, str | None], str]] = [
     ({"dataset": "'datasets:'"}, "dataset = 'datasets:': should be package.module:name"),
     ({"loss": "1"}, "loss = 1: must be a valid string"),
     ({"hash": "{ inputs = 1 }", "hash_key": "'key'"}, "hash.inputs = 1: must be greater than or equal to 2"),
-    ({"hash": "{ inputs = 9 }", "normalize": None}, "hash and hash_key: each needs the other"),
-    ({"hash_key": "'key'"}, "hash and hash_key: each needs the other"),
+    ({"hash": "{ inputs = 9 }", "normalize": None}, "hash and hash_key: set both or neither"),
+    ({"hash_key": "'key'"}, "hash and hash_key: set both or neither"),
     ({"hash": "{ inputs = 9 }", "hash_key": "'key'"}, "hash: 'inputs' is also in normalize"),
     ({"hash": "{ name = 9 }", "hash_key": "'key'"}, "hash: 'name' is neither in inputs nor the target"),
     ({"normalize": "{ pixels = 'all' }"}, "normalize: 'pixels' is neither in inputs nor the target"),
@@ -117,7 +117,7 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["digit", "../jobs/digits", ""])
 def test_an_unknown_name_lists_the_jobs_there_are(name: str) -> None:
-    with pytest.raises(JobError, match=f"no job {name!r}: neither a file, nor one of .*digits"):
+    with pytest.raises(JobError, match=f"no job {name!r}: it is neither a file, nor one of .*digits"):
         TrainingJob.named(name)
 
 
@@ -222,7 +222,7 @@ USERS_MODULE = """
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
-        ("absent_module:model", "model = 'absent_module:model': no module 'absent_module'; it must be installed, or "),
+        ("absent_module:model", "model = 'absent_module:model': no module 'absent_module'; install it, or "),
         ("{module}.inner:model", "no module '{module}.inner'"),
         ("{module}:modle", "has no function 'modle'; did you mean 'model'?"),
         ("{module}:NUMBER", "has no function 'NUMBER'"),

@@ -250,7 +250,7 @@ def test_a_folder_that_is_no_runs_is_refused_in_one_line(job_file: Path, tmp_pat
     for command in (["run", job_file, "--out", tmp_path], ["replay", tmp_path]):
         answer = traincert("job", *command)
         assert answer.returncode == 1
-        assert re.fullmatch(rf"traincert: {tmp_path} .*no run's.*", answer.stderr.splitlines()[-1])
+        assert re.fullmatch(rf"traincert: {tmp_path} .*not a run folder.*", answer.stderr.splitlines()[-1])
         assert "Traceback" not in answer.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

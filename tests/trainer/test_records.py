@@ -68,10 +68,10 @@ def test_a_folder_in_use_is_refused(go_on: Callable[..., Path], small: TrainingJ
 
 
 def test_a_folder_of_something_else_is_refused_and_left_as_it_is(small: TrainingJob, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"has no job\.toml: it is no run's folder"):
+    with pytest.raises(RunError, match=r"has no job\.toml: it is not a run folder"):
         RunFolder(tmp_path)
     (tmp_path / "mine").touch()
-    with pytest.raises(RunError, match="is not empty, and no run's: choose another folder"):
+    with pytest.raises(RunError, match="is not empty, and is not a run folder: choose another folder"):
         RunFolder(tmp_path, small)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -93,7 +93,7 @@ def test_each_buffer_is_in_exactly_one_segment_with_the_parameters_before_it(job
 
 def test_more_segments_than_parameters_is_an_error(job: TrainingJob) -> None:
     assert len(cut_segments(model_of([2, 2]), replace(job, segments=4))) == 4
-    with pytest.raises(JobError, match=r"^segments = 5: must be at most 4, the model's parameters"):
+    with pytest.raises(JobError, match=r"^segments = 5: must be at most 4, the trainable parameters"):
         cut_segments(model_of([2, 2]), replace(job, segments=5))
 
 
@@ -101,7 +101,7 @@ def test_more_segments_than_tensors_is_an_error_where_tensors_are_kept_whole(
     job: TrainingJob, validation: Examples
 ) -> None:
     flops = replace(job, balance="flops", segments=5)
-    with pytest.raises(JobError, match=r"^segments = 5: must be at most 4, the parameter tensors"):
+    with pytest.raises(JobError, match=r"^segments = 5: must be at most 4, the trainable tensors"):
         cut_segments(build_model(flops), flops, validation)
 
 

@@ -75,7 +75,7 @@ def test_a_file_that_is_not_of_the_model_is_refused(job: TrainingJob, tmp_path: 
     with pytest.raises(JobError, match=rf"initial_model = '{path}': No such file or directory"):
         initial_state(starting)
     path.write_bytes(b"nonsense")
-    with pytest.raises(JobError, match="is no safetensors file"):
+    with pytest.raises(JobError, match="is not a safetensors file"):
         initial_state(starting)
     path.write_bytes(state_bytes({**state, name: state[name].double()}))
     with pytest.raises(JobError, match=rf"{name} is torch.float64 .*, the model's is torch.float32"):

@@ -1,1 +1,1 @@
-"""Where tasks run."""
+"""Engines, which run tasks; `LocalEngine` runs them in processes on this machine."""

@@ -1,4 +1,4 @@
-"""Carries out one order; the same code for every engine, and for a replay."""
+"""Carry out one order. All engines and the replay share this code."""
 
 import time
 from pathlib import Path
@@ -11,10 +11,13 @@ from traincert.trainer.training import check_device, train_task
 
 
 class Executor:
-    """Carries out orders: reads what they name, trains, and stores what the miner keeps."""
+    """Carries out orders: reads the files, trains, and stores the miner's memory."""
 
     def __init__(self, job: TrainingJob, store: Path) -> None:
-        """Prepare for orders. Raises JobError if this machine does not have the job's device."""
+        """Check the job's device. `store` is the folder of models and memories.
+
+        Raises JobError if this machine does not have the device.
+        """
         check_device(job)
         self._job = job
         self._store = store
@@ -23,7 +26,9 @@ class Executor:
         self._shards: dict[bytes, Examples] = {}  # memory-mapped
 
     def execute(self, shards: Path, order: Order) -> Answer:
-        """Train, and return the update; each shard is checked against its hash when it is first used.
+        """Do the order's task, and return the update. `shards` is the folder of the shards.
+
+        A shard's hash is checked at its first use only.
 
         Raises IntegrityError if a file is missing or damaged.
         """

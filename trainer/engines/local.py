@@ -1,6 +1,6 @@
-"""Tasks in persistent worker processes on this machine.
+"""An engine that runs tasks in worker processes on this machine.
 
-Not `concurrent.futures.ProcessPoolExecutor`: there one killed worker breaks the whole pool and fails every task.
+It does not use `concurrent.futures.ProcessPoolExecutor`: there one killed worker breaks the pool and fails every task.
 """
 
 import contextlib
@@ -31,27 +31,30 @@ from traincert.trainer.preprocessing import Dataset
 from traincert.trainer.training import check_device
 from traincert.trainer.updates import Reason
 
-_SPAWN = multiprocessing.get_context("spawn")  # forking a process in which torch has run is not safe
+_SPAWN = multiprocessing.get_context("spawn")  # a fork is not safe after torch has started threads
 
 
 @dataclass(eq=False)
 class _Worker:
     process: SpawnProcess
     connection: Connection
-    task: int | None = None  # the number of the task it is at
-    began: float | None = None  # when it began with that, by the monotonic clock
+    task: int | None = None  # the number of its task; None: it is idle
+    began: float | None = None  # when it began the task, time.monotonic(); None: it has not begun
 
 
 class LocalEngine:
-    """Runs tasks in `workers` processes, each on one thread, that stay for many cycles.
+    """Runs tasks in `workers` processes, each with one thread. The processes stay for many cycles.
 
-    `store` is the folder of models and miners' memories, which is made if need be.
+    `store` is the folder of models and miners' memories. It is made if it does not exist.
 
-    Use it as a context manager, or call `close`. Workers die with the process that made them, even if that is
-    killed, and leave Ctrl-C to it. A task whose worker dies is tried once more, in a new worker. As always with
-    the spawn start method, a script that makes an engine needs `if __name__ == "__main__":`.
+    Use the engine as a context manager, or call `close`. It is not thread-safe. A script that makes an engine needs
+    `if __name__ == "__main__":`, because workers use the spawn start method.
 
-    Not safe for use from several threads at once.
+    Workers end when the process that made them ends, even if it is killed. They ignore Ctrl-C, which that process
+    handles. If a worker dies, a new worker tries its task once more.
+
+    The constructor raises ValueError if `workers` is below 1, and JobError if this machine does not have the job's
+    device.
     """
 
     def __init__(self, job: TrainingJob, store: Path, *, workers: int) -> None:
@@ -79,13 +82,13 @@ class LocalEngine:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers."""
+        """The workers' process ids."""
         return [worker.process.pid for worker in self._workers if worker.process.pid is not None]
 
     def close(self) -> None:
-        """End the workers at once. Closing twice is fine."""
+        """Kill the workers. Closing twice is allowed."""
         for worker in self._workers:
-            _end(worker)  # by force: a worker owns nothing that it would have to leave in order
+            _end(worker)  # killing is safe, because a worker has nothing to save
         self._workers = []
 
     def train(
@@ -94,12 +97,14 @@ class LocalEngine:
         orders: Sequence[Order],
         on_update: Callable[[int, int], None] | None = None,
     ) -> list[Answer | Reason]:
-        """Carry out all orders, and return what came of each, or why nothing did.
+        """Carry out all orders. Return, in the same order, an answer or the reason why there is none.
 
-        `on_update` is called with the number of tasks done and their total: at the start, and after each.
+        The reason is WORKER_DIED if two workers died, LATE after `job.task_seconds`. `on_update` is called with the
+        number of tasks done and their total: at the start, and after tasks end.
 
-        Raises EngineError if a task failed otherwise; the message has the worker's traceback. This, and any other
-        exception on the way, closes the engine, because some workers are still busy.
+        Raises EngineError if the engine is closed, the task's OSError if it raised one (for example: the disk is full),
+        and EngineError, with the worker's traceback, if a task raised another exception. Any exception closes the
+        engine, because some workers are still busy.
         """
         if not self._workers:
             raise EngineError("the engine is closed")
@@ -127,7 +132,7 @@ class LocalEngine:
                 number = cast(int, worker.task)
                 try:
                     received = worker.connection.recv()
-                except (EOFError, OSError):  # the worker died, between two messages or inside one
+                except (EOFError, OSError):  # the worker died
                     self._replace(worker)
                     deaths[number] += 1
                     if deaths[number] == 1:
@@ -147,7 +152,7 @@ class LocalEngine:
                     self._replace(worker)
 
     def _wait(self) -> list[_Worker]:
-        """Wait until busy workers have something to say, or the first of them is late."""
+        """Wait until a busy worker sends a message, or the first is late; return the workers with a message."""
         busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
         begun = [worker.began for worker in busy.values() if worker.began is not None]
         timeout = max(0, min(begun) + self.job.task_seconds - time.monotonic()) if begun else None
@@ -163,27 +168,27 @@ class LocalEngine:
         process = _SPAWN.Process(
             target=_work, args=(theirs, self.job, self.store, number), name="traincert-worker", daemon=True
         )
-        resource_tracker.ensure_running()  # starting it later would unblock SIGINT too early
-        # Inherited by the worker, which would otherwise answer a Ctrl-C during its imports with a traceback.
+        resource_tracker.ensure_running()  # now: if process.start() started it, it would unblock SIGINT
+        # The worker inherits this mask. Without it, Ctrl-C during the worker's imports would print a traceback.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()  # so that the worker holds the only other end, and its death is an end of file
+        theirs.close()  # only the worker has this end now: if the worker dies, recv raises EOFError
         return _Worker(process, ours)
 
 
 def _send(worker: _Worker, order: tuple[Path, Order]) -> None:
-    # A worker that died while it was idle shows below, where its answer is awaited.
+    # If the worker died while it was idle, the next recv raises EOFError or OSError, and a new worker gets the task.
     with contextlib.suppress(OSError):
         worker.connection.send(order)
 
 
 def _unwrap(message: Answer | OSError | str | None) -> Answer | None:
-    """Return what a worker sent: an answer, or None if it says that it begins.
+    """Return a worker's answer, or None if the worker begins its task.
 
-    Raises the OSError with which the task ended (for example: the disk is full), and EngineError for another exception.
+    Raises the task's OSError (for example: the disk is full), and EngineError if it raised another exception.
     """
     if isinstance(message, OSError):
         raise message
@@ -199,17 +204,20 @@ def _end(worker: _Worker) -> None:
 
 
 def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> None:
-    """Answer orders until the engine is gone: None at the beginning; at the end an Answer, or a traceback as text."""
+    """Carry out orders until the engine closes the connection.
+
+    For each order send None when the task begins, then an Answer, an OSError, or another exception's traceback as text.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     Thread(target=_exit_with_parent, daemon=True).start()
-    # Beside training, too: where all processors are busy, threads that wait for each other make copying a model of
-    # 100,000 parameters take 10 ms, and not 0.1.
+    # One thread outside training, too. If all processors are busy, threads wait for each other: copying a model of
+    # 100,000 parameters then takes 10 ms instead of 0.1 ms.
     torch.set_num_threads(1)
     if job.device == "cuda":
         torch.cuda.set_device(number % torch.cuda.device_count())
     executor = Executor(job, store)
-    importlib.import_module("torch._dynamo")  # now, because the first optimizer would, in its task's time
+    importlib.import_module("torch._dynamo")  # slow; otherwise the first optimizer would import it during its task
     while True:
         try:
             shards, order = engine.recv()
@@ -221,14 +229,14 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
             message = executor.execute(shards, order)
         except OSError as error:
             message = error
-        except Exception:  # whatever it is, the engine raises it again, with its traceback
+        except Exception:  # the engine raises an EngineError with this traceback
             message = traceback.format_exc()
         engine.send(message)
 
 
 def _exit_with_parent() -> None:
-    # Also in the middle of a task, where nobody reads the pipe. Not prctl's PDEATHSIG: that one fires when the
-    # thread ends that started the worker.
+    # This thread ends the worker even during a task, when the worker does not read its pipe. prctl's PDEATHSIG would
+    # not do: it fires when the thread that started the worker ends.
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101 - a spawned process has one
     connection.wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""What an engine is given, and what it gives back: the same for every engine."""
+"""Orders and answers: the input and the output of every engine."""
 
 from typing import NamedTuple
 
@@ -7,18 +7,18 @@ from traincert.trainer.tasks import Task
 
 
 class Order(NamedTuple):
-    """A task, and the SHA-256 (32 raw bytes) of each file that it needs."""
+    """A task, its segment, and the SHA-256 (32 raw bytes) of each file that it needs."""
 
     task: Task
     segment: Segment
     model_hash: bytes
     shard_hash: bytes
-    memory_hash: bytes | None  # what the miner kept from its last task; None: nothing
+    memory_hash: bytes | None  # the miner's memory; None: it has none
 
 
 class Answer(NamedTuple):
-    """What came of a task."""
+    """The result of a task that ended."""
 
-    update: bytes  # as `updates.encode_update` makes it
-    memory_hash: bytes | None  # SHA-256 of what the miner keeps for its next task; None: nothing
-    seconds: float  # that the training took
+    update: bytes  # as `updates.encode_update` returns it
+    memory_hash: bytes | None  # SHA-256 of the miner's new memory; None: it has none
+    seconds: float  # how long the training took
