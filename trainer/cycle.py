@@ -19,7 +19,6 @@ from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.scoring import Contribution, Evaluation, Refusal, Scorer, score
 from traincert.trainer.segments import Layout, cut_segments
 from traincert.trainer.state import State, initial_state, save_state
-from traincert.trainer.store import prune
 from traincert.trainer.tasks import assign
 from traincert.trainer.training import build_optimizer
 from traincert.trainer.updates import Reason, Update, UpdateError, read_update
@@ -196,10 +195,6 @@ class Trainer:
             metric=evaluation.metric,
             tasks=tuple(tasks),
         )
-
-    def prune(self, state: Checkpoint) -> None:
-        """Remove all files from the engine's store but the model and the memories of `state`."""
-        prune(self._engine.store, [state.model_hash, *state.memories.values()])
 
     def _aggregate(
         self, before: Checkpoint, accepted: Sequence[Accepted]

@@ -69,9 +69,12 @@ class Scorer:
 
     @deterministic()
     def evaluate(self, states: Iterable[State], examples: Examples) -> list[Evaluation]:
-        """Return each state's loss and metric on `examples`, as the function `evaluate` does.
+        """Return each state's loss and metric on `examples`.
 
-        It takes one state for each thread from `states` at a time: not all have to fit into memory.
+        Losses are float64, computed from the model's outputs, summed, and divided once by the number of examples. A
+        loss that is NaN, or above 64 bits of nano-nats, counts as `MAX_NANO_NATS`.
+
+        This takes one state for each thread from `states` at a time: not all have to fit into memory.
         """
         batches = _batches(examples)
         left = iter(states)
@@ -94,23 +97,9 @@ class Scorer:
         return _measure(mine.model, self._job, batch)
 
 
-@deterministic()
-def evaluate(
-    model: nn.Module, job: TrainingJob, state: State, examples: Examples, *, batch_size: int | None = None
-) -> Evaluation:
-    """Return the loss and metric of `state` on `examples`.
-
-    `model` is the job's model on the job's device; this sets its state. Losses are float64, computed from the model's
-    outputs, summed, and divided once by the number of examples. `batch_size` (default: at most 128) therefore changes
-    the rounding only. A loss that is NaN, or above 64 bits of nano-nats, counts as `MAX_NANO_NATS`.
-    """
-    set_state(model, state)
-    return _evaluation([_measure(model, job, batch) for batch in _batches(examples, batch_size)], examples)
-
-
-def _batches(examples: Examples, batch_size: int | None = None) -> list[Examples]:
+def _batches(examples: Examples) -> list[Examples]:
     # At least four batches, which threads can share. The number of CPUs must not change the batches, and so the bits.
-    size = batch_size or min(128, math.ceil(len(examples) / 4))
+    size = min(128, math.ceil(len(examples) / 4))
     return [
         Examples(
             tuple(column[start : start + size] for column in examples.inputs), examples.target[start : start + size]

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from evaluation import evaluate
 from traincert.trainer.job import TrainingJob, resolve
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset, read_examples
-from traincert.trainer.scoring import evaluate
 from traincert.trainer.state import initial_state, set_state, state_bytes, state_of
 
 

@@ -15,6 +15,7 @@ from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import prepare_dataset
+from traincert.trainer.store import prune
 
 WORKERS = 2
 
@@ -40,7 +41,7 @@ def main() -> None:
             result = trainer.run_cycle(state, miners, seed=seed)
             elapsed = time.perf_counter() - begin
             state = result.after
-            trainer.prune(state)
+            prune(engine.store, [state.model_hash, *state.memories.values()])
             size += sum(task.update_size for task in result.tasks)
             values += sum(task.order.segment.params for task in result.tasks)
             accepted += len(result.contributions)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation import evaluate
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.errors import JobError
@@ -17,7 +18,6 @@ from traincert.trainer.preprocessing import prepare_dataset, read_examples
 from traincert.trainer.records import RunFolder
 from traincert.trainer.replay import replay_tasks
 from traincert.trainer.run import run_job
-from traincert.trainer.scoring import evaluate
 from traincert.trainer.state import initial_state, state_hash
 from users_models import MODELS, MODULE, run
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation import evaluate
 from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Answer
@@ -16,7 +17,6 @@ from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
-from traincert.trainer.scoring import evaluate
 from traincert.trainer.state import initial_state, load_state, state_bytes, state_hash
 from traincert.trainer.updates import Reason, Update, encode_update, read_update
 
@@ -88,13 +88,12 @@ def test_a_cycle_without_updates_keeps_everything(
     with make_trainer(replace(job, outer_momentum=0.5, density=0.5), tmp_path) as trainer:
         (first,) = run(trainer, miners, 1)
         (empty,) = run(trainer, [], 1, first.after)
-        trainer.prune(empty.after)
     assert first.after.velocity.any()
     assert torch.equal(empty.after.velocity, first.after.velocity)
     assert empty.after.memories == first.after.memories
     assert empty.model_after == empty.model_before
-    kept = {empty.model_after, *first.after.memories.values()}
-    assert {path.name for path in (tmp_path / "store").iterdir()} == {digest.hex() for digest in kept}
+    needed = {empty.model_after, *first.after.memories.values()}
+    assert {digest.hex() for digest in needed} <= {path.name for path in (tmp_path / "store").iterdir()}
 
 
 def test_the_seed_changes_the_outcome(trainer: Trainer, miners: list[bytes]) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation import evaluate
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Dataset, Examples, read_examples
-from traincert.trainer.scoring import MAX_NANO_NATS, Scorer, evaluate, nano_nats, score
+from traincert.trainer.scoring import MAX_NANO_NATS, Scorer, nano_nats, score
 from traincert.trainer.state import initial_state, state_hash, state_of
 from traincert.trainer.updates import Reason, UpdateError
 

@@ -1,0 +1,39 @@
+"""A plain loop that measures a model: tests compare the trainer's Scorer with it, and benches use it for plain PyTorch.
+
+It shares no code with the Scorer, which does the same with threads. Keep it independent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from traincert.trainer.determinism import deterministic
+from traincert.trainer.job import TrainingJob, resolve
+from traincert.trainer.preprocessing import Examples
+from traincert.trainer.scoring import Evaluation, nano_nats
+from traincert.trainer.state import State, set_state
+
+
+@deterministic()
+def evaluate(
+    model: nn.Module, job: TrainingJob, state: State, examples: Examples, *, batch_size: int | None = None
+) -> Evaluation:
+    """Measure `state` on `examples`. `model` is the job's, on the job's device, and has that state afterwards.
+
+    By default batches are as large as the Scorer's, so that both round alike.
+    """
+    set_state(model, state)
+    model.eval()
+    loss_function, metric_function = resolve(job.loss, "loss"), resolve(job.metric, "metric")
+    size = batch_size or min(128, math.ceil(len(examples) / 4))
+    losses, metrics = [], []
+    for start in range(0, len(examples), size):
+        inputs, target = examples.batch(slice(start, start + size), job.device)
+        with torch.inference_mode():
+            outputs = model(*inputs).double()
+            losses.append(float(loss_function(outputs, target)) * len(target))
+            metrics.append(float(metric_function(outputs, target)) * len(target))
+    return Evaluation(nano_nats(math.fsum(losses) / len(examples)), math.fsum(metrics) / len(examples))
