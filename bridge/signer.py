@@ -59,9 +59,13 @@ class Signer:
 
         It is in the journal, durably, before the first signature exists.
 
-        Raises JournalError, and signs nothing, if the journal has another certificate for the slot and round.
+        Raises JournalError, and signs nothing, if the journal has another certificate for the slot and round, or if it
+        cannot be written.
         """
-        self._record(certificate)
+        try:
+            self._record(certificate)
+        except sqlite3.Error as error:
+            raise JournalError(f"{self._journal} cannot be written: {error}: not signed") from None
         message = certificate.sighash(self._chain_id)
         signatures = (CoordinatorSignature(index, key.sign_schnorr(message)) for index, key in self._keys.items())
         return replace(certificate, coordinator_signatures=tuple(signatures))

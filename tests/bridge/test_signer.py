@@ -99,6 +99,16 @@ def test_a_file_that_is_no_journal_is_refused(make_signer: MakeSigner, tmp_path:
     assert (tmp_path / "journal").read_text().startswith("something else")
 
 
+def test_where_the_journal_cannot_be_written_nothing_is_signed(
+    make_signer: MakeSigner, certificate: Certificate, tmp_path: Path
+) -> None:
+    signer = make_signer()
+    with closing(sqlite3.connect(tmp_path / "journal")) as database:
+        database.execute("DROP TABLE signed")
+    with pytest.raises(JournalError, match="journal cannot be written: no such table: signed: not signed"):
+        signer.sign(certificate)
+
+
 def test_of_ten_at_once_exactly_one_succeeds(make_signer: MakeSigner, certificate: Certificate) -> None:
     def sign(rival: int) -> bool:
         try:
