@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from evaluation import evaluate
+from traincert.trainer import state as state_module
 from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Answer
@@ -17,7 +18,7 @@ from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
-from traincert.trainer.state import initial_state, load_state, state_bytes, state_hash
+from traincert.trainer.state import State, initial_state, load_state, state_bytes, state_hash
 from traincert.trainer.updates import Reason, Update, encode_update, read_update
 
 WriteJob = Callable[..., Path]
@@ -41,6 +42,24 @@ def facts(result: CycleResult) -> tuple[object, ...]:
     tasks = [replace(task, seconds=0.0) for task in result.tasks]
     others = {name: value for name, value in vars(result).items() if name not in ("after", "tasks")}
     return (others, tasks, result.after.memories, state_hash({"velocity": result.after.velocity}))
+
+
+def test_a_cycle_serializes_its_model_once_and_its_checkpoint_has_the_hash(
+    trainer: Trainer, miners: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = trainer.start()
+    serialized = []
+
+    def counted(tensors: State) -> bytes:
+        serialized.append(tensors.keys() == start.model.keys())
+        return state_bytes(tensors)
+
+    monkeypatch.setattr(state_module, "state_bytes", counted)
+    (result,) = run(trainer, miners, 1, start)
+    assert serialized.count(True) == 1
+    monkeypatch.undo()
+    assert result.after.model_hash == state_hash(result.after.model) == result.model_after
+    assert start.model_hash == state_hash(start.model) == result.model_before
 
 
 def test_neither_workers_nor_the_miners_order_matter(
