@@ -161,6 +161,19 @@ def test_only_the_task_that_is_late_or_dies_is_lost_and_the_next_cycle_goes_on(
         assert second.refusals == ()
 
 
+def test_what_the_system_refuses_a_worker_is_raised_as_it_is(
+    job: TrainingJob, dataset: Dataset, miners: list[bytes], tmp_path: Path
+) -> None:
+    """A full disk, or here a folder in a file's place: the command line says it in one line."""
+    orders = orders_of(dataset, miners, tmp_path)
+    model = tmp_path / orders[0].model_hash.hex()
+    model.unlink()
+    model.mkdir()
+    with LocalEngine(job, tmp_path, workers=1) as engine, pytest.raises(IsADirectoryError) as caught:
+        engine.train(dataset, orders)
+    assert caught.value.filename == str(model)
+
+
 def test_a_damaged_shard_is_an_error_that_names_the_file(job: TrainingJob, miners: list[bytes], tmp_path: Path) -> None:
     dataset = prepare_dataset(job, tmp_path / "data")
     orders = orders_of(dataset, miners, tmp_path / "store")
