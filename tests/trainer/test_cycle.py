@@ -19,6 +19,7 @@ from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
 from traincert.trainer.state import State, initial_state, load_state, state_bytes, state_hash
+from traincert.trainer.store import prune
 from traincert.trainer.updates import Reason, Update, encode_update, read_update
 
 WriteJob = Callable[..., Path]
@@ -111,8 +112,9 @@ def test_a_cycle_without_updates_keeps_everything(
     assert torch.equal(empty.after.velocity, first.after.velocity)
     assert empty.after.memories == first.after.memories
     assert empty.model_after == empty.model_before
-    needed = {empty.model_after, *first.after.memories.values()}
-    assert {digest.hex() for digest in needed} <= {path.name for path in (tmp_path / "store").iterdir()}
+    kept = {empty.model_after, *first.after.memories.values()}
+    prune(tmp_path / "store", kept)
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {digest.hex() for digest in kept}
 
 
 def test_the_seed_changes_the_outcome(trainer: Trainer, miners: list[bytes]) -> None:

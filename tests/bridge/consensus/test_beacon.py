@@ -13,6 +13,7 @@ def test_each_reveal_is_the_preimage_of_the_one_before() -> None:
     before = beacon.anchor
     for slot in range(100):
         assert sha256(beacon.reveal(slot)).digest() == before
+        assert sha256(before).digest() != beacon.reveal(slot)
         before = beacon.reveal(slot)
 
 
