@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -207,6 +207,11 @@ class Network:
     def _for_each(self, action: Callable[[Node], None]) -> None:
         with ThreadPoolExecutor(max_workers=max(1, len(self.nodes))) as pool:
             results = [pool.submit(action, node) for node in self.nodes]
+            try:
+                wait(results)
+            except BaseException:
+                wait(results)  # after Ctrl-C, too: a node that is still being started could not be stopped
+                raise
         for result in results:  # raise a node's error only after the action has ended on all nodes
             result.result()
 

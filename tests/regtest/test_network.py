@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from operator import itemgetter
 from pathlib import Path
 
@@ -196,3 +200,28 @@ def test_topologies() -> None:
     assert read_topology("ring", 2) == read_topology("full", 2) == [(0, 1)]
     with pytest.raises(NodeError, match="topology star is not full, line or ring, and not a readable file"):
         read_topology("star", 3)
+
+
+def test_ctrl_c_while_nodes_start_leaves_none(
+    node_programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also none that its thread launches a moment later, and that would be kept."""
+    network = Network(node_programs / "bitcoind", tmp_path, 1, keep=True)
+    (node,) = network.nodes
+    launch = node._launch
+
+    def launch_late() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # for the main thread to act on it: whether it waits for us is what is tested
+        launch()
+
+    monkeypatch.setattr(node, "_launch", launch_late)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            network.start()
+        wait_for(
+            lambda: not [t for t in threading.enumerate() if t.name.startswith("ThreadPool")], 30, "threads to end"
+        )
+        assert node.pid is None
+    finally:
+        node.kill()
