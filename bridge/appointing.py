@@ -110,6 +110,7 @@ class AppointingCoordinator:
             model_before=model,
             model_after=model,
             dataset_root=bytes(32),
+            record=bytes(32),
             losses=(0, 0),
             table=table,
             winner=winner,

@@ -21,7 +21,8 @@ from traincert.bridge.producer import NodeProducer
 from traincert.bridge.rpc import NodeClient
 from traincert.bridge.signer import Signer
 from traincert.regtest.errors import RegtestError
-from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
+from traincert.trainer.cycle import CycleResult, Trainer
+from traincert.trainer.records import RunFolder, record_hash
 from traincert.trainer.scoring import Contribution
 
 MAX_ROUND = 2**16 - 1
@@ -45,10 +46,10 @@ def contribution_table(contributions: Iterable[Contribution]) -> ContributionTab
 
 
 class Coordinator:
-    """Runs cycles and certifies them.
+    """Runs cycles, certifies them, and saves them in `run`.
 
-    `state` is what the next cycle starts from. `table` is what the next winner is drawn from. A coordinator that goes
-    on after a crash gets the state and the table that the last saved cycle left.
+    The run has begun. Its last record says what the next cycle starts from, and from which table the next winner is
+    drawn. So a coordinator goes on after a crash.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class Coordinator:
         beacon: Beacon,
         node: NodeClient,
         trainer: Trainer,
-        state: Checkpoint,
-        table: ContributionTable | None = None,
+        run: RunFolder,
     ) -> None:
         self.params = params
-        self.state = state
-        self.table = table or ContributionTable([])
+        self.state = run.load()
+        self.table = contribution_table(run.contributions())
         self._signer = signer
         self._beacon = beacon
         self._node = node
         self._trainer = trainer
+        self._run = run
         self._tip: str | None = None  # the block that closed the last slot
 
     def close_slot(
@@ -76,7 +77,7 @@ class Coordinator:
         on_update: Callable[[int, int], None] | None = None,
         on_absent: Callable[[Certificate, str], None] | None = None,
     ) -> ClosedSlot:
-        """Run one cycle with all miners, certify it, and wait for the winner's block.
+        """Run one cycle with all miners, certify it, wait for the winner's block, and save the cycle's record.
 
         If the block does not come within the round's time, the next round's winner gets a certificate for the same
         cycle, and so on. A late block of an earlier round's winner closes the slot too. So does a block that the chain
@@ -97,6 +98,7 @@ class Coordinator:
         seed = tagged_hash("traincert/assignment", self._trainer.job.seed.to_bytes(8, "little") + prev_block)
         result = self._trainer.run_cycle(self.state, list(producers), seed=seed, on_update=on_update)
         table = contribution_table(result.contributions)
+        record = self._run.next_record(result)
         beacon_reveal = self._beacon.reveal(self.state.cycle)
         present = self._certificate_at(height)
         certificates: list[Certificate] = []
@@ -109,6 +111,7 @@ class Coordinator:
                 model_before=result.model_before,
                 model_after=result.model_after,
                 dataset_root=result.dataset_root,
+                record=record_hash(record),
                 losses=(result.loss_before, result.loss_after),
                 table=table,
                 winner=self._draw(beacon_reveal, prev_block, height, round_, sorted(producers)),
@@ -130,6 +133,7 @@ class Coordinator:
             raise BridgeError(f"block {height}: {MAX_ROUND + 1} winners were absent, and no round is left")
         block_hash: str = self._node.call("getblockhash", height)
         certificate = self._read_certificate(block_hash, certificates)
+        self._run.save(record)
         self.state, self.table = result.after, table
         self._tip = None if present else block_hash  # more blocks from before the crash may follow
         return ClosedSlot(certificate, block_hash, result)
@@ -143,12 +147,10 @@ class Coordinator:
         if not self._node.wait_for_height(height - 1, OWN_NODE_TIME):
             raise BridgeError(f"{self._node.name} has no block {height - 1}, which closed the slot before")
         block_hash: str = self._node.call("getblockhash", height - 1)
-        if self.state.cycle:
-            parent = self._certificate_in(block_hash)
-            if (parent.model_after, parent.contributions_root) != (self.state.model_hash, self.table.root):
-                raise BridgeError(
-                    f"{self._node.name}: block {block_hash} does not certify what cycle {self.state.cycle} came to"
-                )
+        if self.state.cycle and self._certificate_in(block_hash).record != self._run.head:
+            raise BridgeError(
+                f"{self._node.name}: block {block_hash} does not certify the record of cycle {self.state.cycle}"
+            )
         return block_hash
 
     def _certificate_at(self, height: int) -> Certificate | None:

@@ -20,7 +20,7 @@ from typing import Protocol
 from traincert.bridge.consensus.beacon import Beacon
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
-from traincert.bridge.coordinator import ClosedSlot, Coordinator, contribution_table
+from traincert.bridge.coordinator import ClosedSlot, Coordinator
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.keys import NetworkKeys, create_network_keys, load_network_keys, payout_script, xonly_key
 from traincert.bridge.producer import NodeProducer
@@ -72,7 +72,7 @@ class Deployment:
     view: View
 
     def train(self, cycles: int) -> None:
-        """Train until the run has `cycles` cycles, and save each as soon as the chain has its block.
+        """Train until the run has `cycles` cycles. Each is saved as soon as the chain has its block.
 
         Raises BridgeError, RegtestError or TrainerError if that cannot be done.
         """
@@ -83,7 +83,6 @@ class Deployment:
         while self.run.cycles < cycles:
             self.view.step(f"cycle {self.run.cycles + 1} of {cycles}")
             slot = self.coordinator.close_slot(self.producers, self.view.update, on_absent)
-            self.run.save(slot.result)
             self.view.closed(slot, self.names[slot.certificate.winner_key])
 
 
@@ -114,8 +113,7 @@ def open_deployment(
         if not run.records:
             run.begin(trainer.start(), dataset)
         signer = Signer(directory / "journal.sqlite", params.chain_id, dict(enumerate(keys.coordinators[:THRESHOLD])))
-        table = contribution_table(run.contributions())
-        coordinator = Coordinator(params, signer, Beacon(keys.beacon), clients[0], trainer, run.load(), table)
+        coordinator = Coordinator(params, signer, Beacon(keys.beacon), clients[0], trainer, run)
         by_key = {producer.miner_key: producer for producer in producers}
         names = {key: f"miner{i}" for i, key in enumerate(by_key)}
         yield Deployment(run, trainer, clients, by_key, coordinator, names, view)

@@ -81,6 +81,7 @@ class TrainingChain:
                 model_before=self.model,
                 model_after=digest(f"model {template['height']}"),
                 dataset_root=digest("dataset"),
+                record=digest(f"record {template['height']}"),
                 loss_before=2_302_585_093,
                 loss_after=2_000_000_000,
                 params_trained=sum(leaf.params for leaf in table.leaves),

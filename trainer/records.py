@@ -30,6 +30,11 @@ Record = dict[str, Any]
 """A cycle's record, as in its JSON file. Record 0 is the state before the first cycle. Hashes are in hex."""
 
 
+def record_hash(record: Record) -> bytes:
+    """Return the SHA-256 of a record's file, 32 bytes."""
+    return hashlib.sha256(_encode(record)).digest()
+
+
 class RunFolder:
     """A run folder, locked while it is open. Use it as a context manager."""
 
@@ -75,9 +80,14 @@ class RunFolder:
         return max(0, len(self.records) - 1)
 
     @property
+    def hashes(self) -> list[bytes]:
+        """SHA-256 of each record's file, 32 bytes each. Record 0 comes first."""
+        return [record_hash(record) for record in self.records]
+
+    @property
     def head(self) -> bytes:
         """SHA-256 of the last record, 32 bytes. Two runs with equal heads have equal records."""
-        return _digest(self.records[-1])
+        return record_hash(self.records[-1])
 
     def seed(self) -> bytes:
         """Return the next cycle's seed, 32 bytes. Nobody knows it before the last cycle ends."""
@@ -94,10 +104,9 @@ class RunFolder:
                 "cycle": 0,
                 "dataset_root": dataset.root.hex(),
                 "model_after": state.model_hash.hex(),
-                **_evaluation(state),
+                **self._checkpoint_record(state),
                 "tasks": [],
-            },
-            state,
+            }
         )
 
     def load(self) -> Checkpoint:
@@ -127,29 +136,36 @@ class RunFolder:
             if task["refusal"] is None
         )
 
-    def save(self, result: CycleResult) -> None:
-        """Write a cycle's record, durably, and remove files from the store that are older than `job.history` cycles.
+    def next_record(self, result: CycleResult) -> Record:
+        """Return the record of the next cycle. `save` writes it.
 
-        All files that the record names are stored before it. Models and memories already are; this stores the velocity.
+        All files that it names are in the store then: models and memories already are; this stores the velocity.
         """
-        self._append(
-            {
-                "cycle": result.after.cycle,
-                "parent": self.head.hex(),
-                "dataset_root": result.dataset_root.hex(),
-                "model_before": result.model_before.hex(),
-                "model_after": result.model_after.hex(),
-                "loss_before": result.loss_before,
-                **_evaluation(result.after),
-                "tasks": [_task_record(task) for task in result.tasks],
-            },
-            result.after,
-        )
+        return {
+            "cycle": result.after.cycle,
+            "parent": self.head.hex(),
+            "dataset_root": result.dataset_root.hex(),
+            "model_before": result.model_before.hex(),
+            "model_after": result.model_after.hex(),
+            "loss_before": result.loss_before,
+            **self._checkpoint_record(result.after),
+            "tasks": [_task_record(task) for task in result.tasks],
+        }
+
+    def save(self, record: Record) -> None:
+        """Write the next record, durably. Remove files from the store that are older than `job.history` cycles."""
+        self._append(record)
         self._prune()
 
-    def _append(self, record: Record, state: Checkpoint) -> None:
-        record["velocity"] = save_state(self.store, {"velocity": state.velocity}).hex()
-        record["memories"] = {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())}
+    def _checkpoint_record(self, state: Checkpoint) -> Record:
+        return {
+            "loss_after": state.evaluation.loss,
+            "metric": state.evaluation.metric,
+            "velocity": save_state(self.store, {"velocity": state.velocity}).hex(),
+            "memories": {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())},
+        }
+
+    def _append(self, record: Record) -> None:
         write_file(self._cycles / f"{record['cycle']:08}.json", _encode(record))
         self.records.append(record)
 
@@ -200,7 +216,7 @@ def _read_records(folder: Path) -> list[Record]:
         except ValueError:
             raise IntegrityError(f"{path}: not JSON") from None
         is_next = isinstance(record, dict) and path.name == f"{number:08}.json" and record.get("cycle") == number
-        if not is_next or (number and record.get("parent") != _digest(records[-1]).hex()):
+        if not is_next or (number and record.get("parent") != record_hash(records[-1]).hex()):
             raise IntegrityError(f"{path}: it does not follow the record before it")
         records.append(record)
     return records
@@ -208,14 +224,6 @@ def _read_records(folder: Path) -> list[Record]:
 
 def _encode(record: Record) -> bytes:
     return json.dumps(record, sort_keys=True, indent=1).encode() + b"\n"
-
-
-def _digest(record: Record) -> bytes:
-    return hashlib.sha256(_encode(record)).digest()
-
-
-def _evaluation(state: Checkpoint) -> Record:
-    return {"loss_after": state.evaluation.loss, "metric": state.evaluation.metric}
 
 
 def _task_record(result: TaskResult) -> Record:

@@ -63,7 +63,7 @@ def run_job(job: TrainingJob, folder: Path, miners: int, workers: int, view: Vie
                 while run.cycles < job.cycles:
                     view.step(f"cycle {run.cycles + 1} of {job.cycles}")
                     result = trainer.run_cycle(state, ids, seed=run.seed(), on_update=view.update)
-                    run.save(result)
+                    run.save(run.next_record(result))
                     state = result.after
                     board.add(run.records[-1])
                     view.cycle(run.records[-1])

@@ -161,6 +161,10 @@ def _check(deployment: Deployment, params: TrainingParams, plan: Plan) -> tuple[
             ),
         ),
         Claim("the model is the one that the tip commits to", state_hash(state.model) == tip.model_after),
+        Claim(
+            "every block commits to the record of its cycle",
+            [each.certificate.record for each in chain] == deployment.run.hashes[1:],
+        ),
         Claim(f"held-out loss fell from {before:.4f} to {after:.4f} nats", after < before),
         Claim(
             f"accuracy on {job.test_examples} test images that no miner has: {accuracy:.4f}{bar}",

@@ -83,7 +83,7 @@ def chain(datadir: Path, as_json: bool) -> None:
 
     with NodeClient.from_datadir(datadir) as client:
         blocks = read_chain(client, read_params(client))
-        equivocations = client.call("gettraininginfo")["equivocations"]
+        equivocations = client.call("gettrainingequivocations")
     if as_json:
         click.echo(json.dumps([certificate_json(block) for block in blocks], indent=2))
     else:

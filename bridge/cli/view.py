@@ -205,7 +205,7 @@ def status_table(status: Iterable[NodeStatus], time: int | None) -> Table:
 
 
 def print_equivocations(console: Console, equivocations: Iterable[Mapping[str, Any]]) -> None:
-    """Print a line for each of gettraininginfo's equivocations."""
+    """Print a line for each of gettrainingequivocations' entries."""
     for each in equivocations:
         console.print(
             f"equivocation: miner {each['winner_key'][:16]} signed more than one block of height {each['height']}, "

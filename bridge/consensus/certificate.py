@@ -70,6 +70,7 @@ _FIELDS: Mapping[str, int] = {
     "model_before": 0,
     "model_after": 0,
     "dataset_root": 0,
+    "record": 0,
     "loss_before": 8,
     "loss_after": 8,
     "params_trained": 8,
@@ -93,6 +94,7 @@ class Certificate:
     model_before: bytes
     model_after: bytes
     dataset_root: bytes
+    record: bytes
     loss_before: int
     loss_after: int
     params_trained: int
@@ -165,14 +167,16 @@ def new_certificate(
     model_before: bytes,
     model_after: bytes,
     dataset_root: bytes,
+    record: bytes,
     losses: tuple[int, int],
     table: ContributionTable,
     winner: tuple[bytes, Draw | None],
 ) -> Certificate:
     """Return the unsigned certificate of a slot's round, for a cycle with this table of contributions.
 
-    `losses` are those before and after the cycle, in nano-nats. `winner` is what `draw_winner` gives, or the key of the
-    miner that the coordinator appoints, and None.
+    `record` is the SHA-256 of the cycle's record, 32 bytes; zeros if nothing was trained. `losses` are those before and
+    after the cycle, in nano-nats. `winner` is what `draw_winner` gives, or the key of the miner that the coordinator
+    appoints, and None.
     """
     winner_key, draw = winner
     return Certificate(
@@ -183,6 +187,7 @@ def new_certificate(
         model_before=model_before,
         model_after=model_after,
         dataset_root=dataset_root,
+        record=record,
         loss_before=losses[0],
         loss_after=losses[1],
         params_trained=sum(leaf.params for leaf in table.leaves),

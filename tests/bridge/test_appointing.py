@@ -89,7 +89,7 @@ def test_its_certificates_say_that_nothing_was_trained(client: NodeClient, coord
         certificate = block.certificate
         assert certificate.award == "appointed"
         assert certificate.model_before == certificate.model_after == MODEL
-        assert certificate.dataset_root == certificate.contributions_root == bytes(32)
+        assert certificate.dataset_root == certificate.record == certificate.contributions_root == bytes(32)
         assert certificate.contributions_weight == certificate.contributions_count == certificate.params_trained == 0
         assert certificate.loss_before == certificate.loss_after == 0
     assert len({block.certificate.winner_key for block in blocks}) == 3  # one after the other

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,20 @@ def test_a_coordinator_that_was_killed_goes_on(network: tuple[Path, Network, Tra
         chain = read_chain(client, params)
     assert len(chain) == 12
     assert {block.certificate.round for block in chain} == {0}
+    records = [directory / f"run/cycles/{block.certificate.height:08}.json" for block in chain]
+    assert [block.certificate.record for block in chain] == [sha256(path.read_bytes()).digest() for path in records]
+
+
+def test_a_last_record_that_the_chain_does_not_commit_to_is_told(
+    network: tuple[Path, Network, TrainingParams],
+) -> None:
+    directory, _, _ = network
+    run_until("cycle 2 ", directory)
+    record = max((directory / "run/cycles").glob("*.json"))
+    record.write_text(record.read_text().replace('"metric": ', '"metric": 1'))
+    answer = coordinator("run", directory)
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines()[-1].endswith(f" does not certify the record of cycle {int(record.stem)}")
 
 
 def test_prepare_leaves_what_is_there(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import prepare_dataset
-from traincert.trainer.state import state_hash
+from traincert.trainer.records import RunFolder
+from traincert.trainer.state import save_state, state_hash
 from training_chain import COORDINATORS, PAYOUT_SCRIPT
 
 MINERS = 6
@@ -108,8 +109,11 @@ class Trial:
         signer = self.make_signer(self.journal)
         signer.fault = self._fault
         client = stack.enter_context(NodeClient.from_datadir(self.network.nodes[0].datadir))
+        self.run = stack.enter_context(RunFolder(path / "run", trainer.job))
+        save_state(self.run.store, state.model)  # the trainer has put it into its own store, which all trials share
+        self.run.begin(state, trainer.dataset)
         self.make_coordinator = partial(
-            Coordinator, self.params, beacon=beacon, node=client, trainer=trainer, state=state
+            Coordinator, self.params, beacon=beacon, node=client, trainer=trainer, run=self.run
         )
         self.coordinator = self.make_coordinator(signer=signer)
 
@@ -133,6 +137,8 @@ class Trial:
     def check(self, height: int) -> None:
         """Whether all nodes agree on a valid chain, and nobody has seen two certificates for a slot and round.
 
+        Each block commits to the record of its cycle.
+
         A winner that was late, which a busy machine is enough for where a round takes a second, leaves a rival to the
         last block: the next slot decides.
         """
@@ -147,7 +153,9 @@ class Trial:
         for node in self.network.nodes:
             with NodeClient.from_datadir(node.datadir) as client:
                 assert read_params(client) == self.params
-                assert len(read_chain(client, self.params)) == height
+                chain = read_chain(client, self.params)
+                assert len(chain) == height
+                assert [block.certificate.record for block in chain] == self.run.hashes[1:]
             for certificate in certificates_of(node):
                 slot = (certificate.height, certificate.prev_block, certificate.round)
                 seen[slot].add(certificate.body())

@@ -44,7 +44,15 @@ INTEGERS = {
     "contributions_weight": 8,
     "contributions_count": 4,
 }
-HASHES = ("prev_block", "beacon_reveal", "model_before", "model_after", "dataset_root", "contributions_root")
+HASHES = (
+    "prev_block",
+    "beacon_reveal",
+    "model_before",
+    "model_after",
+    "dataset_root",
+    "record",
+    "contributions_root",
+)
 
 
 @dataclass(frozen=True)

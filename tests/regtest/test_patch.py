@@ -85,7 +85,7 @@ def test_a_bases_own_diff_goes_before_the_one_for_all(patch: Path, tree: Path) -
 
 
 # Changed lines in upstream's files. 28 also needs a few that give upstream's functions their later names.
-BUDGET = {"31": 60, "28": 80}
+BUDGET = {"31": 70, "28": 90}
 
 
 def changed_lines(diff: Path) -> int:

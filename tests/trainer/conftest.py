@@ -150,7 +150,7 @@ def go_on(make_trainer: MakeTrainer, small: TrainingJob, miners: list[bytes], tm
             state = run.load()
             for _ in range(cycles):
                 result = trainer.run_cycle(state, miners[:count], seed=run.seed())
-                run.save(result)
+                run.save(run.next_record(result))
                 state = result.after
         return folder
 

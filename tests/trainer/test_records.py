@@ -3,17 +3,21 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from traincert.trainer.cycle import Trainer
 from traincert.trainer.errors import IntegrityError, RunError
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import RunFolder
+from traincert.trainer.records import RunFolder, record_hash
 from traincert.trainer.replay import replay_tasks
 from traincert.trainer.report import TensorBoard, write_report
 from traincert.trainer.state import state_hash
+
+MakeTrainer = Callable[..., AbstractContextManager[Trainer]]
 
 
 def opened(folder: Path) -> tuple[int, bytes]:
@@ -34,6 +38,23 @@ def test_records_are_chained_and_the_last_ones_hash_is_the_head(go_on: Callable[
     with RunFolder(folder) as run:
         assert run.job == small
         assert state_hash(run.load().model).hex() == records[-1]["model_after"]
+
+
+def test_a_cycles_record_has_the_hash_that_was_told_before_it_was_written(
+    make_trainer: MakeTrainer, small: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    with RunFolder(tmp_path, small) as run, make_trainer(small, tmp_path) as trainer:
+        run.begin(trainer.start(), trainer.dataset)
+        state = run.load()
+        for cycle, count in enumerate((4, 0, 2), start=1):
+            result = trainer.run_cycle(state, miners[:count], seed=run.seed())
+            record = run.next_record(result)
+            told = record_hash(record)
+            assert run.cycles == cycle - 1
+            run.save(record)
+            assert told == hashlib.sha256((run.folder / f"cycles/{cycle:08}.json").read_bytes()).digest()
+            assert run.hashes[cycle] == run.head == told
+            state = result.after
 
 
 def test_a_run_that_goes_on_is_the_same_as_one_that_was_never_left(go_on: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 #include <chain.h>
 #include <consensus/params.h>
 #include <consensus/validation.h>
+#include <node/blockstorage.h>
 #include <primitives/block.h>
 #include <rpc/blockchain.h>
 #include <rpc/protocol.h>
@@ -17,8 +18,8 @@
 #include <rpc/util.h>
 #include <sync.h>
 #include <tinyformat.h>
+#include <training/bodies.h>
 #include <training/certificate.h>
-#include <training/chainstate.h>
 #include <training/params.h>
 #include <training/validation.h>
 #include <uint256.h>
@@ -56,20 +57,16 @@ void EnsureTrainingRule(ChainstateManager& chainman, const uint256& tip, const s
     }
 }
 
-/** The certificate of a block at or above the start height. */
-static TrainingCertificate GetCertificateChecked(ChainstateManager& chainman, const CBlockIndex& index) EXCLUSIVE_LOCKS_REQUIRED(::cs_main)
-{
-    auto certificate{chainman.m_training.ReadCertificate(index, chainman.m_blockman)};
-    if (!certificate) throw JSONRPCError(RPC_INTERNAL_ERROR, strprintf("Cannot read the training certificate of block %s", index.GetBlockHash().ToString()));
-    return *std::move(certificate);
-}
-
 void PushTrainingTemplate(ChainstateManager& chainman, const CBlockIndex& prev, UniValue& rules, UniValue& block_template)
 {
     if (!NeedsCertificate(chainman, prev.nHeight + 1)) return;
-    TrainingCertificate parent;
+    TrainingParent parent;
     parent.beacon_reveal = chainman.GetConsensus().training->beacon;
-    if (NeedsCertificate(chainman, prev.nHeight)) parent = GetCertificateChecked(chainman, prev);
+    if (NeedsCertificate(chainman, prev.nHeight)) {
+        const auto entry{ReadTrainingParent(prev, chainman.m_blockman)};
+        if (!entry) throw JSONRPCError(RPC_INTERNAL_ERROR, strprintf("The training_parent entry of block %s is missing from the block database", prev.GetBlockHash().ToString()));
+        parent = *entry;
+    }
 
     UniValue training{UniValue::VOBJ};
     training.pushKV("chain_id", HexStr(TrainingChainId(chainman.GetConsensus())));
@@ -80,6 +77,28 @@ void PushTrainingTemplate(ChainstateManager& chainman, const CBlockIndex& prev, 
     training.pushKV("beacon_reveal", HexStr(parent.beacon_reveal));
     rules.push_back("!training");
     block_template.pushKV("training", std::move(training));
+}
+
+void PushTrainingChainId(const ChainstateManager& chainman, UniValue& info)
+{
+    if (chainman.GetConsensus().training) info.pushKV("training_chain_id", HexStr(TrainingChainId(chainman.GetConsensus())));
+}
+
+void PushTrainingDeployment(const ChainstateManager& chainman, const CBlockIndex& index, UniValue& deployments)
+{
+    if (!chainman.GetConsensus().training) return;
+    UniValue training{UniValue::VOBJ};
+    training.pushKV("type", "buried");
+    training.pushKV("active", NeedsCertificate(chainman, index.nHeight + 1)); // as of the others: for the next block
+    training.pushKV("height", chainman.GetConsensus().training->StartHeight());
+    deployments.pushKV("training", std::move(training));
+}
+
+bool WasLeftAlone(ChainstateManager& chainman, const CBlock& block)
+{
+    LOCK(cs_main);
+    const CBlockIndex* index{chainman.m_blockman.LookupBlockIndex(block.GetHash())};
+    return index && chainman.m_training.IsLeftAlone(*index, chainman.m_blockman);
 }
 
 RPCResult TrainingTemplateResult()
@@ -107,7 +126,9 @@ static const TrainingParams& EnsureTrainingNetwork(const ChainstateManager& chai
 /** The payload of a block at or above the start height, read back from disk. */
 static TrainingPayload ReadPayload(ChainstateManager& chainman, const CBlockIndex& index)
 {
-    const CBlock block{GetBlockChecked(chainman.m_blockman, index)};
+    WITH_LOCK(cs_main, CheckBlockDataAvailability(chainman.m_blockman, index, /*check_for_undo=*/false));
+    CBlock block;
+    if (!chainman.m_blockman.ReadBlock(block, index)) throw JSONRPCError(RPC_MISC_ERROR, "Block not found on disk");
     BlockValidationState state;
     auto payload{ReadTrainingPayload(*block.vtx.at(0), state)};
     if (!payload) throw JSONRPCError(RPC_INTERNAL_ERROR, strprintf("Stored block %s: %s", index.GetBlockHash().ToString(), state.ToString()));
@@ -151,6 +172,7 @@ static UniValue CertificateToJSON(const TrainingCertificate& certificate)
     result.pushKV("model_before", HexStr(certificate.model_before));
     result.pushKV("model_after", HexStr(certificate.model_after));
     result.pushKV("dataset_root", HexStr(certificate.dataset_root));
+    result.pushKV("record", HexStr(certificate.record));
     result.pushKV("loss_before", certificate.loss_before);
     result.pushKV("loss_after", certificate.loss_after);
     result.pushKV("params_trained", certificate.params_trained);
@@ -195,6 +217,7 @@ static RPCMethod gettrainingcertificate()
                 {RPCResult::Type::STR_HEX, "model_before", "hash of the model that this cycle started from"},
                 {RPCResult::Type::STR_HEX, "model_after", "hash of the model that this cycle produced"},
                 {RPCResult::Type::STR_HEX, "dataset_root", "hash of the manifest of the data set"},
+                {RPCResult::Type::STR_HEX, "record", "SHA-256 of the cycle's record, zeros if nothing was trained"},
                 {RPCResult::Type::NUM, "loss_before", "validation loss of model_before"},
                 {RPCResult::Type::NUM, "loss_after", "validation loss of model_after"},
                 {RPCResult::Type::NUM, "params_trained", "number of parameters trained, summed over the contributions"},
@@ -264,15 +287,6 @@ static RPCMethod gettraininginfo()
                 {RPCResult::Type::STR_HEX, "model", "hash of the model that the next cycle starts from"},
                 {RPCResult::Type::NUM, "loss", /*optional=*/true, "validation loss of that model in nano-nats (if the tip has a certificate)"},
                 {RPCResult::Type::NUM, "contributions_weight", "total weight of the table from which the next winner is drawn, 0 if the coordinator appoints"},
-                {RPCResult::Type::NUM, "equivocation_count", "number of certificates under which the winner signed more than one block"},
-                {RPCResult::Type::ARR, "equivocations", "these certificates, with the blocks as evidence", {
-                    {RPCResult::Type::OBJ, "", "", {
-                        {RPCResult::Type::NUM, "height", "the slot's height"},
-                        {RPCResult::Type::NUM, "round", "the certificate's round"},
-                        {RPCResult::Type::STR_HEX, "winner_key", "the x-only key that signed the blocks"},
-                        {RPCResult::Type::ARR, "blocks", "the stored blocks, valid or not, in the order of arrival", {{RPCResult::Type::STR_HEX, "hash", "the block's hash"}}},
-                    }},
-                }},
             },
         },
         // clang-format on
@@ -306,13 +320,41 @@ static RPCMethod gettraininginfo()
                 result.pushKV("model", HexStr(training.model));
                 result.pushKV("contributions_weight", 0);
             } else {
-                const TrainingCertificate certificate{GetCertificateChecked(chainman, tip)};
+                const TrainingCertificate certificate{ReadPayload(chainman, tip).certificate};
                 result.pushKV("model", HexStr(certificate.model_after));
                 result.pushKV("loss", certificate.loss_after);
                 result.pushKV("contributions_weight", certificate.contributions_weight);
             }
-            UniValue equivocations{UniValue::VARR};
-            for (const auto& bodies : ListEquivocations(chainman.m_blockman)) {
+            return result;
+        },
+    };
+}
+
+static RPCMethod gettrainingequivocations()
+{
+    return RPCMethod{
+        "gettrainingequivocations",
+        "Returns the certificates under which the winner signed more than one block that this node stored.\n"
+        "The blocks are the evidence: each has the winner's signature.\n",
+        {},
+        // clang-format off
+        RPCResult{
+            RPCResult::Type::ARR, "", "by height and round", {
+                {RPCResult::Type::OBJ, "", "", {
+                    {RPCResult::Type::NUM, "height", "the slot's height"},
+                    {RPCResult::Type::NUM, "round", "the certificate's round"},
+                    {RPCResult::Type::STR_HEX, "winner_key", "the x-only key that signed the blocks"},
+                    {RPCResult::Type::ARR, "blocks", "the stored blocks, valid or not, in the order of arrival", {{RPCResult::Type::STR_HEX, "hash", "the block's hash"}}},
+                }},
+            },
+        },
+        // clang-format on
+        RPCExamples{HelpExampleCli("gettrainingequivocations", "") + HelpExampleRpc("gettrainingequivocations", "")},
+        [](const RPCMethod& self, const JSONRPCRequest& request) -> UniValue {
+            ChainstateManager& chainman{EnsureAnyChainman(request.context)};
+            EnsureTrainingNetwork(chainman);
+            UniValue result{UniValue::VARR};
+            for (const auto& bodies : WITH_LOCK(cs_main, return ListEquivocations(chainman.m_blockman))) {
                 UniValue blocks{UniValue::VARR};
                 for (const auto& hash : bodies.blocks)
                     blocks.push_back(hash.GetHex());
@@ -321,10 +363,8 @@ static RPCMethod gettraininginfo()
                 entry.pushKV("round", bodies.round);
                 entry.pushKV("winner_key", HexStr(bodies.winner_key));
                 entry.pushKV("blocks", std::move(blocks));
-                equivocations.push_back(std::move(entry));
+                result.push_back(std::move(entry));
             }
-            result.pushKV("equivocation_count", equivocations.size());
-            result.pushKV("equivocations", std::move(equivocations));
             return result;
         },
     };
@@ -334,6 +374,7 @@ void RegisterTrainingRPCCommands(CRPCTable& t)
 {
     static const CRPCCommand commands[]{
         {"blockchain", &gettrainingcertificate},
+        {"blockchain", &gettrainingequivocations},
         {"blockchain", &gettraininginfo},
     };
     for (const auto& c : commands) {

@@ -11,6 +11,7 @@
 #include <set>
 #include <string>
 
+class CBlock;
 class CBlockHeader;
 class CBlockIndex;
 class ChainstateManager;
@@ -27,6 +28,15 @@ void EnsureTrainingRule(ChainstateManager& chainman, const uint256& tip, const s
 
 /** Add what a block producer needs to a template, if the block after prev needs a certificate. */
 void PushTrainingTemplate(ChainstateManager& chainman, const CBlockIndex& prev, UniValue& rules, UniValue& block_template) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
+
+/** Add the field of getblockchaininfo that identifies the training network, if there is one. */
+void PushTrainingChainId(const ChainstateManager& chainman, UniValue& info);
+
+/** Add the training network's start height to deployments, as that of a buried deployment. */
+void PushTrainingDeployment(const ChainstateManager& chainman, const CBlockIndex& index, UniValue& deployments);
+
+/** Whether a block that was just submitted was not stored, because two others of its certificate are. */
+bool WasLeftAlone(ChainstateManager& chainman, const CBlock& block);
 
 /** The help text of what PushTrainingTemplate adds. */
 RPCResult TrainingTemplateResult();

@@ -63,12 +63,15 @@ static bool Check(const std::string& line, const Consensus::Params& params, Bloc
     const auto parent_time{ToIntegral<int64_t>(fields[3])};
     CBlock block;
     if (!height || !parent_time || !DecodeHexBlk(block, fields[1])) throw std::runtime_error("malformed: " + line);
-    std::optional<TrainingCertificate> parent;
-    if (fields[2] != "-") SpanReader{ParseHex(fields[2])} >> parent.emplace();
-
-    if (!CheckTrainingCertificate(block, *height, params, state)) return false;
-    const auto payload{ReadTrainingPayload(*block.vtx.at(0), state)};
-    return ContextualCheckTrainingCertificate(payload->certificate, parent ? &*parent : nullptr, block.GetBlockTime(), *parent_time, *params.training, state);
+    std::optional<TrainingParent> parent;
+    if (fields[2] != "-") {
+        TrainingCertificate certificate;
+        SpanReader{ParseHex(fields[2])} >> certificate;
+        parent.emplace(certificate);
+    }
+    std::optional<TrainingCertificate> certificate;
+    if (!CheckTrainingCertificate(block, *height, params, state, certificate)) return false;
+    return ContextualCheckTrainingCertificate(*certificate, parent ? &*parent : nullptr, block.GetBlockTime(), *parent_time, *params.training, state);
 }
 
 int main()

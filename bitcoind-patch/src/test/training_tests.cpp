@@ -114,7 +114,9 @@ BOOST_AUTO_TEST_CASE(block_rules)
                 BOOST_CHECK_EQUAL(HexStr(WinnerSigHash(TrainingChainId(params->GetConsensus()), block, payload->output)), vector["winner_sighash"].get_str());
             }
             BlockValidationState state;
-            const bool valid{CheckTrainingCertificate(block, vector["height"].getInt<int>(), params->GetConsensus(), state)};
+            std::optional<TrainingCertificate> certificate;
+            const bool valid{CheckTrainingCertificate(block, vector["height"].getInt<int>(), params->GetConsensus(), state, certificate)};
+            BOOST_CHECK_EQUAL(certificate.has_value(), valid);
             BOOST_CHECK_EQUAL(valid, vector["reason"].isNull());
             BOOST_CHECK_EQUAL(state.GetRejectReason(), vector["reason"].isNull() ? "" : vector["reason"].get_str());
         }
@@ -127,10 +129,12 @@ BOOST_AUTO_TEST_CASE(rules_with_the_parent)
         BOOST_TEST_CONTEXT(vector["comment"].get_str())
         {
             const auto params{ReadNetwork(vector["options"])};
-            TrainingCertificate certificate, parent;
+            TrainingCertificate certificate;
+            TrainingCertificateBody parent_body;
             SpanReader{ParseHex(vector["certificate_hex"].get_str())} >> certificate;
             const bool start{vector["parent_body_hex"].isNull()};
-            if (!start) SpanReader{ParseHex(vector["parent_body_hex"].get_str())} >> AsBase<TrainingCertificateBody>(parent);
+            if (!start) SpanReader{ParseHex(vector["parent_body_hex"].get_str())} >> parent_body;
+            const TrainingParent parent{parent_body};
             BlockValidationState state;
             const bool valid{ContextualCheckTrainingCertificate(certificate, start ? nullptr : &parent, vector["time"].getInt<int64_t>(), vector["parent_time"].getInt<int64_t>(), *params->GetConsensus().training, state)};
             BOOST_CHECK_EQUAL(valid, vector["reason"].isNull());

@@ -18,19 +18,30 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <optional>
 #include <string>
 
-/** Whether the block files hold more than the genesis block, which is always the first. Asks no database. */
+/** Name of the file with the chain_id. */
+static const std::string RECORD{"training_chain_id"};
+
+/**
+ * Whether the block files hold more than the genesis block, which is always the first. Asks no database.
+ *
+ * If the first file is missing, nobody knows: then any file that a node makes counts.
+ */
 static bool HasBlocks(const fs::path& blocks_dir, const CChainParams& chainparams)
 {
+    const fs::path first_file{blocks_dir / "blk00000.dat"};
     for (const auto& entry : fs::directory_iterator(blocks_dir)) {
         const std::string name{fs::PathToString(entry.path().filename())};
-        if (name.starts_with("blk") && name != "blk00000.dat") return true;
+        if (name == ".lock" || name.starts_with(RECORD)) continue;
+        if (!fs::exists(first_file)) return true;
+        if (name.starts_with("blk") && entry.path() != first_file) return true;
     }
     // Each block has the network's magic and its size before it. The files are XORed with a key, and padded with zeros.
     const size_t end{std::tuple_size_v<MessageStartChars> + sizeof(uint32_t) + GetSerializeSize(TX_WITH_WITNESS(chainparams.GenesisBlock()))};
-    const std::string start{ReadBinaryFile(blocks_dir / "blk00000.dat", end + std::tuple_size_v<MessageStartChars>).second};
+    const std::string start{ReadBinaryFile(first_file, end + std::tuple_size_v<MessageStartChars>).second};
     const std::string key{ReadBinaryFile(blocks_dir / "xor.dat").second};
     if (start.size() <= end) return false;
     for (size_t i{0}; i < start.size() - end; ++i) {
@@ -40,11 +51,20 @@ static bool HasBlocks(const fs::path& blocks_dir, const CChainParams& chainparam
     return true;
 }
 
+/** Write a file, and have it on the disk before it gets its final name. */
+static bool WriteDurably(const fs::path& path, const std::string& content)
+{
+    FILE* file{fsbridge::fopen(path, "wb")};
+    if (!file) return false;
+    const bool written{fwrite(content.data(), 1, content.size(), file) == content.size() && FileCommit(file)};
+    return fclose(file) == 0 && written;
+}
+
 std::optional<std::string> BindBlocksDir(const fs::path& blocks_dir, const CChainParams& chainparams)
 {
     const Consensus::Params& params{chainparams.GetConsensus()};
     const std::string chain_id{params.training ? HexStr(TrainingChainId(params)) : ""};
-    const fs::path record{blocks_dir / "training_chain_id"};
+    const fs::path record{blocks_dir / fs::PathFromString(RECORD)};
     if (fs::exists(record)) {
         std::string stored{ReadBinaryFile(record).second};
         if (stored == chain_id + "\n") return std::nullopt;
@@ -58,7 +78,7 @@ std::optional<std::string> BindBlocksDir(const fs::path& blocks_dir, const CChai
                          fs::quoted(fs::PathToString(blocks_dir)), chain_id);
     }
     const fs::path temporary{record + ".new"};
-    if (!WriteBinaryFile(temporary, chain_id + "\n") || !RenameOver(temporary, record)) {
+    if (!WriteDurably(temporary, chain_id + "\n") || !RenameOver(temporary, record)) {
         return strprintf("Cannot write %s.", fs::quoted(fs::PathToString(record)));
     }
     DirectoryCommit(blocks_dir);

@@ -50,6 +50,7 @@ struct TrainingCertificateBody {
     uint256 model_before;
     uint256 model_after;
     uint256 dataset_root;
+    uint256 record;          //!< SHA-256 of the cycle's record, zeros if nothing was trained
     uint64_t loss_before{0}; //!< nano-nats
     uint64_t loss_after{0};  //!< nano-nats
     uint64_t params_trained{0};
@@ -62,7 +63,7 @@ struct TrainingCertificateBody {
     SERIALIZE_METHODS(TrainingCertificateBody, obj)
     {
         READWRITE(obj.version, obj.height, obj.prev_block, obj.round, obj.beacon_reveal, obj.model_before, obj.model_after,
-                  obj.dataset_root, obj.loss_before, obj.loss_after, obj.params_trained, obj.contributions_root,
+                  obj.dataset_root, obj.record, obj.loss_before, obj.loss_after, obj.params_trained, obj.contributions_root,
                   obj.contributions_weight, obj.contributions_count, obj.winner_key);
         uint8_t award{0};
         SER_WRITE(obj, award = obj.draw.has_value());
@@ -85,6 +86,27 @@ struct TrainingCertificate : TrainingCertificateBody {
     std::vector<CoordinatorSignature> coordinator_signatures;
 
     SERIALIZE_METHODS(TrainingCertificate, obj) { READWRITE(AsBase<TrainingCertificateBody>(obj), obj.coordinator_signatures); }
+};
+
+/** What the rules need of a parent's certificate. */
+struct TrainingParent {
+    uint256 beacon_reveal;
+    uint256 model_after;
+    uint256 contributions_root;
+    uint64_t contributions_weight{0};
+    uint32_t contributions_count{0};
+
+    TrainingParent() = default;
+    explicit TrainingParent(const TrainingCertificateBody& certificate)
+        : beacon_reveal{certificate.beacon_reveal},
+          model_after{certificate.model_after},
+          contributions_root{certificate.contributions_root},
+          contributions_weight{certificate.contributions_weight},
+          contributions_count{certificate.contributions_count}
+    {
+    }
+
+    SERIALIZE_METHODS(TrainingParent, obj) { READWRITE(obj.beacon_reveal, obj.model_after, obj.contributions_root, obj.contributions_weight, obj.contributions_count); }
 };
 
 #endif // BITCOIN_TRAINING_CERTIFICATE_H

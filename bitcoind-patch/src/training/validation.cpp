@@ -141,7 +141,9 @@ bool CheckTrainingHeader(const CBlockHeader& header, int height, const Consensus
 {
     if (!params.training || height >= params.training->StartHeight()) return true;
     if (CheckProofOfWorkImpl(header.GetHash(), header.nBits, params)) return true;
-    return state.Invalid(BlockValidationResult::BLOCK_INVALID_HEADER, "high-hash", "proof of work failed");
+    state.Invalid(BlockValidationResult::BLOCK_INVALID_HEADER, "high-hash", "proof of work failed");
+    LogDebug(BCLog::VALIDATION, "%s: %s, %s\n", __func__, header.GetHash().ToString(), state.ToString());
+    return false;
 }
 
 /** Reason: bad-traincert-height. */
@@ -199,25 +201,25 @@ static bool CheckWinnerSignature(const TrainingPayload& payload, const CBlock& b
     return Reject(state, "winner-sig", "the winner's signature does not verify");
 }
 
-bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state)
+bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state, std::optional<TrainingCertificate>& certificate)
 {
     if (!params.training || height < params.training->StartHeight()) return true;
 
-    const auto payload{ReadTrainingPayload(*block.vtx.at(0), state)};
+    auto payload{ReadTrainingPayload(*block.vtx.at(0), state)};
     if (!payload) return false;
-    const TrainingCertificate& certificate{payload->certificate};
-    if (!CheckHeight(certificate, height, state)) return false;
-    if (!CheckPrevBlock(certificate, block, state)) return false;
-    if (!CheckTotals(certificate, state)) return false;
+    if (!CheckHeight(payload->certificate, height, state)) return false;
+    if (!CheckPrevBlock(payload->certificate, block, state)) return false;
+    if (!CheckTotals(payload->certificate, state)) return false;
     const uint256 chain_id{TrainingChainId(params)};
-    if (!CheckCoordinatorSignatures(certificate, params.training->KeysAt(height), chain_id, state)) return false;
+    if (!CheckCoordinatorSignatures(payload->certificate, params.training->KeysAt(height), chain_id, state)) return false;
     if (!CheckWinnerSignature(*payload, block, chain_id, state)) return false;
     LogDebug(BCLog::VALIDATION, "Verified the training certificate of block %s\n", block.GetHash().ToString());
+    certificate = std::move(payload->certificate);
     return true;
 }
 
 /** Reason: bad-traincert-award. */
-static bool CheckAward(const TrainingCertificate& certificate, const TrainingCertificate* parent, BlockValidationState& state)
+static bool CheckAward(const TrainingCertificate& certificate, const TrainingParent* parent, BlockValidationState& state)
 {
     const uint64_t table_weight{parent ? parent->contributions_weight : 0};
     if (certificate.draw.has_value() == (table_weight > 0)) return true;
@@ -232,7 +234,7 @@ static bool CheckWeight(const TrainingDraw& draw, BlockValidationState& state)
 }
 
 /** Reason: bad-traincert-draw. */
-static bool CheckDraw(const TrainingCertificate& certificate, const TrainingDraw& draw, const TrainingCertificate& parent, BlockValidationState& state)
+static bool CheckDraw(const TrainingCertificate& certificate, const TrainingDraw& draw, const TrainingParent& parent, BlockValidationState& state)
 {
     const MerkleSumNode leaf{ContributionLeaf(certificate.winner_key, draw.update_hash, draw.params, draw.loss_reduction, draw.weight)};
     const auto path{FollowContributionPath(leaf, draw.index, parent.contributions_count, draw.siblings)};
@@ -247,7 +249,7 @@ static bool CheckDraw(const TrainingCertificate& certificate, const TrainingDraw
 }
 
 /** Reason: bad-traincert-beacon. */
-static bool CheckBeacon(const TrainingCertificate& certificate, const TrainingCertificate* parent, const TrainingParams& params, BlockValidationState& state)
+static bool CheckBeacon(const TrainingCertificate& certificate, const TrainingParent* parent, const TrainingParams& params, BlockValidationState& state)
 {
     uint256 beacon;
     CSHA256().Write(certificate.beacon_reveal.data(), certificate.beacon_reveal.size()).Finalize(beacon.data());
@@ -257,7 +259,7 @@ static bool CheckBeacon(const TrainingCertificate& certificate, const TrainingCe
 }
 
 /** Reason: bad-traincert-model. */
-static bool CheckModel(const TrainingCertificate& certificate, const TrainingCertificate* parent, const TrainingParams& params, BlockValidationState& state)
+static bool CheckModel(const TrainingCertificate& certificate, const TrainingParent* parent, const TrainingParams& params, BlockValidationState& state)
 {
     const uint256& expected{parent ? parent->model_after : params.model};
     if (certificate.model_before == expected) return true;
@@ -272,7 +274,7 @@ static bool CheckRound(const TrainingCertificate& certificate, int64_t time, int
     return Reject(state, "round", strprintf("round %u at time %d, allowed from %d on", certificate.round, time, earliest));
 }
 
-bool ContextualCheckTrainingCertificate(const TrainingCertificate& certificate, const TrainingCertificate* parent, int64_t time, int64_t parent_time, const TrainingParams& params, BlockValidationState& state)
+bool ContextualCheckTrainingCertificate(const TrainingCertificate& certificate, const TrainingParent* parent, int64_t time, int64_t parent_time, const TrainingParams& params, BlockValidationState& state)
 {
     if (!CheckAward(certificate, parent, state)) return false;
     if (certificate.draw) {

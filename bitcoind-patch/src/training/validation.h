@@ -52,8 +52,10 @@ bool CheckTrainingHeader(const CBlockHeader& header, int height, const Consensus
  * none.
  *
  * Expects that CheckBlock and ContextualCheckBlock have passed.
+ *
+ * @param[out] certificate  the block's, if it needs one and it is valid
  */
-bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state);
+bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state, std::optional<TrainingCertificate>& certificate);
 
 /**
  * With the parent: check that a certificate's draw is fair, that beacon and model continue the parent's, and that its
@@ -61,10 +63,10 @@ bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::
  *
  * Expects that CheckTrainingCertificate has passed for both.
  *
- * @param[in] parent       the parent's certificate, nullptr at the start height
+ * @param[in] parent       of the parent's certificate, nullptr at the start height
  * @param[in] time         the nTime of the certificate's block
  * @param[in] parent_time  the nTime of the parent, which there is at the start height too
  */
-bool ContextualCheckTrainingCertificate(const TrainingCertificate& certificate, const TrainingCertificate* parent, int64_t time, int64_t parent_time, const TrainingParams& params, BlockValidationState& state);
+bool ContextualCheckTrainingCertificate(const TrainingCertificate& certificate, const TrainingParent* parent, int64_t time, int64_t parent_time, const TrainingParams& params, BlockValidationState& state);
 
 #endif // BITCOIN_TRAINING_VALIDATION_H

@@ -4,8 +4,9 @@
 # file COPYING or https://opensource.org/license/mit/.
 """Test what RPC and REST say on a training network, and that they say no less than elsewhere.
 
-gettrainingcertificate, gettraininginfo, the rule "training" of getblocktemplate, training_chain_id in
-getblockchaininfo, the refusal of generate*, and /rest/trainingcertificate.
+gettrainingcertificate, gettraininginfo, gettrainingequivocations, the rule "training" of getblocktemplate and the room
+that it leaves, training_chain_id in getblockchaininfo, the deployment in getdeploymentinfo, the refusal of generate*,
+and /rest/trainingcertificate.
 """
 
 import http.client
@@ -14,11 +15,24 @@ import urllib.parse
 from decimal import Decimal
 
 from test_framework.blocktools import NORMAL_GBT_REQUEST_PARAMS
+from test_framework.messages import MAX_BLOCK_WEIGHT, COutPoint, CTransaction, CTxIn, CTxOut, from_hex
+from test_framework.script import OP_RETURN, CScript
 from test_framework.test_framework import BitcoinTestFramework
-from test_framework.training import COORDINATORS, ContributionTable, TrainingChain, block_hash, payload_of, xonly
+from test_framework.training import (
+    COORDINATORS,
+    ContributionTable,
+    TrainingChain,
+    block_hash,
+    digest,
+    made_table,
+    payload_of,
+    xonly,
+)
 from test_framework.util import assert_equal, assert_raises_rpc_error
 
 START_HEIGHT = 3
+LARGEST_START_HEIGHT = 130
+TRAINING_METHODS = ("gettraininginfo", "gettrainingcertificate", "gettrainingequivocations")
 TRAINING_GBT_REQUEST_PARAMS = {"rules": ["segwit", "training"]}
 ADDRESS = "bcrt1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqdku202"
 
@@ -26,15 +40,25 @@ ADDRESS = "bcrt1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqdku202"
 class TrainingRPCTest(BitcoinTestFramework):
     def set_test_params(self):
         self.setup_clean_chain = True
-        self.num_nodes = 2
+        self.num_nodes = 3
         self.training = TrainingChain(
             keys={START_HEIGHT: (2, COORDINATORS[:3]), START_HEIGHT + 2: (1, COORDINATORS[3:])}, round_seconds=90
         )
         mocktime = self.training.node_args[-1]
-        self.extra_args = [[*self.training.node_args, "-rest"], [mocktime, "-rest"]]
+        secrets = [digest(f"coordinator {i}") for i in range(16)]
+        self.largest = TrainingChain(keys={LARGEST_START_HEIGHT: (16, secrets)})
+        room = ["-acceptnonstdtxn", "-blockmaxweight=4000000", "-datacarriersize=100000"]
+        self.extra_args = [
+            [*self.training.node_args, "-rest"],
+            [mocktime, "-rest"],
+            [*self.largest.node_args, *room],
+        ]
+
+    def skip_test_if_missing_module(self):
+        self.skip_if_no_wallet()  # bitcoin-cli -generate asks for an address
 
     def setup_network(self):
-        self.setup_nodes()  # node 1 is on no training network
+        self.setup_nodes()  # node 1 is on no training network, and node 2 on another
 
     def run_test(self):
         self.test_below_start_height()
@@ -45,10 +69,11 @@ class TrainingRPCTest(BitcoinTestFramework):
         self.test_generate()
         self.test_help()
         self.test_fields_are_only_added()
+        self.test_template_weight()
 
     def append(self, **overrides):
         block = self.training.block(**overrides)
-        for node in self.nodes if self.training.made[block_hash(block)].certificate is None else self.nodes[:1]:
+        for node in self.nodes[:2] if self.training.made[block_hash(block)].certificate is None else self.nodes[:1]:
             assert_equal(node.submitblock(block.serialize().hex()), None)
         return block
 
@@ -69,14 +94,12 @@ class TrainingRPCTest(BitcoinTestFramework):
             "beacon": self.training.beacon.hex(),
             "round_seconds": 90,
             "height": height,
-            "equivocation_count": 0,
-            "equivocations": [],
             **tip,
         }
 
     def test_below_start_height(self):
         self.log.info("Below the start height nothing changes but what says that there will be training")
-        node, plain = self.nodes
+        node, plain = self.nodes[:2]
         self.append()
         none_yet = dict(model=self.training.model.hex(), contributions_weight=0)
         assert_equal(node.gettraininginfo(), self.expected_info(1, None, **none_yet))
@@ -93,8 +116,17 @@ class TrainingRPCTest(BitcoinTestFramework):
             if method == "getblocktemplate":
                 del ours["longpollid"], theirs["longpollid"]  # counts the node's transactions, whenever they came
             assert_equal(ours, theirs)
+        assert_equal(node.gettrainingequivocations(), [])
         assert_equal(node.getblockchaininfo()["training_chain_id"], self.training.chain_id.hex())
+        self.check_deployment(active=False)
         assert "training_chain_id" not in plain.getblockchaininfo()
+
+    def check_deployment(self, active):
+        """The rule is a deployment from the block before the start height on, as upstream's are."""
+        deployment = {"type": "buried", "active": active, "height": START_HEIGHT}
+        deployments = self.nodes[0].getdeploymentinfo()["deployments"]
+        assert_equal(deployments.pop("training"), deployment)
+        assert_equal(deployments, self.nodes[1].getdeploymentinfo()["deployments"])
 
     def check_template(self, **expected):
         """The template for the next block tells the winner what its certificate continues."""
@@ -124,6 +156,8 @@ class TrainingRPCTest(BitcoinTestFramework):
         )
         # Segwit is asked for first, as upstream does.
         assert_raises_rpc_error(-8, "segwit rule set", self.nodes[0].getblocktemplate, {"rules": ["training"]})
+
+        self.check_deployment(active=True)
 
         self.log.info("A proposal needs no certificate, as no block template has one")
         block = self.training.block(scripts=lambda payload: [], move_tip=False)
@@ -179,7 +213,7 @@ class TrainingRPCTest(BitcoinTestFramework):
 
     def test_errors(self):
         self.log.info("Wrong questions are answered as upstream answers them")
-        node, plain = self.nodes
+        node, plain = self.nodes[:2]
         tip = node.getblockcount()
         assert_raises_rpc_error(-5, "Block not found", node.gettrainingcertificate, "00" * 32)
         assert_raises_rpc_error(
@@ -198,7 +232,7 @@ class TrainingRPCTest(BitcoinTestFramework):
         message = "Block not available (not fully downloaded)"
         assert_raises_rpc_error(-1, message, node.gettrainingcertificate, block_hash(unknown))
         self.header_only = unknown
-        for method in ("gettraininginfo", "gettrainingcertificate"):
+        for method in TRAINING_METHODS:
             message = "This is not a training network: the node was started without -trainingkeys"
             assert_raises_rpc_error(-1, message, getattr(plain, method))
 
@@ -214,7 +248,7 @@ class TrainingRPCTest(BitcoinTestFramework):
 
     def test_rest(self):
         self.log.info("REST gives the certificate as JSON, and the payload as bytes and as hex")
-        node, plain = self.nodes
+        node, plain = self.nodes[:2]
         for block in [*self.blocks, self.stale]:
             name = block_hash(block)
             body, content_type = self.rest(node, f"{name}.json")
@@ -257,6 +291,7 @@ class TrainingRPCTest(BitcoinTestFramework):
         ]:
             generate = getattr(self, method)
             assert_raises_rpc_error(-1, message, generate, node, *arguments, sync_fun=self.no_op)
+        assert_raises_rpc_error(-1, message, node.cli("-generate").send_cli)
         assert_equal(node.getblockcount(), height)
 
         self.log.info("... and works below the start height, up to it")
@@ -275,18 +310,18 @@ class TrainingRPCTest(BitcoinTestFramework):
     def test_help(self):
         self.log.info("help has examples, and lists the calls")
         for node in self.nodes:
-            for method in ("gettraininginfo", "gettrainingcertificate"):
+            for method in TRAINING_METHODS:
                 text = node.help(method)
                 assert text.startswith(method), text
                 assert f"> bitcoin-cli {method}" in text
                 assert f'"method": "{method}"' in text
             listed = node.help()
-            assert "\ngettrainingcertificate ( hash_or_height )\ngettraininginfo\n" in listed
+            assert "\ngettrainingcertificate ( hash_or_height )\ngettrainingequivocations\ngettraininginfo\n" in listed
         assert_equal(self.nodes[0].help("gettrainingcertificate").count("> bitcoin-cli"), 2)
 
     def test_fields_are_only_added(self):
         self.log.info("No field of an upstream RPC changes its kind or disappears: fields are only added")
-        node, plain = self.nodes
+        node, plain = self.nodes[:2]
         while plain.getblockcount() < node.getblockcount():
             self.generatetodescriptor(plain, 1, "raw(51)", sync_fun=self.no_op)  # paid as our blocks are
         added = {}
@@ -318,7 +353,62 @@ class TrainingRPCTest(BitcoinTestFramework):
     def added(self):
         template = {"training", *(f"training.{field}" for field in ("chain_id", "height", "contributions_root"))}
         template |= {f"training.{field}" for field in ("contributions_weight", "contributions_count", "beacon_reveal")}
-        return {"getblockchaininfo": {"training_chain_id"}, "getblocktemplate": template}
+        deployment = {f"deployments.training{field}" for field in ("", ".type", ".active", ".height")}
+        return {
+            "getblockchaininfo": {"training_chain_id"},
+            "getblocktemplate": template,
+            "getdeploymentinfo": deployment,
+        }
+
+    def test_template_weight(self):
+        self.log.info("A full template leaves room for the largest certificate that its block can need")
+        node = self.nodes[2]
+        for _ in range(1, LARGEST_START_HEIGHT):
+            assert_equal(node.submitblock(self.largest.block().serialize().hex()), None)
+        table = made_table("large", [(1000 + i, 10**6) for i in range(8192)])
+        assert_equal(node.submitblock(self.largest.block(table=table).serialize().hex()), None)
+
+        # Larger ones pay more for each byte, so that they go first and the smaller ones fill what is left.
+        sizes = [99_000] * 9 + [
+            50_000,
+            25_000,
+            15_000,
+            7500,
+            4000,
+            2000,
+            1000,
+            1000,
+            500,
+            500,
+            250,
+            250,
+            120,
+            120,
+            90,
+            90,
+        ]
+        for height, size in enumerate(sizes, start=1):
+            tx = self.spend(node, height, size, fee=size * size // 10 + 20 * size)
+            node.sendrawtransaction(tx.hex(), maxfeerate=0, maxburnamount=50)
+        template = node.getblocktemplate(TRAINING_GBT_REQUEST_PARAMS)
+        txs = [from_hex(CTransaction(), tx["data"]) for tx in template["transactions"]]
+        assert len(txs) < len(sizes)
+        block = self.largest.block(txs=txs, move_tip=False)
+        assert_equal(len(self.largest.certificate_of(block).draw.siblings), 13)
+        weight = 3 * len(block.serialize(with_witness=False)) + len(block.serialize())
+        # 8000 is what upstream reserves for everything else.
+        assert MAX_BLOCK_WEIGHT - 8000 - 2000 < weight <= MAX_BLOCK_WEIGHT, weight
+        assert_equal(node.submitblock(block.serialize().hex()), None)
+
+    def spend(self, node, height, size, fee):
+        """A transaction of a size, in bytes, that spends the coinbase at a height."""
+        coinbase = node.getblock(node.getblockhash(height), 2)["tx"][0]
+        tx = CTransaction()
+        tx.vin.append(CTxIn(COutPoint(int(coinbase["txid"], 16), 0)))
+        value = from_hex(CTransaction(), coinbase["hex"]).vout[0].nValue
+        tx.vout.append(CTxOut(value - fee, CScript()))
+        tx.vout[0].scriptPubKey = CScript([OP_RETURN, bytes(max(0, size - 80))])
+        return tx.serialize()
 
     def kinds(self, value, path=""):
         """The kind of each field, by its path; the items of an array share one."""

@@ -63,7 +63,7 @@ def test_the_demo_reaches_its_accuracy_and_every_claim_holds(demo: tuple[Path, s
     _, shown = demo
     assert "NOT TRUE" not in shown
     claims = [line for line in shown.splitlines() if line.startswith("✓")]
-    assert len(claims) == 9
+    assert len(claims) == 10
     accuracy = float(claims[-1].partition("has: ")[2].split()[0])
     assert accuracy >= 0.95
     assert "(bar: 0.95)" in claims[-1]

@@ -24,6 +24,7 @@ CERTIFICATE = Certificate(
     model_before=B32,
     model_after=B32,
     dataset_root=B32,
+    record=B32,
     loss_before=0,
     loss_after=0,
     params_trained=0,
@@ -50,6 +51,7 @@ HASHES = [
     "model_before",
     "model_after",
     "dataset_root",
+    "record",
     "contributions_root",
     "winner_key",
 ]

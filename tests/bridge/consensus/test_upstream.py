@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ UPSTREAM_TESTS = [
     "rpc_generate.py",
     "rpc_help.py",
 ]
-OUR_TESTS = ["feature_training.py", "p2p_training.py", "rpc_training.py"]
+OUR_TESTS = ["feature_training.py", "feature_training_bodies.py", "p2p_training.py", "rpc_training.py"]
 
 
 Ran = subprocess.CompletedProcess[str]
@@ -71,6 +72,27 @@ def programs_of_base(request: pytest.FixtureRequest) -> Path:
 def test_our_functional_test_passes(programs_of_base: Path, name: str, tmp_path: Path) -> None:
     ran = run(programs_of_base, name, tmp_path / "test")
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-8000:]
+
+
+# A line of test/config.ini, and the program that it says is there.
+CLAIMS = {
+    "BUILD_BENCH": "bench_bitcoin",
+    "BUILD_BITCOIN_TX": "bitcoin-tx",
+    "ENABLE_BITCOIN_CHAINSTATE": "bitcoin-chainstate",
+    "ENABLE_BITCOIN_UTIL": "bitcoin-util",
+    "ENABLE_BITCOIND": "bitcoind",
+    "ENABLE_CLI": "bitcoin-cli",
+    "ENABLE_FUZZ_BINARY": "fuzz",
+    "ENABLE_IPC": "bitcoin-node",
+    "ENABLE_WALLET_TOOL": "bitcoin-wallet",
+}
+
+
+def test_config_ini_names_only_programs_that_are_there(programs_of_base: Path) -> None:
+    config = ConfigParser()
+    config.read(programs_of_base.parent / "test/config.ini")
+    claimed = {name for name in CLAIMS if config["components"].getboolean(name, fallback=False)}
+    assert claimed == {name for name, program in CLAIMS.items() if (programs_of_base / program).exists()}
 
 
 def test_our_unit_tests_pass(programs_of_base: Path) -> None:

@@ -112,6 +112,16 @@ std::string GetReason(Check check)
     return state.GetRejectReason();
 }
 
+std::string GetAloneReason(const CBlock& block, int height, const Consensus::Params& params)
+{
+    return GetReason([&](auto& state) {
+        std::optional<TrainingCertificate> certificate;
+        const bool valid{CheckTrainingCertificate(block, height, params, state, certificate)};
+        assert(valid || !certificate);
+        return valid;
+    });
+}
+
 /** floor(sqrt(x)) of an x below 2^128, bit by bit. */
 uint64_t SquareRoot(const arith_uint256& x)
 {
@@ -201,7 +211,7 @@ FUZZ_TARGET(training_payload, .init = initialize_training)
     params.training = training;
     block.hashPrevBlock = certificate.prev_block;
     const int height{int(certificate.height & std::numeric_limits<int>::max())};
-    const std::string verdict{GetReason([&](auto& state) { return CheckTrainingCertificate(block, height, params, state); })};
+    const std::string verdict{GetAloneReason(block, height, params)};
     assert(verdict.empty() ? height == 0 : CERTIFICATE_REASONS.contains(verdict));
 }
 
@@ -322,7 +332,7 @@ namespace {
 /** A slot of a training network, and a block for it that can be made wrong and signed again. */
 struct Slot {
     Consensus::Params params;
-    std::optional<TrainingCertificate> parent; //!< none at the start height
+    std::optional<TrainingParent> parent; //!< none at the start height
     int64_t parent_time{0};
     int height{1};
     std::vector<uint8_t> signers; //!< positions of the coordinator's keys, ascending
@@ -362,7 +372,7 @@ struct Slot {
     /** Why the block is refused, or an empty string. */
     std::string Check() const
     {
-        const std::string reason{GetReason([&](auto& state) { return CheckTrainingCertificate(block, height, params, state); })};
+        const std::string reason{GetAloneReason(block, height, params)};
         if (!reason.empty()) return reason;
         return GetReason([&](auto& state) { return ContextualCheckTrainingCertificate(certificate, parent ? &*parent : nullptr, block.GetBlockTime(), parent_time, *params.training, state); });
     }
@@ -552,7 +562,7 @@ std::string BreakCertificate(FuzzedDataProvider& provider, Slot& slot)
             reason = "coordinator-sig";
         },
         [&] { // another certificate than what was signed
-            ChangeHash(provider, provider.PickValueInArray({std::ref(certificate.model_before), std::ref(certificate.model_after), std::ref(certificate.dataset_root), std::ref(certificate.beacon_reveal)}).get());
+            ChangeHash(provider, provider.PickValueInArray({std::ref(certificate.model_before), std::ref(certificate.model_after), std::ref(certificate.dataset_root), std::ref(certificate.beacon_reveal), std::ref(certificate.record)}).get());
             slot.SignBlock();
             reason = "coordinator-sig";
         },
@@ -658,7 +668,7 @@ FUZZ_TARGET(training_block, .init = initialize_training)
                 script[provider.ConsumeIntegralInRange<size_t>(0, script.size() - 1)] = provider.ConsumeIntegral<uint8_t>();
             }
             slot.SetScript(script);
-            const std::string reason{GetReason([&](auto& state) { return CheckTrainingCertificate(slot.block, slot.height, slot.params, state); })};
+            const std::string reason{GetAloneReason(slot.block, slot.height, slot.params)};
             assert(script == before ? reason.empty() : PAYLOAD_REASONS.contains(reason) || CERTIFICATE_REASONS.contains(reason));
         },
         [&] {

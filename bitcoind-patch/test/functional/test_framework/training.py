@@ -207,6 +207,7 @@ class Certificate:
     model_before: bytes
     model_after: bytes
     dataset_root: bytes
+    record: bytes
     loss_before: int
     loss_after: int
     params_trained: int
@@ -228,6 +229,7 @@ class Certificate:
             + self.model_before
             + self.model_after
             + self.dataset_root
+            + self.record
             + le(self.loss_before, 8)
             + le(self.loss_after, 8)
             + le(self.params_trained, 8)
@@ -362,6 +364,7 @@ class TrainingChain:
             model_before=made.certificate.model_after if made.certificate else self.model,
             model_after=digest(f"model {height}{name}"),
             dataset_root=digest("dataset"),
+            record=digest(f"record {height}{name}"),
             loss_before=made.certificate.loss_after if made.certificate else 2_302_585_093,
             loss_after=(made.certificate.loss_after if made.certificate else 2_302_585_093) * 99 // 100,
             params_trained=sum(leaf.params for leaf in table.leaves),
