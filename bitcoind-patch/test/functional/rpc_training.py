@@ -49,13 +49,10 @@ class TrainingRPCTest(BitcoinTestFramework):
         self.largest = TrainingChain(keys={LARGEST_START_HEIGHT: (16, secrets)})
         room = ["-acceptnonstdtxn", "-blockmaxweight=4000000", "-datacarriersize=100000"]
         self.extra_args = [
-            [*self.training.node_args, "-rest"],
+            [*self.training.node_args, "-rest", "-disablewallet=0"],
             [mocktime, "-rest"],
             [*self.largest.node_args, *room],
         ]
-
-    def skip_test_if_missing_module(self):
-        self.skip_if_no_wallet()  # bitcoin-cli -generate asks for an address
 
     def setup_network(self):
         self.setup_nodes()  # node 1 is on no training network, and node 2 on another
@@ -291,7 +288,9 @@ class TrainingRPCTest(BitcoinTestFramework):
         ]:
             generate = getattr(self, method)
             assert_raises_rpc_error(-1, message, generate, node, *arguments, sync_fun=self.no_op)
-        assert_raises_rpc_error(-1, message, node.cli("-generate").send_cli)
+        if self.is_wallet_compiled():  # bitcoin-cli -generate asks it for an address
+            node.createwallet("wallet")
+            assert_raises_rpc_error(-1, message, node.cli("-generate").send_cli)
         assert_equal(node.getblockcount(), height)
 
         self.log.info("... and works below the start height, up to it")
