@@ -18,7 +18,7 @@ CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder;
 # nothing: the command that needs $(1) then fails and names it.
 if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
-.PHONY: check demo data test test-upstream bench setup node images lock
+.PHONY: check demo data test test-upstream thread-safety bench setup node images lock
 
 demo: setup
 	.venv/bin/traincert demo
@@ -47,6 +47,11 @@ test: check node data
 # Runs all of upstream's tests, on the node with and without the patch. It takes hours. An interrupted run continues.
 test-upstream: setup
 	.venv/bin/python tests/upstream/run.py
+
+# Clang's thread-safety analysis of the patch. It takes minutes.
+thread-safety: setup
+	$(call if_missing,clang++-19,clang-19)
+	.venv/bin/python tests/upstream/thread_safety.py
 
 bench: node data
 	$(call if_missing,valgrind,valgrind)
