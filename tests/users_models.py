@@ -6,6 +6,8 @@ MODULE = """
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy, relu
+    from torch.nn.utils import parametrizations
+    from torch.utils.checkpoint import checkpoint
 
     def plain():
         return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
@@ -113,6 +115,50 @@ MODULE = """
 
         def forward(self, x):
             return self.head(self.cells(x.view(-1, 8, 8))[0][:, -1])
+
+    class Unused(nn.Module):
+        # a head that the loss does not depend on, larger than the rest
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 10)
+            self.other = nn.Linear(64, 64)
+
+        def forward(self, x):
+            self.other(x)
+            return self.layer(x)
+
+    class Checkpointed(nn.Module):
+        # activation checkpointing: the backward pass calls the layers again
+        def __init__(self, use_reentrant=False):
+            super().__init__()
+            self.first = nn.Linear(64, 32)
+            self.middle = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
+            self.last = nn.Linear(32, 10)
+            self.use_reentrant = use_reentrant
+
+        def forward(self, x):
+            x = torch.tanh(self.first(x))
+            return self.last(checkpoint(self.middle, x, use_reentrant=self.use_reentrant))
+
+    class Sparse(nn.Module):
+        # gradients that are sparse tensors
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(65, 16, sparse=True)
+            self.layer = nn.Linear(64 * 16, 10)
+
+        def forward(self, x):
+            words = (x * 4).long().clamp(-32, 32) + 32
+            return self.layer(self.embedding(words).flatten(1))
+
+    def weight_norm():
+        return nn.Sequential(parametrizations.weight_norm(nn.Linear(64, 16)), nn.ReLU(), nn.Linear(16, 10))
+
+    def spectral_norm():
+        return nn.Sequential(parametrizations.spectral_norm(nn.Linear(64, 16)), nn.ReLU(), nn.Linear(16, 10))
+
+    def orthogonal():
+        return nn.Sequential(parametrizations.orthogonal(nn.Linear(64, 16)), nn.ReLU(), nn.Linear(16, 10))
 """
 
 MODELS = [
@@ -128,6 +174,11 @@ MODELS = [
     "Scalar",
     "Attention",
     "Recurrent",
+    "Checkpointed",
+    "Sparse",
+    "weight_norm",
+    "spectral_norm",
+    "orthogonal",
 ]
 
 

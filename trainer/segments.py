@@ -144,7 +144,9 @@ def _count_flops(model: nn.Module, job: TrainingJob, examples: Examples) -> tupl
         for parameter in trained:
             parameter.requires_grad_(True)
         with FlopCounterMode(display=False) as counter:
-            torch.autograd.grad(loss(model(*batch.inputs), batch.target), trained, allow_unused=True)
+            found = loss(model(*batch.inputs), batch.target)
+            if found.requires_grad:  # not if it depends on none of them
+                found.backward()  # torch.autograd.grad does not work with FlopCounterMode and parametrizations
         return int(counter.get_total_flops())
 
     every = count(trainable)
@@ -152,6 +154,7 @@ def _count_flops(model: nn.Module, job: TrainingJob, examples: Examples) -> tupl
     more = [every - count([each for each in trainable if each is not parameter]) for parameter in trainable[1:]]
     for parameter in trainable:
         parameter.requires_grad_(True)
+        parameter.grad = None
     return first, [0, *more]
 
 

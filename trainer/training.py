@@ -1,12 +1,12 @@
 """One task → one update, with the same bits on machines of one numeric class."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from traincert.trainer.determinism import deterministic
 from traincert.trainer.errors import JobError
@@ -65,7 +65,7 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         begin = layout.add(state, segment, waiting)
         set_state(model, begin)
         model.to(job.device).train()
-        trained, forward = _freeze_all_but(model, layout, segment)
+        trained, cut = _freeze_all_but(model, layout, segment)
         optimizer = build_optimizer(job, trained, task.cycle)
         begins = accumulate((leaf.numel() for leaf in trained[:-1]), initial=segment.start)
         leaves = dict(zip(begins, trained, strict=True))
@@ -74,7 +74,10 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         loss_function = resolve(job.loss, "loss")
         for inputs, target in _batches(job, shard, task):
             optimizer.zero_grad()
-            loss_function(forward(*inputs), target).backward()
+            with _joined(model, cut):
+                loss = loss_function(model(*inputs), target)
+                if loss.requires_grad:  # not if this batch uses none of the segment's parameters
+                    loss.backward()
             optimizer.step()
         after = dict(state_of(model))
     kept = dict(memory)
@@ -102,16 +105,17 @@ def _waiting(job: TrainingJob, segment: Segment, memory: State) -> torch.Tensor:
 
 def _freeze_all_but(
     model: nn.Module, layout: Layout, segment: Segment
-) -> tuple[list[nn.Parameter], Callable[..., torch.Tensor]]:
-    """Return the leaf tensors to train, one for each of the segment's pieces, and the model as a function.
+) -> tuple[list[nn.Parameter], dict[str, list[torch.Tensor]]]:
+    """Return the leaf tensors to train, one for each of the segment's pieces, and the tensors that are cut.
 
-    Only these leaves require gradients: the backward pass ends at the first of them.
+    Only these leaves require gradients: the backward pass ends at the first of them. A tensor that is cut is given, by
+    name, as the flat parts that `_joined` puts together.
     """
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     leaves: list[nn.Parameter] = []
-    cut: dict[str, tuple[torch.Tensor, nn.Parameter, torch.Tensor]] = {}
+    cut: dict[str, list[torch.Tensor]] = {}
     for name, begin, end in layout.pieces(segment):
         parameter = parameters[name]
         if end - begin == parameter.numel():
@@ -121,16 +125,37 @@ def _freeze_all_but(
             flat = parameter.detach().reshape(-1)
             leaf = nn.Parameter(flat[begin:end].clone())
             leaves.append(leaf)
-            cut[name] = (flat[:begin], leaf, flat[end:])
-    if not cut:
-        return leaves, model
+            cut[name] = [flat[:begin], leaf, flat[end:]]
+    return leaves, cut
 
-    def forward(*inputs: torch.Tensor) -> torch.Tensor:
-        joined = {name: torch.cat(parts).view_as(parameters[name]) for name, parts in cut.items()}
-        outputs: torch.Tensor = functional_call(model, joined, inputs)
-        return outputs
 
-    return leaves, forward
+@contextmanager
+def _joined(model: nn.Module, cut: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[None]:
+    """Put tensors that are cut together, in place of the model's parameters.
+
+    It has to last for the backward pass, too, because activation checkpointing calls modules there. So this is not
+    torch.func.functional_call.
+    """
+    parameters = dict(model.named_parameters())
+    joined: dict[nn.Parameter, torch.Tensor] = {}
+    for name, parts in cut.items():
+        tensor = torch.cat(list(parts)).view_as(parameters[name])
+        tensor.register_hook(lambda gradient: gradient.to_dense() if gradient.is_sparse else gradient)
+        joined[parameters[name]] = tensor
+    # A tied parameter has several places.
+    places = [
+        (module, key, parameter)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if parameter in joined
+    ]
+    try:
+        for module, key, parameter in places:
+            module._parameters[key] = cast(nn.Parameter, joined[cast(nn.Parameter, parameter)])
+        yield
+    finally:
+        for module, key, parameter in places:
+            module._parameters[key] = parameter
 
 
 def _restore(optimizer: torch.optim.Optimizer, leaves: Mapping[int, nn.Parameter], memory: State) -> None:

@@ -14,13 +14,14 @@ from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.state import set_state, state_hash
+from traincert.trainer.updates import Reason
 from users_models import MODELS, MODULE, run
 
 WriteJob = Callable[..., Path]
 MakeTrainer = Callable[..., AbstractContextManager[Trainer]]
 
 
-@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("segments", [1, 2, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_users_model_is_trained(
     write_job: WriteJob, make_trainer: MakeTrainer, miners: list[bytes], tmp_path: Path, name: str, segments: int
@@ -76,7 +77,37 @@ def test_a_users_model_is_trained_with_compressed_updates(
         assert any(result.contributions for result in results)
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "Tied", "Frozen", "Brief", "Attention"])
+def test_a_segment_that_the_loss_does_not_depend_on_stays_as_it_is(
+    write_job: WriteJob, make_trainer: MakeTrainer, miners: list[bytes], tmp_path: Path
+) -> None:
+    path = write_job(MODULE, model='"{module}:Unused"', model_options=None, segments="3", cycles="3")
+    with make_trainer(TrainingJob.load(path), tmp_path / "one") as trainer:
+        start = trainer.start()
+        results = run(trainer, miners, 3)
+    assert {refusal.reason for result in results for refusal in result.refusals} == {Reason.NO_IMPROVEMENT}
+    assert results[-1].loss_after < 0.95 * start.evaluation.loss
+    after = results[-1].after.model
+    assert torch.equal(after["other.weight"], start.model["other.weight"])
+    assert not torch.equal(after["layer.weight"], start.model["layer.weight"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "batch_norm",
+        "Tied",
+        "Frozen",
+        "Brief",
+        "Attention",
+        "Unused",
+        "Scalar",
+        "Sparse",
+        "Checkpointed",
+        "weight_norm",
+        "spectral_norm",
+        "orthogonal",
+    ],
+)
 def test_a_users_model_is_cut_by_operations(
     write_job: WriteJob, make_trainer: MakeTrainer, miners: list[bytes], tmp_path: Path, name: str
 ) -> None:
@@ -85,7 +116,7 @@ def test_a_users_model_is_cut_by_operations(
     )
     with make_trainer(TrainingJob.load(path), tmp_path / "one") as trainer:
         assert {segment.start for segment in trainer.segments} <= set(trainer.layout.bounds)
-        results = run(trainer, miners[:2], 2)
+        results = run(trainer, miners, 2)
     assert results[-1].loss_after < results[0].loss_before
 
 
