@@ -29,11 +29,15 @@ def evaluate(
     model.eval()
     loss_function, metric_function = resolve(job.loss, "loss"), resolve(job.metric, "metric")
     size = batch_size or min(128, math.ceil(len(examples) / 4))
-    losses, metrics = [], []
-    for start in range(0, len(examples), size):
-        inputs, target = examples.batch(slice(start, start + size), job.device)
-        with torch.inference_mode():
-            outputs = model(*inputs).double()
-            losses.append(float(loss_function(outputs, target)) * len(target))
-            metrics.append(float(metric_function(outputs, target)) * len(target))
-    return Evaluation(nano_nats(math.fsum(losses) / len(examples)), math.fsum(metrics) / len(examples))
+    losses, weights, every = [], [], []
+    with torch.inference_mode():
+        for start in range(0, len(examples), size):
+            inputs, target = examples.batch(slice(start, start + size), job.device)
+            outputs = model(*inputs)
+            found = loss_function(outputs, target)
+            loss, weight = found if isinstance(found, tuple) else (float(found) * len(target), len(target))
+            losses.append(float(loss))
+            weights.append(float(weight))
+            every.append(outputs.cpu())
+        metric = float(metric_function(torch.cat(every), examples.target))
+    return Evaluation(nano_nats(math.fsum(losses) / math.fsum(weights), job.loss_offset), metric)

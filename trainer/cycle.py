@@ -132,12 +132,12 @@ class Trainer:
 
     def evaluate(self, model: State) -> Evaluation:
         """Return a model's loss and metric on the validation examples."""
-        return self._scorer.evaluate([model], self.validation)[0]
+        return self._scorer.evaluate(model, self.validation)
 
     def test(self, model: State) -> Evaluation:
         """Return a model's loss and metric on the test examples."""
         examples = read_examples(self.job, self.dataset.held_out_folder, self.dataset.test)
-        return self._scorer.evaluate([model], examples)[0]
+        return self._scorer.evaluate(model, examples)
 
     def run_cycle(
         self,
@@ -232,8 +232,7 @@ class Trainer:
             for order, update in zip(orders, readable, strict=True)
             if isinstance(update, Update)
         )
-        evaluations = self._scorer.evaluate(chain([before.model], candidates), examples)
-        loss_before, *losses = (each.loss for each in evaluations)
+        loss_before, *losses = self._scorer.losses(chain([before.model], candidates), examples)
 
         tasks, accepted = [], []
         left = iter(losses)

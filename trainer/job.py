@@ -97,9 +97,14 @@ class TrainingJob:
     """A safetensors file with the initial parameters and buffers, by name, such as a model in a run's store.
     Its path is relative to the job's file. Empty: `seed` decides the initial model."""
     loss: Reference = "traincert.trainer.models:cross_entropy"
-    """A function of the model's outputs and the target. It returns the mean loss, in nats."""
+    """A function of the model's outputs and the target. It returns the batch's mean loss, in nats; or its sum and its
+    weight, for example the number of tokens that are not masked: the loss of many batches is then their exact mean."""
+    loss_offset: Annotated[float, Field(ge=0)] = 0.0
+    """What is added to the validation loss before it is recorded: no recorded loss can be below 0. For losses that can
+    be negative, such as a density's, choose an offset that no model comes near. It changes no score, but `guard`."""
     metric: Reference = "traincert.trainer.models:accuracy"
-    """A function of the model's outputs and the target. It returns a mean, which is only shown; higher is better."""
+    """A function of the model's outputs and the target, of all examples at once. Its result is only shown; higher is
+    better."""
     target_metric: float | None = None
     """The metric that the final model should reach on the test examples. The report shows it."""
 
@@ -131,7 +136,7 @@ class TrainingJob:
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The outer optimizer's Nesterov momentum, from cycle to cycle."""
     guard: Annotated[float, Field(gt=0)] = 0.2
-    """How far the validation loss may rise above the lowest so far, as a share. 0.2: 20 %.
+    """How far the validation loss, with `loss_offset`, may rise above the lowest so far, as a share. 0.2: 20 %.
     If a cycle would raise it more, the model's move is halved, up to four times; then the model stays as it is."""
     density: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of an update's values that a miner sends. 1: all values, as float32.

@@ -118,11 +118,19 @@ class Transformer(nn.Module):
         return logits
 
 
-def cross_entropy(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy, in nats, of logits (..., classes) and class numbers (...)."""
-    return nn.functional.cross_entropy(outputs.flatten(0, -2), target.flatten().long())
+def cross_entropy(outputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy, in nats, of logits (..., classes) and class numbers (...): its sum and the count.
+
+    A target of -100 is masked, as in torch.nn.functional.cross_entropy: it is in neither.
+    """
+    classes = target.flatten().long()
+    total = nn.functional.cross_entropy(outputs.flatten(0, -2), classes, reduction="sum", ignore_index=-100)
+    return total, (classes != -100).sum()
 
 
 def accuracy(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the accuracy, 0 to 1: how often the greatest of the logits (..., classes) is that of the target (...)."""
-    return (outputs.argmax(dim=-1) == target).double().mean()
+    """Return the accuracy, 0 to 1: how often the greatest of the logits (..., classes) is that of the target (...).
+
+    Targets of -100 do not count, as in `cross_entropy`.
+    """
+    return (outputs.argmax(dim=-1) == target)[target != -100].double().mean()

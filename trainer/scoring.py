@@ -5,14 +5,16 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from traincert.trainer.determinism import deterministic
+from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob, resolve
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Examples
@@ -46,8 +48,8 @@ class Contribution:
 class Evaluation:
     """A model's loss and metric on some examples."""
 
-    loss: int  # mean, nano-nats
-    metric: float  # mean of the job's metric
+    loss: int  # mean, nano-nats, with the job's loss_offset
+    metric: float  # the job's metric
 
 
 class Scorer:
@@ -68,33 +70,56 @@ class Scorer:
         self._pool.shutdown(cancel_futures=True)
 
     @deterministic()
-    def evaluate(self, states: Iterable[State], examples: Examples) -> list[Evaluation]:
-        """Return each state's loss and metric on `examples`.
+    def losses(self, states: Iterable[State], examples: Examples) -> list[int]:
+        """Return each state's mean loss on `examples`, in nano-nats.
 
-        Losses are float64, computed from the model's outputs, summed, and divided once by the number of examples. A
-        loss that is NaN, or above 64 bits of nano-nats, counts as `MAX_NANO_NATS`.
+        The model's outputs go to the job's loss as they are. The batches' losses are added in float64, and divided once
+        by their weight. A loss that is NaN, or above 64 bits of nano-nats, counts as `MAX_NANO_NATS`.
 
         This takes one state for each thread from `states` at a time: not all have to fit into memory.
+
+        Raises JobError if a loss is below 0 with the job's `loss_offset` added.
         """
+        return [loss for loss, _ in self._measure_all(states, examples, keep_outputs=False)]
+
+    @deterministic()
+    def evaluate(self, state: State, examples: Examples) -> Evaluation:
+        """Return a state's loss, as `losses` does, and its metric, of the outputs for all examples at once."""
+        ((loss, outputs),) = self._measure_all([state], examples, keep_outputs=True)
+        with torch.inference_mode():
+            metric = resolve(self._job.metric, "metric")(_concatenate(outputs), examples.batch(slice(None)).target)
+        return Evaluation(loss, float(metric))
+
+    def _measure_all(
+        self, states: Iterable[State], examples: Examples, *, keep_outputs: bool
+    ) -> Iterator[tuple[int, list[Any]]]:
         batches = _batches(examples)
         left = iter(states)
-        found: list[Evaluation] = []
         while group := list(itertools.islice(left, self._threads)):
-            totals = list(self._pool.map(self._measure, itertools.product(group, batches)))
-            starts = range(0, len(totals), len(batches))
-            found += [_evaluation(totals[start : start + len(batches)], examples) for start in starts]
-        return found
+            pairs = itertools.product(group, batches)
+            measured = list(self._pool.map(lambda pair: self._measure(*pair, keep_outputs=keep_outputs), pairs))
+            for start in range(0, len(measured), len(batches)):
+                losses, weights, outputs = zip(*measured[start : start + len(batches)], strict=True)
+                weight = math.fsum(weights)
+                loss = math.fsum(losses) / weight if weight else math.nan
+                yield nano_nats(loss, self._job.loss_offset), list(outputs)
 
-    def _measure(self, pair: tuple[State, Examples]) -> tuple[float, float]:
-        state, batch = pair
+    def _measure(self, state: State, batch: Examples, *, keep_outputs: bool) -> tuple[float, float, Any]:
+        """Return the batch's loss (nats), summed up, its weight, and the model's outputs on the CPU, or None."""
         mine = self._models
         if not hasattr(mine, "model"):
-            mine.model = build_model(self._job).to(self._job.device)
+            mine.model = build_model(self._job).to(self._job.device).eval()
             mine.state = None
         if mine.state is not state:
             set_state(mine.model, state)
             mine.state = state
-        return _measure(mine.model, self._job, batch)
+        inputs, target = batch.batch(slice(None), self._job.device)
+        with torch.inference_mode():
+            outputs = mine.model(*inputs)
+            found = resolve(self._job.loss, "loss")(outputs, target)
+        # A mean has the weight of the batch's examples.
+        total, weight = found if isinstance(found, tuple) else (float(found) * len(target), len(target))
+        return float(total), float(weight), _to_cpu(outputs) if keep_outputs else None
 
 
 def _batches(examples: Examples) -> list[Examples]:
@@ -108,26 +133,31 @@ def _batches(examples: Examples) -> list[Examples]:
     ]
 
 
-def _measure(model: nn.Module, job: TrainingJob, batch: Examples) -> tuple[float, float]:
-    """Return the sums of the batch's losses (nats) and metrics."""
-    inputs, target = batch.batch(slice(None), job.device)
-    model.eval()
-    with torch.inference_mode():
-        outputs = model(*inputs).double()
-        loss, metric = resolve(job.loss, "loss")(outputs, target), resolve(job.metric, "metric")(outputs, target)
-    return float(loss) * len(target), float(metric) * len(target)
+def _to_cpu(outputs: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), outputs)
 
 
-def _evaluation(totals: Sequence[tuple[float, float]], examples: Examples) -> Evaluation:
-    loss, metric = (math.fsum(column) / len(examples) for column in zip(*totals, strict=True))
-    return Evaluation(nano_nats(loss), metric)
+def _concatenate(outputs: Sequence[Any]) -> Any:
+    """Return the outputs of all batches, tensors or structures of tensors (N, ...), as those of one batch."""
+    leaves = [tree_flatten(each)[0] for each in outputs]
+    _, structure = tree_flatten(outputs[0])
+    return tree_unflatten([torch.cat(column) for column in zip(*leaves, strict=True)], structure)
 
 
-def nano_nats(loss: float) -> int:
-    """Return a loss as nano-nats: nats times 10⁹, rounded, 0 to `MAX_NANO_NATS`. NaN gives `MAX_NANO_NATS`."""
-    if not loss * 1e9 < MAX_NANO_NATS:
+def nano_nats(loss: float, offset: float = 0.0) -> int:
+    """Return a loss plus an offset as nano-nats: nats times 10⁹, rounded, 0 to `MAX_NANO_NATS`.
+
+    NaN gives `MAX_NANO_NATS`. Raises JobError for a number below 0.
+    """
+    shifted = (loss + offset) * 1e9
+    if not shifted < MAX_NANO_NATS:
         return MAX_NANO_NATS
-    return max(0, round(loss * 1e9))
+    if round(shifted) < 0:
+        raise JobError(
+            f"loss_offset = {offset:g}: the loss is {loss:g} nats, and no loss may be below 0 with the offset added; "
+            f"choose an offset that is greater than {-loss:g} and than that of every better model"
+        )
+    return round(shifted)
 
 
 def score(miner: bytes, update: bytes, params: int, loss_before: int, loss_after: int) -> Contribution:

@@ -145,6 +145,7 @@ def _count_flops(model: nn.Module, job: TrainingJob, examples: Examples) -> tupl
             parameter.requires_grad_(True)
         with FlopCounterMode(display=False) as counter:
             found = loss(model(*batch.inputs), batch.target)
+            found = found[0] if isinstance(found, tuple) else found
             if found.requires_grad:  # not if it depends on none of them
                 found.backward()  # torch.autograd.grad does not work with FlopCounterMode and parametrizations
         return int(counter.get_total_flops())

@@ -75,9 +75,10 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         for inputs, target in _batches(job, shard, task):
             optimizer.zero_grad()
             with _joined(model, cut):
-                loss = loss_function(model(*inputs), target)
-                if loss.requires_grad:  # not if this batch uses none of the segment's parameters
-                    loss.backward()
+                loss = mean_loss(loss_function(model(*inputs), target))
+                # There is nothing to learn if all of the batch is masked, or it uses none of the segment's parameters.
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         after = dict(state_of(model))
     kept = dict(memory)
@@ -94,6 +95,14 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         residual[segment.start : segment.end] = move - sent
         return Trained(data, kept | {_RESIDUAL: residual})
     return Trained(encode_update(Update(move, buffers), 1)[0], kept)
+
+
+def mean_loss(found: torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]) -> torch.Tensor:
+    """Return what a job's loss function returned, a mean or a sum and its weight, as a mean. It is 0 for no weight."""
+    if not isinstance(found, tuple):
+        return found
+    total, weight = found
+    return total / weight if weight else torch.zeros(())
 
 
 def _waiting(job: TrainingJob, segment: Segment, memory: State) -> torch.Tensor:
@@ -129,6 +138,10 @@ def _freeze_all_but(
     return leaves, cut
 
 
+def _to_dense(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
 @contextmanager
 def _joined(model: nn.Module, cut: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[None]:
     """Put tensors that are cut together, in place of the model's parameters.
@@ -140,7 +153,7 @@ def _joined(model: nn.Module, cut: Mapping[str, Sequence[torch.Tensor]]) -> Iter
     joined: dict[nn.Parameter, torch.Tensor] = {}
     for name, parts in cut.items():
         tensor = torch.cat(list(parts)).view_as(parameters[name])
-        tensor.register_hook(lambda gradient: gradient.to_dense() if gradient.is_sparse else gradient)
+        tensor.register_hook(_to_dense)  # type: ignore[no-untyped-call]
         joined[parameters[name]] = tensor
     # A tied parameter has several places.
     places = [
@@ -151,7 +164,7 @@ def _joined(model: nn.Module, cut: Mapping[str, Sequence[torch.Tensor]]) -> Iter
     ]
     try:
         for module, key, parameter in places:
-            module._parameters[key] = cast(nn.Parameter, joined[cast(nn.Parameter, parameter)])
+            module._parameters[key] = cast(nn.Parameter, joined[parameter])
         yield
     finally:
         for module, key, parameter in places:

@@ -23,6 +23,7 @@ from traincert.trainer.job import TrainingJob, resolve
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset, read_examples
 from traincert.trainer.state import initial_state, set_state, state_bytes, state_of
+from traincert.trainer.training import mean_loss
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
         batch, left = left[: arguments.batch_size], left[arguments.batch_size :]
         optimizer.zero_grad()
         outputs = model(*(column[batch].to(job.device) for column in inputs))
-        loss_function(outputs, target[batch].to(job.device)).backward()
+        mean_loss(loss_function(outputs, target[batch].to(job.device))).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     if job.device == "cuda":
         torch.cuda.synchronize()
