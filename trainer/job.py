@@ -106,7 +106,7 @@ class TrainingJob:
     """A function of the model's outputs and the target, of all examples at once. Its result is only shown; higher is
     better."""
     target_metric: float | None = None
-    """The metric that the final model should reach on the test examples. The report shows it."""
+    """The metric that the final model should reach on the test examples. If it does not, `traincert job run` fails."""
 
     segments: Annotated[int, Field(ge=1, le=4096)] = 1
     """How many segments the model's trainable parameters are cut into. 1: each miner trains the whole model."""
@@ -143,8 +143,9 @@ class TrainingJob:
     Below 1: the values of greatest magnitude, each as its sign; the miner keeps the residual (error feedback)."""
     residual_decay: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The share of its residual, the values not sent, that a miner takes into its next task."""
-    max_update_norm: Annotated[float, Field(gt=0)] = 10.0
-    """The greatest L2 norm of an update's parameters. An update with a greater norm is refused."""
+    max_update_norm: Annotated[float, Field(gt=0)] | None = None
+    """The greatest L2 norm of an update's parameters. An update with a greater norm is refused.
+    Not set: the square root of the number of the segment's parameters, at least 10."""
     task_seconds: Annotated[float, Field(gt=0)] = 600.0
     """How many seconds a task may take. A slower task is refused as late."""
     score_examples: Annotated[int, Field(ge=0)] = 0

@@ -1,16 +1,19 @@
 """Run a job in a run folder: from its beginning, or from where it was interrupted, to its end."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from traincert.trainer.cycle import Trainer
+from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.errors import RunError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import Record, RunFolder
 from traincert.trainer.report import TensorBoard, write_report
 from traincert.trainer.scoring import Evaluation
+from traincert.trainer.updates import Reason
 
 
 class View(Protocol):
@@ -43,7 +46,8 @@ def run_job(job: TrainingJob, folder: Path, miners: int, workers: int, view: Vie
 
     If it is killed at any moment, another call continues the run and gives the same hashes.
 
-    Raises TrainerError if the run cannot be finished.
+    Raises TrainerError if the run cannot be finished, also if a cycle trained nothing: all updates were refused, none
+    because it improves nothing. That cycle is not saved: another call does it again.
     """
     ids = [hashlib.sha256(b"miner" + number.to_bytes(8, "little")).digest() for number in range(miners)]
     with RunFolder(folder, job) as run:
@@ -63,6 +67,7 @@ def run_job(job: TrainingJob, folder: Path, miners: int, workers: int, view: Vie
                 while run.cycles < job.cycles:
                     view.step(f"cycle {run.cycles + 1} of {job.cycles}")
                     result = trainer.run_cycle(state, ids, seed=run.seed(), on_update=view.update)
+                    _check_trained(result)
                     run.save(run.next_record(result))
                     state = result.after
                     board.add(run.records[-1])
@@ -70,3 +75,14 @@ def run_job(job: TrainingJob, folder: Path, miners: int, workers: int, view: Vie
             view.step("testing")
             test = trainer.test(state.model)
         return Finished(run.head, test, write_report(folder / "report", job, run.records, test))
+
+
+def _check_trained(result: CycleResult) -> None:
+    refusals = result.refusals
+    if len(refusals) < len(result.tasks) or any(each.reason is Reason.NO_IMPROVEMENT for each in refusals):
+        return
+    (reason, detail), count = Counter((each.reason, each.detail) for each in refusals).most_common(1)[0]
+    raise RunError(
+        f"cycle {result.after.cycle}: all {len(refusals)} updates were refused, so nothing was trained; "
+        f"{count} as {reason}: {detail}"
+    )

@@ -107,7 +107,7 @@ def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -
     """Check and decode `data`, the untrusted bytes of an update of `segment`. Cheap checks come first.
 
     Raises UpdateError if the tensors have other names, dtypes or shapes than the job asks for, are not in canonical
-    safetensors, or are not finite, or if the move's L2 norm is above `job.max_update_norm`.
+    safetensors, or are not finite, or if the move's L2 norm is above `max_norm`.
     """
     expected = _expected(job, segment, state)
     # Allow twice the expected size: an update with wrong names or wider dtypes then gets that as its reason.
@@ -137,9 +137,14 @@ def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -
     move = tensors["move"] if job.density == 1 else _read_compressed(tensors, segment.params, job.density)
     buffers = {name.removeprefix(_BUFFER): each for name, each in tensors.items() if name.startswith(_BUFFER)}
     norm = float(move.double().norm())
-    if norm > job.max_update_norm:
-        raise UpdateError(Reason.NORM_TOO_LARGE, f"L2 norm {norm:g}, at most {job.max_update_norm:g}")
+    if norm > (most := max_norm(job, segment)):
+        raise UpdateError(Reason.NORM_TOO_LARGE, f"L2 norm {norm:g}, at most {most:g} (max_update_norm)")
     return Update(move, buffers)
+
+
+def max_norm(job: TrainingJob, segment: Segment) -> float:
+    """Return the greatest L2 norm that the move of an update of `segment` may have."""
+    return job.max_update_norm or max(10.0, math.sqrt(segment.params))
 
 
 _SIZES = {"F32": 4, "I64": 8, "U8": 1}

@@ -65,6 +65,8 @@ def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
     )
     console.print(f"last record {report.head.hex()}", soft_wrap=True)
     console.print(f"report: {report.path}\nTensorBoard: tensorboard --logdir {shlex.quote(str(out))}", soft_wrap=True)
+    if training_job.target_metric is not None and not report.test.metric >= training_job.target_metric:
+        raise BridgeError(f"test {metric} {report.test.metric:.4f} misses target_metric = {training_job.target_metric}")
 
 
 @job.command("replay")

@@ -282,3 +282,26 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
         subprocess.run(["/bin/mount", "-o", "remount,size=50m", str(disk)], check=True)
         done = run_job(TrainingJob.load(job_file), disk / "run", 4, 1, Silent())
     assert done.head.hex() == head(finished[1])
+
+
+def test_a_cycle_that_trains_nothing_ends_the_run(tmp_path: Path) -> None:
+    strict = tmp_path / "strict.toml"
+    strict.write_text(JOB + "max_update_norm = 0.001\n", encoding="utf-8")
+    answer = traincert("job", "run", strict, "--out", tmp_path / "run")
+    assert answer.returncode == 1
+    assert re.search(
+        r"cycle 1: all 4 updates were refused, so nothing was trained; 1 as norm-too-large: L2 norm [\d.]+, at most "
+        r"0.001 \(max_update_norm\)",
+        answer.stderr.replace("\n", " "),
+    ), answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert len(records(tmp_path / "run")) == 1
+
+
+def test_a_target_that_is_missed_is_a_failure(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.toml"
+    missing.write_text(JOB.replace(f"cycles = {CYCLES}", "cycles = 1") + "target_metric = 1.1\n", encoding="utf-8")
+    answer = traincert("job", "run", missing, "--out", tmp_path / "run")
+    assert answer.returncode == 1
+    assert re.search(r"test accuracy 0\.\d+ misses target_metric = 1.1", answer.stderr), answer.stderr
+    assert (tmp_path / "run/report/report.html").is_file()

@@ -16,7 +16,7 @@ from torch import nn
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State, state_bytes, state_from_bytes, state_hash, state_of
-from traincert.trainer.updates import CHUNK, Reason, Update, UpdateError, encode_update, read_update
+from traincert.trainer.updates import CHUNK, Reason, Update, UpdateError, encode_update, max_norm, read_update
 
 JOB = replace(TrainingJob.named("digits"), max_update_norm=5.0, density=1.0)
 SEGMENT = Segment(2, 11, ("mean", "count"))
@@ -315,3 +315,10 @@ def test_a_share_of_an_update_is_that_of_each_value() -> None:
     assert quarter.buffers["mean"].tolist() == [0.25, 0.75]
     assert quarter.buffers["count"].dtype == torch.int64
     assert int(quarter.buffers["count"]) == 1
+
+
+def test_the_greatest_norm_grows_with_the_parameters_unless_it_is_set() -> None:
+    free = replace(JOB, max_update_norm=None)
+    assert max_norm(free, Segment(0, 50)) == 10
+    assert max_norm(free, Segment(10, 4_000_010)) == 2000
+    assert max_norm(JOB, Segment(0, 4_000_000)) == 5
