@@ -3,6 +3,9 @@
 from traincert.trainer.cycle import CycleResult, Trainer
 
 MODULE = """
+    import random
+
+    import numpy as np
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy, relu
@@ -151,6 +154,27 @@ MODULE = """
             words = (x * 4).long().clamp(-32, 32) + 32
             return self.layer(self.embedding(words).flatten(1))
 
+    class Flags(nn.Module):
+        # buffers of bools, float64 and complex numbers that training changes, and constants of numpy and random
+        def __init__(self):
+            super().__init__()
+            self.layers = plain()
+            self.register_buffer("seen", torch.zeros(10, dtype=torch.bool))
+            self.register_buffer("mean", torch.full((64,), 1 / 3, dtype=torch.float64))
+            self.register_buffer("phase", torch.full((4,), 1 + 2j, dtype=torch.complex64))
+            self.register_buffer("constant", torch.full((4,), 1 / 3 + 2j / 3, dtype=torch.complex64))
+            self.signs = torch.from_numpy(np.random.choice([-1.0, 1.0], 64)).float()
+            self.order = random.sample(range(64), 64)
+
+        def forward(self, x):
+            x = x[:, self.order] * self.signs
+            if self.training:
+                with torch.no_grad():
+                    self.seen[x.argmax(1) % 10] = True
+                    self.mean += 0.1 * (x.double().mean(0) - self.mean)
+                    self.phase *= 1j
+            return self.layers(x)
+
     def weight_norm():
         return nn.Sequential(parametrizations.weight_norm(nn.Linear(64, 16)), nn.ReLU(), nn.Linear(16, 10))
 
@@ -175,6 +199,7 @@ MODELS = [
     "Attention",
     "Recurrent",
     "Checkpointed",
+    "Flags",
     "Sparse",
     "weight_norm",
     "spectral_norm",

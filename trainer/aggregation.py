@@ -54,15 +54,17 @@ def aggregate(
             momentum = (moving[here].double() * job.outer_momentum + mean) * share
             moved[here] = (momentum * job.outer_momentum + mean * share) * job.outer_learning_rate
             moving[here] = momentum
-        buffers = {
-            name: _weighted_mean([(each.contribution.weight, each.update.buffers[name]) for each in updates])
-            for name in segment.buffers
-        }
-        rounded = {
-            name: mean.float() if state[name].is_floating_point() else mean.round().long()
-            for name, mean in buffers.items()
-        }
-        state = Update(moved, rounded).applied(layout, segment, state)
+        buffers: dict[str, torch.Tensor] = {}
+        for name in segment.buffers:
+            changes = [each.update.buffers.get(name) for each in updates]
+            sent = [each for each in changes if each is not None]
+            if sent:  # the others' did not change
+                every = [torch.zeros_like(sent[0]) if each is None else each for each in changes]
+                mean = _weighted_mean(
+                    [(each.contribution.weight, one) for each, one in zip(updates, every, strict=True)]
+                )
+                buffers[name] = (mean if sent[0].is_floating_point() else mean.round()).to(sent[0].dtype)
+        state = Update(moved, buffers).applied(layout, segment, state)
     return state, velocity
 
 

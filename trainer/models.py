@@ -1,30 +1,63 @@
 """Build a job's model; the models, losses and metrics that come with the trainer."""
 
+import threading
 from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from traincert.trainer.determinism import seeded
 from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob, call
 
+TRAINED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""The dtypes of parameters that can be trained."""
+STORED_DTYPES = (
+    *TRAINED_DTYPES,
+    torch.complex64,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
+"""The dtypes that parameters and buffers may have."""
+
+_BUILDING = threading.Lock()  # numpy and `random` have one state for all threads
+
 
 def build_model(job: TrainingJob) -> nn.Module:
-    """Build the job's model on the CPU, with random parameters from `job.seed`.
-
-    torch's global random state on the CPU does not change.
+    """Build the job's model on the CPU. All that it draws, from torch, numpy or `random`, depends on `job.seed` alone.
 
     Raises JobError if the function `job.model` does not exist, does not take the job's options, or does not return a
-    module with a trainable parameter.
+    module with a trainable parameter; or if the module has a tensor that cannot be trained or stored.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.seed)
+    with _BUILDING, seeded(job.seed):
         model = call(job.model, job.model_options, "model")
     if not isinstance(model, nn.Module):
         raise JobError(f"model = {job.model!r}: returned {type(model).__name__}, not a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise JobError(f"model = {job.model!r}: has no parameter to train")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if reason := _unusable(tensor):
+            raise JobError(f"model = {job.model!r}: {name} {reason}")
     return model
+
+
+def _unusable(tensor: torch.Tensor) -> str:
+    """Return why a parameter or buffer cannot be in a job's model, or an empty string."""
+    if is_lazy(tensor):
+        return "has no shape yet: it is of a lazy module; use the module that is not lazy"
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return f"is {tensor.layout if tensor.layout is not torch.strided else 'quantized'}: it must be a dense tensor"
+    if tensor.dtype not in STORED_DTYPES:
+        return f"is {tensor.dtype}: it must be one of {', '.join(str(dtype)[6:] for dtype in STORED_DTYPES)}"
+    if tensor.requires_grad and tensor.dtype not in TRAINED_DTYPES:
+        names = ", ".join(str(dtype)[6:] for dtype in TRAINED_DTYPES)
+        return f"is {tensor.dtype} and requires gradients: only {names} can be trained"
+    return ""
 
 
 def mlp(inputs: int, hidden: list[int], classes: int) -> nn.Module:

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 from traincert.trainer.datasets import Array, Chunk, RawDataset
+from traincert.trainer.determinism import seeded
 from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob, call
 from traincert.trainer.store import read_blob, sync_folder, verify_blob, write_blob, write_file
@@ -192,7 +193,8 @@ class _Preparation:
     def __init__(self, job: TrainingJob, key: bytes) -> None:
         self.job = job
         self.key = key
-        raw = call(job.dataset, job.dataset_options, "dataset")
+        with seeded(job.shuffle_seed):
+            raw = call(job.dataset, job.dataset_options, "dataset")
         if not isinstance(raw, RawDataset):
             raise JobError(f"dataset = {job.dataset!r}: returned {type(raw).__name__}, not a datasets.RawDataset")
         self.raw = raw
@@ -242,7 +244,7 @@ class _Preparation:
         A block is a part of a chunk. Its small size limits the memory of the computations on it.
         """
         start = 0
-        for chunk in split():
+        for chunk in self._raw_chunks(split):
             count = len(chunk[self.names[0]])
             rows = max(1, min(_BLOCK // max(1, chunk[name][:1].nbytes) for name in self.names))
             for first in range(0, count, rows):
@@ -250,10 +252,14 @@ class _Preparation:
                 yield start + first, block
             start += count
 
+    def _raw_chunks(self, split: Callable[[], Iterable[Chunk]]) -> Iterator[Chunk]:
+        with seeded(self.job.shuffle_seed):  # so that each pass gives the same chunks
+            yield from split()
+
     def _count(self, split: Callable[[], Iterable[Chunk]], name: str) -> int:
         """Count a split's examples, and check that all chunks have the same columns."""
         count = 0
-        for chunk in split():
+        for chunk in self._raw_chunks(split):
             self._check(chunk, name)
             count += len(chunk[self.names[0]])
         if not count:

@@ -57,8 +57,8 @@ class Layout:
             names = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
             seen += sum(name in trainable for name in names)
             place = max(0, self.bounds[seen] - 1)
-            for name, buffer in module.named_buffers(prefix, recurse=False):
-                if name in kept and buffer.dtype is not torch.bool:  # a bool buffer is a constant mask
+            for name, _ in module.named_buffers(prefix, recurse=False):
+                if name in kept:
                     self.buffers.append((place, name))
 
     @property

@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from traincert.trainer.determinism import deterministic
+from traincert.trainer.determinism import deterministic, seeded
 from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob, resolve, takes
 from traincert.trainer.models import build_model
@@ -16,7 +16,7 @@ from traincert.trainer.preprocessing import Examples
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State, set_state, state_of
 from traincert.trainer.tasks import Task
-from traincert.trainer.updates import Update, encode_update
+from traincert.trainer.updates import Update, change, encode_update
 
 _RESIDUAL = "residual"
 _OPTIMIZER = "optimizer."
@@ -55,8 +55,7 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
     `memory` is the `Trained.memory` of the miner's last task. It is empty in the first task, and if the job keeps
     neither the optimizer's state nor a residual.
     """
-    with torch.random.fork_rng([torch.cuda.current_device()] if job.device == "cuda" else []):
-        torch.manual_seed(_seed(task))  # for dropout and the like
+    with seeded(_seed(task), [torch.cuda.current_device()] if job.device == "cuda" else []):  # for dropout and the like
         model = build_model(job)
         layout = Layout(model)
         waiting = _waiting(job, segment, memory)
@@ -88,7 +87,8 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         if leaf.numel() != after[piece.name].numel():
             after[piece.name].view(-1)[piece.begin : piece.end] = leaf.detach().cpu()
     move = layout.flatten(after, segment) - layout.flatten(begin, segment) + waiting
-    buffers = {name: _change(state[name], after[name]) for name in segment.buffers}
+    changes = {name: change(state[name], after[name]) for name in segment.buffers}
+    buffers = {name: delta for name, delta in changes.items() if delta.any()}
     if job.density < 1:
         data, sent = encode_update(Update(move, buffers), job.density)
         residual = memory[_RESIDUAL].clone() if _RESIDUAL in memory else torch.zeros(layout.params)
@@ -207,8 +207,3 @@ def _batches(job: TrainingJob, shard: Examples, task: Task) -> Iterator[Examples
 
 def _seed(task: Task) -> int:
     return int.from_bytes(task.seed[:8], "little", signed=True)
-
-
-def _change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    kind = torch.float32 if before.is_floating_point() else torch.int64
-    return after.to(kind) - before.to(kind)

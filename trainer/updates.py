@@ -58,7 +58,7 @@ class Update:
     """The change of a segment: what a task added to its parameters and buffers."""
 
     move: torch.Tensor  # (params,) float32
-    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float32; int64 for integer buffers
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)  # those that changed; as `change` returns it
 
     def scaled(self, share: float) -> "Update":
         """Return the change times `share`, 0 to 1. Integers are rounded."""
@@ -72,8 +72,30 @@ class Update:
         """Return a new state: `state` plus this change of `segment`."""
         changed = dict(layout.add(state, segment, self.move))
         for name, delta in self.buffers.items():
-            changed[name] = (state[name].to(delta.dtype) + delta).to(state[name].dtype)
+            before = state[name]
+            values = _numbers(before) + delta
+            if before.is_complex():
+                changed[name] = torch.view_as_complex(values).to(before.dtype)
+            else:
+                changed[name] = values.to(before.dtype)
         return changed
+
+
+def change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return a buffer's change.
+
+    It is float32, float64 for a buffer of float64, or int64 for one of integers or bools. For a complex buffer (...) it
+    is (..., 2): real and imaginary parts.
+    """
+    return _numbers(after) - _numbers(before)
+
+
+def _numbers(buffer: torch.Tensor) -> torch.Tensor:
+    if buffer.is_complex():
+        return torch.view_as_real(buffer.resolve_conj())
+    if buffer.is_floating_point():
+        return buffer.to(torch.promote_types(buffer.dtype, torch.float32))
+    return buffer.long()
 
 
 def encode_update(update: Update, density: float) -> tuple[bytes, torch.Tensor]:
@@ -118,9 +140,12 @@ def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -
         found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in safetensors.deserialize(data)}  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise UpdateError(Reason.MALFORMED, str(error)[:200]) from None
-    if found.keys() != expected.keys():
+    required = {name for name in expected if not name.startswith(_BUFFER)}
+    if not required <= found.keys() <= expected.keys():
         raise UpdateError(Reason.WRONG_NAMES, f"expected {sorted(expected)}, found {repr(sorted(found))[:200]}")
     for name, (dtype, shape) in expected.items():
+        if name not in found:  # a buffer that did not change
+            continue
         if found[name][0] != dtype:
             raise UpdateError(Reason.WRONG_DTYPE, f"{name}: expected {dtype}, found {found[name][0]}")
         right = (
@@ -136,6 +161,9 @@ def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -
             raise UpdateError(Reason.NOT_FINITE, f"{name} has a value that is NaN or infinite")
     move = tensors["move"] if job.density == 1 else _read_compressed(tensors, segment.params, job.density)
     buffers = {name.removeprefix(_BUFFER): each for name, each in tensors.items() if name.startswith(_BUFFER)}
+    for name, delta in buffers.items():
+        if not delta.any():
+            raise UpdateError(Reason.NOT_CANONICAL, f"{_BUFFER}{name}: a buffer that did not change")
     norm = float(move.double().norm())
     if norm > (most := max_norm(job, segment)):
         raise UpdateError(Reason.NORM_TOO_LARGE, f"L2 norm {norm:g}, at most {most:g} (max_update_norm)")
@@ -147,7 +175,7 @@ def max_norm(job: TrainingJob, segment: Segment) -> float:
     return job.max_update_norm or max(10.0, math.sqrt(segment.params))
 
 
-_SIZES = {"F32": 4, "I64": 8, "U8": 1}
+_SIZES = {"F64": 8, "F32": 4, "I64": 8, "U8": 1}
 
 
 def _expected(job: TrainingJob, segment: Segment, state: State) -> dict[str, tuple[str, list[int]]]:
@@ -163,8 +191,9 @@ def _expected(job: TrainingJob, segment: Segment, state: State) -> dict[str, tup
             "scales": ("F32", [-(-segment.params // CHUNK)]),
         }
     for name in segment.buffers:
-        dtype = "F32" if state[name].is_floating_point() else "I64"
-        tensors[_BUFFER + name] = (dtype, list(state[name].shape))
+        numbers = _numbers(state[name])
+        dtype = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64"}[numbers.dtype]
+        tensors[_BUFFER + name] = (dtype, list(numbers.shape))
     return tensors
 
 

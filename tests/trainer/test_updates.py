@@ -57,7 +57,7 @@ HOSTILE: list[tuple[Reason, bytes]] = [
     (Reason.MALFORMED, state_bytes(GOOD) + b"\0"),
     (Reason.MALFORMED, with_header(lambda header: header.pop("move"))),
     (Reason.WRONG_NAMES, without("move")),
-    (Reason.WRONG_NAMES, without("buffer.mean")),
+    (Reason.NOT_CANONICAL, state_bytes({**GOOD, "buffer.mean": torch.zeros(3)})),
     (Reason.WRONG_NAMES, state_bytes({**GOOD, "v": torch.ones(1)})),
     (Reason.WRONG_NAMES, state_bytes({"move": GOOD["move"], "\n" * 9: GOOD["buffer.mean"]})),
     (Reason.WRONG_NAMES, state_bytes({})),
@@ -128,6 +128,7 @@ HOSTILE_COMPRESSED: list[tuple[Reason, bytes]] = [
 @pytest.mark.parametrize(("reason", "data"), HOSTILE, ids=[reason for reason, _ in HOSTILE])
 def test_a_hostile_update_is_refused_with_its_reason(reason: Reason, data: bytes) -> None:
     assert read_update(state_bytes(GOOD), JOB, SEGMENT, STATE).buffers.keys() == {"mean", "count"}
+    assert read_update(without("buffer.mean"), JOB, SEGMENT, STATE).buffers.keys() == {"count"}  # it did not change
     with pytest.raises(UpdateError) as caught:
         read_update(data, JOB, SEGMENT, STATE)
     assert caught.value.reason == reason

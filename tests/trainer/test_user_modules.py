@@ -1,18 +1,21 @@
 """Models, datasets, losses and metrics from a module beside the job's file: whatever PyTorch can train."""
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import prepare_dataset
+from traincert.trainer.preprocessing import prepare_dataset, read_examples
 from traincert.trainer.state import set_state, state_hash
 from traincert.trainer.updates import Reason
 from users_models import MODELS, MODULE, run
@@ -60,6 +63,12 @@ def test_a_users_model_is_trained(
         assert after["seen"].sum() > 0
         assert after["mask"].all()
         assert "cache" not in after
+
+    if name == "Flags":
+        assert after["seen"].any()
+        assert not torch.equal(after["mean"], start.model["mean"])
+        assert not torch.equal(after["phase"], start.model["phase"])
+        assert torch.equal(after["constant"], start.model["constant"])
 
     with make_trainer(job, tmp_path / "again") as trainer:
         assert state_hash(run(trainer, miners[:2], 3)[-1].after.model) == state_hash(after)
@@ -191,3 +200,59 @@ def test_a_module_beside_the_job_hides_nobodys(write_job: WriteJob, tmp_path: Pa
     assert sys.path.count(str(tmp_path)) == 1
     TrainingJob.load(write_job())
     assert sys.path.count(str(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("nn.ParameterList([of(torch.complex64), of(torch.float32)])", "0 is torch.complex64 and requires gradients"),
+        ("nn.ParameterList([of(torch.float32), nn.Parameter(of(torch.complex128), False)])", "1 is torch.complex128:"),
+        ("nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))", "0.weight has no shape yet: it is of a lazy module"),
+        ("nn.ParameterList([of(torch.float32).to_sparse(), of(torch.float32)])", "0 is torch.sparse_coo: it must be"),
+    ],
+)
+def test_a_tensor_that_cannot_be_trained_or_stored_is_named(write_job: WriteJob, model: str, said: str) -> None:
+    module = f"""
+        import torch
+        from torch import nn
+
+        def of(dtype):
+            return torch.zeros(3, dtype=dtype)
+
+        def model():
+            return {model}
+    """
+    job = TrainingJob.load(write_job(module, model='"{module}:model"', model_options=None))
+    with pytest.raises(JobError, match=re.escape(said)):
+        build_model(job)
+
+
+RANDOM = """
+    import random
+    import numpy as np
+    from traincert.trainer import RawDataset
+
+    def dataset():
+        def train():
+            x = np.random.normal(size=(400, 2)).astype(np.float32)  # without a seed: other numbers in each pass
+            yield {"inputs": x, "labels": (x.sum(1) > random.random() - 0.5).astype(np.int64)}
+        return RawDataset(train)
+"""
+
+
+def test_a_dataset_that_draws_its_numbers_gives_the_same_ones_in_each_pass(write_job: WriteJob, tmp_path: Path) -> None:
+    job = TrainingJob.load(
+        write_job(
+            RANDOM,
+            dataset='"{module}:dataset"',
+            model_options="{ inputs = 2, hidden = [4], classes = 2 }",
+            validation_examples="100",
+            test_examples="100",
+        )
+    )
+    state = np.random.get_state(legacy=False)["state"]["key"]
+    first, again = (prepare_dataset(job, tmp_path / name) for name in ("first", "again"))
+    assert first.root == again.root
+    assert np.array_equal(state, np.random.get_state(legacy=False)["state"]["key"])
+    means = read_examples(job, first.shard_folder, first.shards[0]).inputs[0].mean(0)
+    assert abs(means).max() < 0.5  # normalized by the mean of the same numbers
