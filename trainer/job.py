@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -239,9 +240,50 @@ class TrainingJob:
             document.add(tomlkit.nl())
         return tomlkit.dumps(document).rstrip("\n") + "\n"
 
+    def identity(self) -> dict[str, str]:
+        """Return what decides a run's results, as text by name: all fields, and SHA-256 of the files that they name.
+
+        These are the sources of users' modules, and `initial_model`. Where files lie does not matter: a run can move.
+        """
+        fields = {
+            key: json.dumps(value, sort_keys=True, default=str) for key, value in dataclasses.asdict(self).items()
+        }
+        fields["hash_key"] = json.dumps(bool(self.hash_key))  # its hash is in the data's manifest
+        fields["initial_model"] = _file_hash(Path(self.initial_model)) if self.initial_model else ""
+        sources = {f"module {name}": _file_hash(path) for name, (path, _) in self.modules().items()}
+        return fields | sources
+
     def digest(self) -> bytes:
-        """Return the SHA-256 of all fields, 32 bytes. Equal jobs have equal digests."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).digest()
+        """Return the SHA-256 of `identity`, 32 bytes."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).digest()
+
+    def modules(self) -> dict[str, tuple[Path, Path]]:
+        """Return the users' modules that the job names: their files, and the folders in which Python finds them.
+
+        A module that does not exist is left out, and so are those of traincert and PyTorch.
+        """
+        found: dict[str, tuple[Path, Path]] = {}
+        for reference in (self.dataset, self.model, self.loss, self.metric):
+            name = reference.partition(":")[0]
+            if name.partition(".")[0] in ("traincert", "torch"):
+                continue
+            try:
+                spec = importlib.util.find_spec(name)
+            except ImportError:
+                continue
+            if spec and spec.origin and Path(spec.origin).is_file():
+                path = Path(spec.origin)
+                depth = name.count(".") + bool(spec.submodule_search_locations)
+                found[name] = path, path.parents[depth]
+        return found
+
+
+def _file_hash(path: Path) -> str:
+    """Return a file's SHA-256 in hex, or an empty string if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def resolve(reference: str, key: str) -> Callable[..., Any]:

@@ -135,17 +135,30 @@ def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
         _clean(folder)  # remove the temporary files of a killed process
     key = _hash_key(Path(job.hash_key)) if job.hash_key else b""
     facts = {name: getattr(job, name) for name in _FIELDS} | {"hash_key": hashlib.sha256(key).hexdigest()}
-    preparation = json.dumps(facts, sort_keys=True)
+    source = job.identity().get(f"module {job.dataset.partition(':')[0]}")
+    preparation = json.dumps(facts | {"source": source}, sort_keys=True, default=str)
     prepared = _read_prepared(directory / _PREPARED)
     if prepared.get("preparation") == preparation:
         try:
             return _read_manifest(job, directory, bytes.fromhex(prepared["root"]))
         except IntegrityError:
             pass  # a file is missing or damaged: prepare all of them again
-    root = write_blob(directory, json.dumps(_Preparation(job, key).run(directory, facts), sort_keys=True).encode())
+    manifest = _Preparation(job, key).run(directory, facts)
+    root = write_blob(directory, json.dumps(manifest, sort_keys=True, default=str).encode())
     done = {"version": VERSION, "preparation": preparation, "root": root.hex()}
     write_file(directory / _PREPARED, json.dumps(done).encode())
     return _read_manifest(job, directory, root)
+
+
+def stored_dataset(job: TrainingJob, directory: Path) -> Dataset:
+    """Return the data that is in `directory`, which was prepared before. The files that the job names need not exist.
+
+    Raises JobError if it was not, and IntegrityError if a file is missing.
+    """
+    prepared = _read_prepared(directory / _PREPARED)
+    if "root" not in prepared:
+        raise JobError(f"{directory}: no data was prepared here")
+    return _read_manifest(job, directory, bytes.fromhex(prepared["root"]))
 
 
 def _read_prepared(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The run folder: a record of each cycle, and a store. An interrupted run continues from the last record.
 
 job.toml            the job, with all its keys
+identity.json       what makes the job: its keys, SHA-256 of the users' modules that it names, and where they were
 version             the version of the folder's format
 data/               shards/ and held-out/: content-addressed files
 store/              models, velocities and miners' memories: content-addressed files
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -18,12 +20,12 @@ from typing import IO, Any, Self
 from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult
 from traincert.trainer.errors import IntegrityError, RunError
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Dataset, prepare_dataset
+from traincert.trainer.preprocessing import Dataset, prepare_dataset, stored_dataset
 from traincert.trainer.scoring import Contribution, Evaluation
 from traincert.trainer.state import load_state, save_state
 from traincert.trainer.store import prune, write_file
 
-VERSION = 1
+VERSION = 2
 """Version of the run folder's format, records included."""
 
 Record = dict[str, Any]
@@ -60,9 +62,12 @@ class RunFolder:
             _check_version(folder / "version", new=not described.exists())
             if not described.exists() and job:
                 write_file(described, job.to_toml().encode())
-            self.job = TrainingJob.load(described)
-            if job and job.digest() != self.job.digest():
-                raise RunError(f"{folder} is a run of another job, see {described}: choose another folder")
+            if job:
+                _check_identity(folder / "identity.json", job)
+            else:
+                sys.path += [path for path in _read_identity(folder / "identity.json")["paths"] if path not in sys.path]
+            self.job = job or TrainingJob.load(described)
+            self._moved = job is None  # the files that the job names may be elsewhere
             self.records = _read_records(self._cycles)
         except BaseException:
             self._lock.close()
@@ -94,8 +99,18 @@ class RunFolder:
         return hashlib.sha256(b"cycle" + self.job.seed.to_bytes(8, "little") + self.head).digest()
 
     def dataset(self) -> Dataset:
-        """Return the job's data. The first call prepares it."""
-        return prepare_dataset(self.job, self.folder / "data")
+        """Return the job's data. The first call prepares it.
+
+        Raises RunError if the data is not that of the records.
+        """
+        prepare = stored_dataset if self._moved else prepare_dataset
+        dataset = prepare(self.job, self.folder / "data")
+        if self.records and dataset.root.hex() != self.records[-1]["dataset_root"]:
+            raise RunError(
+                f"{self.folder}: its records are of the data {self.records[-1]['dataset_root']}, but the data is now "
+                f"{dataset.root.hex()}: is hash_key another file? Put the old one back, or choose another folder"
+            )
+        return dataset
 
     def begin(self, state: Checkpoint, dataset: Dataset) -> None:
         """Write record 0, the state before the first cycle."""
@@ -185,6 +200,34 @@ def _lock(path: Path) -> IO[str]:
         file.close()
         raise RunError(f"{path.parent} is in use by another process") from None
     return file
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        identity: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    return identity
+
+
+def _check_identity(path: Path, job: TrainingJob) -> None:
+    """Write what makes the job into the run folder, or compare it. Raises RunError if it is another job."""
+    ours = job.identity()
+    if path.exists():
+        theirs = _read_identity(path)["identity"]
+        if job.initial_model and not ours["initial_model"]:  # it is not needed any more
+            ours["initial_model"] = theirs.get("initial_model", "")
+        different = [
+            f"{key} has changed"
+            if key.startswith("module ") or key == "initial_model"
+            else f"{key} was {old}, is {new}"
+            for key in sorted({*ours, *theirs})
+            if (old := theirs.get(key)) != (new := ours.get(key))
+        ]
+        if different:
+            raise RunError(f"{path.parent} is a run of another job ({', '.join(different)}): choose another folder")
+    paths = sorted({str(folder) for _, folder in job.modules().values()})  # they may have moved
+    write_file(path, json.dumps({"identity": ours, "paths": paths}, indent=1).encode() + b"\n")
 
 
 def _check_version(path: Path, *, new: bool) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from textwrap import dedent
 from typing import Any
 
 import matplotlib.image
@@ -305,3 +306,86 @@ def test_a_target_that_is_missed_is_a_failure(tmp_path: Path) -> None:
     assert answer.returncode == 1
     assert re.search(r"test accuracy 0\.\d+ misses target_metric = 1.1", answer.stderr), answer.stderr
     assert (tmp_path / "run/report/report.html").is_file()
+
+
+USERS = """
+    import numpy as np
+    from torch import nn
+    from traincert.trainer import RawDataset
+
+    def data(since):
+        def train():
+            generator = np.random.default_rng(0)
+            x = generator.normal(size=(300, 4)).astype(np.float32)
+            yield {"inputs": x, "kind": np.array(["a", "b"] * 150), "labels": (x.sum(1) > 0).astype(np.int64)}
+        return RawDataset(train)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, inputs, kind):
+            return self.layer(inputs)
+"""
+
+USERS_JOB = """
+cycles = {cycles}
+dataset = "mine:data"
+dataset_options = {{ since = 2024-02-29 }}
+inputs = ["inputs", "kind"]
+hash = {{ kind = 16 }}
+hash_key = "kind.key"
+validation_examples = 50
+test_examples = 50
+shards = 4
+model = "mine:Model"
+learning_rate = 0.05
+batch_size = 16
+local_steps = 8
+"""
+
+
+@pytest.fixture
+def users_job(tmp_path: Path) -> Path:
+    """A job with a module of its own, a hashed column, and a date in its options."""
+    folder = tmp_path / "users"
+    folder.mkdir()
+    (folder / "mine.py").write_text(dedent(USERS), encoding="utf-8")
+    (folder / "job.toml").write_text(USERS_JOB.format(cycles=2), encoding="utf-8")
+    return folder / "job.toml"
+
+
+def test_a_users_run_is_replayed_from_anywhere_and_goes_on_where_it_was_moved(users_job: Path, tmp_path: Path) -> None:
+    run = users_job.parent / "run"
+    first = traincert("job", "run", users_job, "--out", run)
+    assert first.returncode == 0, first.stderr
+    replayed = traincert("job", "replay", run)
+    assert replayed.returncode == 0, replayed.stderr
+    assert "all 8 updates are the same" in replayed.stdout
+
+    elsewhere = tmp_path / "elsewhere"
+    users_job.parent.rename(elsewhere)
+    again = traincert("job", "run", elsewhere / "job.toml", "--out", elsewhere / "run")
+    assert (again.returncode, head(again.stdout)) == (0, head(first.stdout)), again.stderr
+    assert traincert("job", "replay", elsewhere / "run").returncode == 0
+
+
+def test_a_module_that_was_mended_is_named(users_job: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert traincert("job", "run", users_job, "--out", run).returncode == 0
+    module = users_job.parent / "mine.py"
+    module.write_text(module.read_text() + "# mended\n")
+    answer = traincert("job", "run", users_job, "--out", run)
+    assert answer.returncode == 1
+    assert "is a run of another job (module mine has changed): choose another folder" in answer.stderr
+    assert traincert("job", "run", users_job, "--out", tmp_path / "new").returncode == 0
+
+
+def test_another_hash_key_in_a_run_is_named(users_job: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert traincert("job", "run", users_job, "--out", run).returncode == 0
+    (users_job.parent / "kind.key").unlink()
+    answer = traincert("job", "run", users_job, "--out", run)
+    assert answer.returncode == 1
+    assert re.search(r"is hash_key another file\? Put the old one back", answer.stderr), answer.stderr
