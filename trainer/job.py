@@ -77,6 +77,12 @@ class TrainingJob:
     hash: dict[str, Annotated[int, Field(ge=2, lt=2**31)]] = Field(default_factory=dict)
     """Columns whose values are replaced by a bucket's number, and the number of buckets.
     The bucket is the value's HMAC-SHA256 modulo the number of buckets."""
+    encode: Names = ()
+    """Columns whose values are replaced by a code each: 0, 1, 2, ... in the order of the values, without collisions."""
+    missing: dict[str, float | int | str] = Field(default_factory=dict)
+    """What replaces missing values (NaN, None) of a column. A column of numbers takes a number, or "mean": the mean of
+    the training examples, for each feature. A column of `hash` or `encode` takes a text.
+    Without it a column with missing values is refused."""
     hash_key: str = ""
     """The file with the secret key of `hash`, 32 bytes. Its path is relative to the job's file.
     If there is no such file, it is made, with a random key."""
@@ -159,13 +165,18 @@ class TrainingJob:
         if bool(self.hash) != bool(self.hash_key):
             raise ValueError("hash and hash_key: set both or neither")
         named = [*self.inputs, self.target]
-        for key in ("normalize", "hash"):
+        for key in ("normalize", "hash", "encode", "missing"):
             if strangers := set(getattr(self, key)) - set(named):
                 raise ValueError(f"{key}: {min(strangers)!r} is neither in inputs nor the target")
         if both := set(self.drop) & set(named):
             raise ValueError(f"drop: {min(both)!r} is also in inputs or the target")
         if both := set(self.hash) & set(self.normalize):
             raise ValueError(f"hash: {min(both)!r} is also in normalize")
+        if both := set(self.encode) & {*self.hash, *self.normalize}:
+            raise ValueError(f"encode: {min(both)!r} is also in hash or normalize")
+        for name, value in self.missing.items():
+            if isinstance(value, str) and value != "mean" and name not in (*self.hash, *self.encode):
+                raise ValueError(f"missing: {name!r} is in neither hash nor encode: should be a number or 'mean'")
         if self.warmup_cycles >= self.cycles:
             raise ValueError(f"warmup_cycles = {self.warmup_cycles}: should be less than cycles = {self.cycles}")
 

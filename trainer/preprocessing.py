@@ -6,10 +6,12 @@ Each step holds one chunk of the raw data in memory, and a few bytes for each ex
 import hashlib
 import hmac
 import json
+import logging
 import math
 import os
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,7 @@ _PREPARED = "prepared.json"
 VERSION = 1
 """Version of the format of prepared.json."""
 
+_LOG = logging.getLogger(__name__)
 _KEY_BYTES = 32
 _BLOCK = 2**22  # bytes of a column that are preprocessed at once
 # The fields of a job that change the stored files.
@@ -56,6 +59,8 @@ _FIELDS = [
     "drop",
     "normalize",
     "hash",
+    "encode",
+    "missing",
     "shuffle_seed",
     "validation_examples",
     "test_examples",
@@ -213,12 +218,16 @@ class _Preparation:
         self.raw = raw
         self.names = list(dict.fromkeys([*job.inputs, job.target]))
         self.columns: dict[str, _Column] = {}
+        self.values: dict[str, set[Any]] = {name: set() for name in (*job.hash, *job.encode)}
+        """The values of each column to hash or encode."""
+        self.fills: dict[str, Array] = {name: np.asarray(fill) for name, fill in job.missing.items() if fill != "mean"}
 
     def run(self, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
         """Store all shards and splits, and return the manifest."""
         job = self.job
         count = self._count(self.raw.train, "train")
         test_count = self._count(self.raw.test, "test") if self.raw.test else 0
+        self._warn_of_collisions()
         if bool(test_count) == bool(job.test_examples):
             has = (
                 f"brings a test split of {test_count}: must be 0"
@@ -235,6 +244,7 @@ class _Preparation:
         # RandomState, because numpy guarantees that its numbers never change.
         order = np.random.RandomState(job.shuffle_seed).permutation(count)
         validation, test, train = np.split(order, [job.validation_examples, held_out])
+        self._fill_with_means(count, train)
         statistics = self._statistics(count, train)
 
         shard_folder, held_out_folder = directory / "shards", directory / "held-out"
@@ -251,33 +261,109 @@ class _Preparation:
             "test": stored[job.shards + 1].hex(),
         }
 
-    def _chunks(self, split: Callable[[], Iterable[Chunk]]) -> Iterator[tuple[int, dict[str, Array]]]:
-        """Yield a split in blocks: the number of examples before the block, and the columns that the job uses.
+    def _chunks(self, split: Callable[[], Iterable[Chunk]], count: int) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Yield a split of `count` examples in blocks: the number of examples before the block, and the columns used.
 
-        A block is a part of a chunk. Its small size limits the memory of the computations on it.
+        A block is a part of a chunk. Its small size limits the memory of the computations on it. Missing values are
+        replaced, as far as it is known by what.
         """
         start = 0
         for chunk in self._raw_chunks(split):
-            count = len(chunk[self.names[0]])
+            length = len(chunk[self.names[0]])
             rows = max(1, min(_BLOCK // max(1, chunk[name][:1].nbytes) for name in self.names))
-            for first in range(0, count, rows):
-                block = {name: chunk[name][first : first + rows] for name in self.names}
-                yield start + first, block
-            start += count
+            if start + length > count:
+                self._refuse_other_count(count, f"more than {count}")
+            for first in range(0, length, rows):
+                yield (
+                    start + first,
+                    {name: self._filled(name, chunk[name][first : first + rows]) for name in self.names},
+                )
+            start += length
+        if start != count:
+            self._refuse_other_count(count, str(start))
 
-    def _raw_chunks(self, split: Callable[[], Iterable[Chunk]]) -> Iterator[Chunk]:
+    def _refuse_other_count(self, count: int, found: str) -> None:
+        raise JobError(
+            f"dataset = {self.job.dataset!r}: its function gave {count} examples when it was called first, and {found} "
+            "when it was called again; it must return a new iterator of the same chunks each time"
+        )
+
+    def _raw_chunks(self, split: Callable[[], Iterable[Chunk]]) -> Iterator[dict[str, Array]]:
         with seeded(self.job.shuffle_seed):  # so that each pass gives the same chunks
-            yield from split()
+            for chunk in split():
+                yield {name: _as_array(column) for name, column in chunk.items()}
 
     def _count(self, split: Callable[[], Iterable[Chunk]], name: str) -> int:
-        """Count a split's examples, and check that all chunks have the same columns."""
+        """Count a split's examples, check that all chunks have the same columns, and collect what is to be encoded.
+
+        Raises JobError if a value is missing, or not finite where it must be.
+        """
         count = 0
+        wrong: dict[str, list[int]] = {}
         for chunk in self._raw_chunks(split):
             self._check(chunk, name)
+            for column in self.names:
+                rows = np.flatnonzero(_missing(chunk[column]) if column not in self.job.missing else [])
+                if column in self.job.normalize and chunk[column].dtype.kind == "f":
+                    rows = np.union1d(rows, np.flatnonzero(_any(np.isinf(chunk[column]))))
+                wrong.setdefault(column, []).extend(count + int(row) for row in rows)
+            for column, values in self.values.items():
+                filled = self._filled(column, chunk[column])
+                values.update(np.unique(filled[~_holes(filled)]).tolist())
             count += len(chunk[self.names[0]])
+        for column, found in wrong.items():
+            if found:
+                hint = "a text" if column in self.values else 'a number or "mean"'
+                raise JobError(
+                    f"dataset = {self.job.dataset!r}: its {name} split has a column {column!r} in which {len(found)} "
+                    f"rows have a missing (NaN, None) or infinite value, the first is row {found[0]}; mend the data or "
+                    f"set missing = {{ {column} = ... }} to {hint}"
+                )
         if not count:
             raise JobError(f"dataset = {self.job.dataset!r}: its {name} split is empty")
         return count
+
+    def _filled(self, name: str, array: Array) -> Array:
+        """Return a column with its missing values replaced, if the job says by what."""
+        if name not in self.fills:
+            return array
+        holes = _holes(array)
+        if not holes.any():
+            return array
+        try:
+            return np.where(holes, self.fills[name].astype(array.dtype), array)
+        except ValueError:
+            raise JobError(f"missing.{name} = {self.job.missing[name]!r}: the column is of {array.dtype}") from None
+
+    def _fill_with_means(self, count: int, train: npt.NDArray[np.int64]) -> None:
+        """Find the mean of each feature over the training examples, without missing values, where the job wants it."""
+        names = [name for name, fill in self.job.missing.items() if fill == "mean" and name not in self.values]
+        if not names:
+            return
+        trained = np.zeros(count, np.bool_)
+        trained[train] = True
+        sums = {name: np.zeros(self.columns[name].shape) for name in names}
+        numbers = {name: np.zeros(self.columns[name].shape) for name in names}
+        for start, chunk in self._chunks(self.raw.train, count):
+            for name in names:
+                rows = chunk[name][trained[start : start + len(chunk[name])]].astype(np.float64)
+                sums[name] += np.nansum(rows, axis=0)
+                numbers[name] += np.isfinite(rows).sum(axis=0)
+        self.fills |= {name: sums[name] / np.maximum(numbers[name], 1) for name in names}
+
+    def _warn_of_collisions(self) -> None:
+        for name, buckets in self.job.hash.items():
+            used = Counter(_bucket(self.key, name, value, buckets) for value in self.values[name])
+            colliding = sum(number for number in used.values() if number > 1)
+            if colliding:
+                _LOG.warning(
+                    "hash: %d of the %d values of %r share one of the %d buckets with another value; take more "
+                    "buckets, or encode the column",
+                    colliding,
+                    len(self.values[name]),
+                    name,
+                    buckets,
+                )
 
     def _check(self, chunk: Chunk, split: str) -> None:
         job = self.job
@@ -294,12 +380,22 @@ class _Preparation:
             raise JobError(f"{where} has columns of different lengths in a chunk")
         for name in self.names:
             array = chunk[name]
+            if not isinstance(array, np.ndarray):
+                raise JobError(
+                    f"{where} has a column {name!r} of {type(array).__name__}, not a numpy array or a tensor"
+                )
             column = self.columns.setdefault(name, _Column(array.dtype, array.shape[1:]))
-            same_kind = array.dtype == column.dtype or name in job.hash  # the width of strings may differ
+            same_kind = array.dtype == column.dtype or name in self.values  # the width of strings may differ
             if not same_kind or array.shape[1:] != column.shape:
                 raise JobError(f"{where} has a column {name!r} of different types or shapes in its chunks")
-            if array.dtype not in _DTYPES and name not in job.hash:
-                raise JobError(f"{where} has a column {name!r} of {array.dtype}: hash it or drop it")
+            if array.dtype not in _DTYPES and name not in self.values:
+                numeric = array.dtype.kind in "biufc"
+                how = (
+                    f"convert it to one of {', '.join(map(str, _DTYPES))}"
+                    if numeric
+                    else "encode it, hash it or drop it"
+                )
+                raise JobError(f"{where} has a column {name!r} of {array.dtype}: {how}")
             if name in job.normalize and array.dtype.kind not in "fiu":
                 raise JobError(f"normalize: {name!r} is of {array.dtype}, not numbers")
 
@@ -312,7 +408,7 @@ class _Preparation:
 
         def total(term: Callable[[str, Array], Array]) -> dict[str, Array]:
             sums: dict[str, Array] = {}
-            for start, chunk in self._chunks(self.raw.train):
+            for start, chunk in self._chunks(self.raw.train, count):
                 for name in self.job.normalize:
                     array = chunk[name]
                     rows = array[trained[start : start + len(array)]].reshape(-1, math.prod(array.shape[1:]))
@@ -345,7 +441,7 @@ class _Preparation:
             cut_of[cut], place_of[cut] = number, np.arange(len(cut))
         try:
             files = [_File(folder, len(cut), self._stored()) for folder, cut in zip(folders, cuts, strict=True)]
-            for start, chunk in self._chunks(split):
+            for start, chunk in self._chunks(split, count):
                 ready = {name: self._prepare(name, array, statistics) for name, array in chunk.items()}
                 here = slice(start, start + len(ready[self.names[0]]))
                 for number, file in enumerate(files):
@@ -362,7 +458,7 @@ class _Preparation:
         """Return the columns' dtypes and shapes after preprocessing."""
 
         def dtype(name: str) -> np.dtype[Any]:
-            if name in self.job.hash:
+            if name in self.values:
                 return np.dtype(np.int64)
             return np.dtype(np.float32) if name in self.job.normalize else self.columns[name].dtype
 
@@ -373,6 +469,8 @@ class _Preparation:
             values, inverse = np.unique(array, return_inverse=True)
             buckets = [_bucket(self.key, name, value, self.job.hash[name]) for value in values.tolist()]
             return np.array(buckets, np.int64)[inverse].reshape(array.shape)
+        if name in self.job.encode:
+            return np.searchsorted(np.array(sorted(self.values[name])), array).astype(np.int64)
         if name in statistics:
             mean, deviation = statistics[name]
             return ((array - mean) / deviation).astype(np.float32)
@@ -428,6 +526,29 @@ class _File:
         self.path.replace(self.path.parent / digest.hex())
         sync_folder(self.path.parent)
         return digest
+
+
+def _holes(array: Array) -> npt.NDArray[np.bool_]:
+    """Return which values are missing: NaN or None."""
+    if array.dtype.kind in "fc":
+        return np.isnan(array)
+    if array.dtype.kind == "O":
+        return np.array([value is None or value != value for value in array.reshape(-1)], np.bool_).reshape(array.shape)
+    return np.zeros(array.shape, np.bool_)
+
+
+def _as_array(column: Any) -> Array:
+    array: Array = column.detach().cpu().numpy() if isinstance(column, torch.Tensor) else column
+    return array
+
+
+def _any(values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return for each row (N, ...) whether any value is true."""
+    return np.array(values.reshape(len(values), -1).any(axis=1))
+
+
+def _missing(array: Array) -> npt.NDArray[np.bool_]:
+    return _any(_holes(array))
 
 
 def _sum_rows(rows: Array) -> Array:

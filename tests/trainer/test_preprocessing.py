@@ -230,7 +230,7 @@ def test_a_test_split_of_the_datasets_own_is_kept_apart(write_job: WriteJob, tmp
 
 def test_the_root_is_frozen(dataset: Dataset) -> None:
     """It is in certificates: anybody who prepares the same job must find the same."""
-    assert dataset.root.hex() == "65fd99ea9cd0cf5e9a432301b62fb4b60090f679737b1f280b072b08e07a968f"
+    assert dataset.root.hex() == "96019110eb9b8fca2cf701c6f8668c56f400db041d07adaf17a32205c9c9eb5f"
 
 
 def test_the_root_is_a_function_of_the_job(job: TrainingJob, dataset: Dataset, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_a_prepared_dataset_is_not_prepared_again(write_job: WriteJob, tmp_path:
         ({"drop": "[]"}, "its train split has a column 'email', which is neither in inputs, nor the target"),
         ({"drop": '["email", "phone"]'}, "its train split has no column 'phone'; it has numbers, place, "),
         ({"target": '"answer"', "drop": '["email", "label"]'}, "its train split has no column 'answer'"),
-        ({"hash": None, "hash_key": None}, "has a column 'person' of <U16: hash it or drop it"),
+        ({"hash": None, "hash_key": None}, "has a column 'person' of <U16: encode it, hash it or drop it"),
         ({"dataset": '"{module}:rows"', "dataset_options": "{ poison = 0.0 }"}, "returned dict, not a datasets.Raw"),
         ({"dataset": '"{module}:tabel"'}, "has no function 'tabel'; did you mean 'table'"),
     ],
@@ -539,3 +539,117 @@ def test_a_chunk_is_normalized_with_four_times_its_memory(write_job: WriteJob, t
             os.truncate(file, 0)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 200_000_000
+
+
+MESSY = """
+    import numpy as np
+    import torch
+    from traincert.trainer import RawDataset
+
+    COUNT = 120
+
+    def chunk():
+        age = np.arange(COUNT, dtype=np.float32)
+        age[7:10] = np.nan
+        sex = np.array([None if i == 5 else "fm"[i % 2] for i in range(COUNT)], dtype=object)
+        return {
+            "age": age[:, None],
+            "sex": sex,
+            "tensor": torch.arange(COUNT, dtype=torch.float32)[:, None],
+            "short": np.arange(COUNT, dtype=np.uint16),
+            "listed": list(range(COUNT)),
+            "labels": np.arange(COUNT) % 2,
+        }
+
+    def of(*names):
+        def train():
+            whole = chunk()
+            for start in range(0, COUNT, 50):
+                yield {name: whole[name][start : start + 50] for name in [*names, "labels"]}
+        return train
+
+    def data(names):
+        return RawDataset(of(*names))
+
+    def exhausted():
+        once = of("tensor")()
+        return RawDataset(lambda: once)
+
+    def growing():
+        passes = []
+        def train():
+            passes.append(None)
+            yield from of("tensor")()
+            if len(passes) > 1:
+                yield from of("tensor")()
+        return RawDataset(train)
+"""
+
+MESSY_JOB: dict[str, str | None] = {
+    "dataset": '"{module}:data"',
+    "normalize": None,
+    "validation_examples": "20",
+    "test_examples": "20",
+    "shards": "2",
+}
+
+
+def messy_job(write_job: WriteJob, name: str, **changed: str | None) -> TrainingJob:
+    of_one = {"dataset_options": f'{{ names = ["{name}"] }}', "inputs": f'["{name}"]'}
+    return TrainingJob.load(write_job(MESSY, **(MESSY_JOB | of_one | changed)))
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "words"),
+    [
+        ("age", {}, "column 'age' in which 3 rows have a missing .* value, the first is row 7; mend the data, or set"),
+        ("age", {"normalize": '{ age = "each" }'}, "column 'age' in which 3 rows have a missing"),
+        ("sex", {"hash": "{ sex = 8 }", "hash_key": '"key"'}, "column 'sex' in which 1 rows .* row 5; .* to a text"),
+        ("sex", {"encode": '["sex"]'}, "column 'sex' in which 1 rows"),
+        ("short", {}, "has a column 'short' of uint16: convert it to one of float64, float32"),
+        ("listed", {}, "has a column 'listed' of list, not a numpy array or a tensor"),
+        ("age", {"missing": '{ age = "unknown" }'}, "missing: 'age' is in neither hash nor encode: should be a number"),
+        (
+            "tensor",
+            {"dataset": '"{module}:exhausted"', "dataset_options": None},
+            "gave 120 examples when it was called first, and 0 when it was called again",
+        ),
+        (
+            "tensor",
+            {"dataset": '"{module}:growing"', "dataset_options": None},
+            "gave 120 examples when it was called first, and more than 120 when it was called again",
+        ),
+    ],
+)
+def test_data_that_cannot_be_right_is_named(
+    write_job: WriteJob, tmp_path: Path, name: str, changed: dict[str, str | None], words: str
+) -> None:
+    with pytest.raises(JobError, match=words):
+        prepare_dataset(messy_job(write_job, name, **changed), tmp_path / "data")
+
+
+def test_missing_values_are_replaced_as_the_job_says(write_job: WriteJob, tmp_path: Path) -> None:
+    mean = prepare_dataset(messy_job(write_job, "age", missing='{ age = "mean" }'), tmp_path / "mean")
+    every = torch.cat([part.inputs[0] for part in everything(mean)])
+    whole = torch.cat([part.inputs[0] for part in everything(mean)[:-2]])
+    known = [value for value in whole[:, 0].tolist() if value == int(value)]
+    assert sorted(set(every[:, 0].tolist()) & set(map(float, range(7, 10)))) == []
+    assert len(every) == 120
+    (fill,) = {value for value in every[:, 0].tolist() if value != int(value)} or {sum(known) / len(known)}
+    assert fill == pytest.approx(sum(known) / len(known), rel=1e-6)
+
+    number = prepare_dataset(messy_job(write_job, "age", missing="{ age = -1.0 }"), tmp_path / "number")
+    assert sum((part.inputs[0] == -1).sum() for part in everything(number)) == 3
+
+
+def test_codes_do_not_collide(write_job: WriteJob, tmp_path: Path) -> None:
+    job = messy_job(write_job, "sex", encode='["sex"]', missing='{ sex = "unknown" }')
+    codes = torch.cat([part.inputs[0] for part in everything(prepare_dataset(job, tmp_path / "data"))])
+    assert torch.bincount(codes).tolist() == [60, 59, 1]  # f, m, unknown
+
+
+def test_values_that_share_a_bucket_are_counted(
+    write_job: WriteJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare_dataset(table_job(write_job, hash="{ person = 2 }"), tmp_path / "data")
+    assert "40 of the 40 values of 'person' share one of the 2 buckets with another value" in caplog.text
