@@ -17,7 +17,7 @@ MAY_IMPORT = {"trainer": {"trainer"}, "regtest": {"regtest"}, "bridge": {"bridge
 ORDER = {
     "trainer": (
         "errors determinism job store datasets preprocessing models state segments tasks updates training scoring "
-        "aggregation engines.orders engines.executor engines.local cycle records replay report run"
+        "aggregation engines.orders engines.executor engines.local cycle records export replay report run"
     ),
     "bridge": (
         "errors consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from traincert.trainer.datasets import Chunk, RawDataset
     from traincert.trainer.engines.local import LocalEngine
     from traincert.trainer.errors import EngineError, IntegrityError, JobError, RunError, TrainerError
+    from traincert.trainer.export import best_cycle, export_model
     from traincert.trainer.job import TrainingJob
     from traincert.trainer.preprocessing import Dataset, prepare_dataset
     from traincert.trainer.records import Record, RunFolder
@@ -41,6 +42,8 @@ __all__ = [
     "TrainerError",
     "TrainingJob",
     "UpdateError",
+    "best_cycle",
+    "export_model",
     "prepare_dataset",
     "replay_tasks",
     "run_job",
@@ -72,6 +75,8 @@ __getattr__ = importer(
         "TrainerError": "errors",
         "TrainingJob": "job",
         "UpdateError": "updates",
+        "best_cycle": "export",
+        "export_model": "export",
         "prepare_dataset": "preprocessing",
         "replay_tasks": "replay",
         "run_job": "run",

@@ -186,7 +186,8 @@ class RunFolder:
 
     def _prune(self) -> None:
         last = self.records[-1]
-        kept = {last["model_after"], last["velocity"], *last["memories"].values()}
+        best = min(self.records, key=lambda record: record["loss_after"])  # for export
+        kept = {best["model_after"], last["model_after"], last["velocity"], *last["memories"].values()}
         for record in self.records[1:][-self.job.history :]:
             kept |= {record["model_before"], *(task["memory"] for task in record["tasks"] if task["memory"])}
         prune(self.store, [bytes.fromhex(digest) for digest in kept])

@@ -69,6 +69,32 @@ def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
         raise BridgeError(f"test {metric} {report.test.metric:.4f} misses target_metric = {training_job.target_metric}")
 
 
+@job.command("export")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The file to write, .pt or .safetensors.",
+)
+@click.option("--cycle", type=click.IntRange(0), help="The model after this cycle.  [default: the last]")
+@click.option("--best", is_flag=True, help="The model with the lowest validation loss.")
+def job_export(folder: Path, out: Path, cycle: int | None, best: bool) -> None:
+    """Write a run's model to a file that PyTorch loads without traincert."""
+    if best and cycle is not None:
+        raise click.UsageError("--best and --cycle: give one of them.")
+    from traincert.trainer.export import best_cycle, export_model
+    from traincert.trainer.records import RunFolder
+
+    with RunFolder(folder) as run:
+        chosen = best_cycle(run) if best else run.cycles if cycle is None else cycle
+        export_model(run, chosen, out)
+    load = "torch.load" if out.suffix == ".pt" else "safetensors.torch.load_file"
+    console = stdout_console()
+    console.print(f"{out}: the model after cycle {chosen}", soft_wrap=True)
+    console.print(f"model.load_state_dict({load}({str(out)!r}))", soft_wrap=True, markup=False)
+
+
 @job.command("replay")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(

@@ -17,12 +17,18 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+import safetensors.torch
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from traincert.trainer.errors import RunError
+from traincert.trainer.export import export_model
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.models import build_model, mlp
 from traincert.trainer.records import RunFolder
 from traincert.trainer.run import run_job
+from traincert.trainer.state import state_hash, state_of
+from users_models import MODULE
 
 TRAINCERT = str(Path(sys.executable).parent / "traincert")
 TIMEOUT = 120  # seconds
@@ -389,3 +395,54 @@ def test_another_hash_key_in_a_run_is_named(users_job: Path, tmp_path: Path) -> 
     answer = traincert("job", "run", users_job, "--out", run)
     assert answer.returncode == 1
     assert re.search(r"is hash_key another file\? Put the old one back", answer.stderr), answer.stderr
+
+
+def test_plain_pytorch_loads_an_exported_model(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, shown = finished
+    scored = re.search(r"test accuracy (0\.\d+)", shown)
+    assert scored
+    losses = [record["loss_after"] for record in records(folder)]
+    for options, cycle in (((), CYCLES), (("--best",), losses.index(min(losses))), (("--cycle", 1), 1)):
+        for suffix in (".pt", ".safetensors"):
+            out = tmp_path / f"model{suffix}"
+            answer = traincert("job", "export", folder, *options, "--out", out)
+            assert answer.returncode == 0, answer.stderr
+            said, load = answer.stdout.splitlines()
+            assert said == f"{out}: the model after cycle {cycle}"
+            model = mlp(64, [16], 10)
+            exec(load, {"model": model, "torch": torch, "safetensors": safetensors})  # noqa: S102 - the printed line
+            with RunFolder(folder) as run:
+                assert state_hash(state_of(model)).hex() == run.records[cycle]["model_after"]
+
+
+def test_tied_parameters_and_buffers_are_exported(
+    write_job: Callable[..., Path], make_trainer: Callable[..., Any], miners: list[bytes], tmp_path: Path
+) -> None:
+    for name in ("Tied", "batch_norm"):
+        job = TrainingJob.load(write_job(MODULE, model=f'"{{module}}:{name}"', model_options=None))
+        folder = tmp_path / name
+        with RunFolder(folder, job) as run, make_trainer(job, folder) as trainer:
+            run.begin(trainer.start(), trainer.dataset)
+            run.save(run.next_record(trainer.run_cycle(run.load(), miners, seed=b"")))
+            for suffix in (".pt", ".safetensors"):
+                export_model(run, 1, folder / f"model{suffix}")
+            state = run.load().model
+        model = build_model(job)
+        model.load_state_dict(torch.load(folder / "model.pt"))
+        assert state_hash(state_of(model)) == state_hash(state)
+        other = build_model(job)
+        other.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        assert state_hash(state_of(other)) == state_hash(state)
+
+
+def test_what_cannot_be_exported_is_one_line(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    for options, said in (
+        (("--out", tmp_path / "model.onnx"), "model.onnx: the name must end with .pt or .safetensors"),
+        (("--out", tmp_path / "model.pt", "--cycle", 99), f"{folder} has no cycle 99; it has {CYCLES}"),
+    ):
+        answer = traincert("job", "export", folder, *options)
+        assert (answer.returncode, answer.stdout) == (1, "")
+        assert said in answer.stderr
+        assert "Traceback" not in answer.stderr
+    assert list(tmp_path.iterdir()) == []

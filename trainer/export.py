@@ -1,0 +1,46 @@
+"""Write a run's model as a checkpoint that plain PyTorch loads."""
+
+import io
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from traincert.trainer.errors import RunError
+from traincert.trainer.models import build_model
+from traincert.trainer.records import RunFolder
+from traincert.trainer.state import load_state, set_state
+from traincert.trainer.store import write_file
+
+
+def best_cycle(run: RunFolder) -> int:
+    """Return the cycle after which the validation loss was lowest; the first of several. 0 is the initial model."""
+    losses = [record["loss_after"] for record in run.records]
+    return losses.index(min(losses))
+
+
+def export_model(run: RunFolder, cycle: int, path: Path) -> None:
+    """Write the model after a cycle, as `model.state_dict()` has it, to `path`: .pt or .safetensors.
+
+    The file has tied parameters under all of their names, and the buffers.
+
+    Raises RunError if the run has no such cycle, its store no longer has the model, or the name ends otherwise;
+    IntegrityError if the model's file is damaged, and JobError if the job's model cannot be built.
+    """
+    if path.suffix not in (".pt", ".safetensors"):
+        raise RunError(f"{path}: the name must end with .pt or .safetensors")
+    if not 0 <= cycle <= run.cycles or not run.records:
+        raise RunError(f"{run.folder} has no cycle {cycle}; it has {run.cycles}")
+    digest = bytes.fromhex(run.records[cycle]["model_after"])
+    if not (run.store / digest.hex()).exists():
+        raise RunError(f"{run.folder} has no longer the model of cycle {cycle}: history = {run.job.history}")
+    model = build_model(run.job)
+    set_state(model, load_state(run.store, digest))
+    tensors = model.state_dict()
+    if path.suffix == ".pt":
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        data = buffer.getvalue()
+    else:  # this format has no shared tensors
+        data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
+    write_file(path, data)
