@@ -43,4 +43,4 @@ def export_model(run: RunFolder, cycle: int, path: Path) -> None:
         data = buffer.getvalue()
     else:  # this format has no shared tensors
         data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
-    write_file(path, data)
+    write_file(path, data, 0o644)

@@ -11,6 +11,7 @@ cycles/00000012.json  the record of cycle 12; it has the hash of the record befo
 import fcntl
 import hashlib
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -131,7 +132,7 @@ class RunFolder:
             cycle=last["cycle"],
             model=load_state(self.store, bytes.fromhex(last["model_after"])),
             model_hash=bytes.fromhex(last["model_after"]),
-            evaluation=Evaluation(last["loss_after"], last["metric"]),
+            evaluation=Evaluation(last["loss_after"], math.nan if last["metric"] is None else last["metric"]),
             best_loss=min(record["loss_after"] for record in self.records),
             velocity=load_state(self.store, bytes.fromhex(last["velocity"]))["velocity"],
             memories={bytes.fromhex(miner): bytes.fromhex(kept) for miner, kept in last["memories"].items()},
@@ -175,7 +176,8 @@ class RunFolder:
     def _checkpoint_record(self, state: Checkpoint) -> Record:
         return {
             "loss_after": state.evaluation.loss,
-            "metric": state.evaluation.metric,
+            "loss_offset": self.job.loss_offset,
+            "metric": state.evaluation.metric if math.isfinite(state.evaluation.metric) else None,  # JSON has no NaN
             "velocity": save_state(self.store, {"velocity": state.velocity}).hex(),
             "memories": {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())},
         }
@@ -267,7 +269,7 @@ def _read_records(folder: Path) -> list[Record]:
 
 
 def _encode(record: Record) -> bytes:
-    return json.dumps(record, sort_keys=True, indent=1).encode() + b"\n"
+    return json.dumps(record, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def _task_record(result: TaskResult) -> Record:

@@ -1,6 +1,7 @@
 """Show a run to people: TensorBoard's logs, and a report with plots."""
 
 import json
+import math
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -9,15 +10,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import Record
-from traincert.trainer.scoring import Evaluation
+from traincert.trainer.scoring import Evaluation, nats
 from traincert.trainer.store import write_file
 
-MAX_NAMED = 10  # how many miners a plot's legend names
+MAX_NAMED = 10  # how many miners or segments a plot's legend names
 
 
 class TensorBoard:
@@ -38,7 +39,7 @@ class TensorBoard:
 
     def add(self, record: Record) -> None:
         """Write one record."""
-        scalars = {"held-out/loss (nats)": record["loss_after"] / 1e9, "held-out/metric": record["metric"]}
+        scalars = {"held-out/loss (nats)": _loss(record), "held-out/metric": _metric(record)}
         if record["cycle"]:
             tasks = record["tasks"]
             scalars |= {
@@ -63,10 +64,25 @@ def write_report(folder: Path, job: TrainingJob, records: Sequence[Record], test
     }
     for name, figure in plots.items():
         figure.savefig(folder / name, dpi=120)
-    template = Environment(loader=PackageLoader("traincert.trainer"), autoescape=True).get_template("report.html")
-    write_file(folder / "report.json", json.dumps(summary, indent=2).encode() + b"\n")
-    write_file(folder / "report.html", template.render(summary=summary, job=job.to_toml(), plots=plots).encode())
+    environment = Environment(loader=PackageLoader("traincert.trainer"), autoescape=True)
+    environment.filters["number"] = lambda value: "no number" if value is None else f"{value:.4f}"
+    template = environment.get_template("report.html")
+    write_file(folder / "report.json", json.dumps(summary, indent=2, allow_nan=False).encode() + b"\n", 0o644)
+    write_file(folder / "report.html", template.render(summary=summary, job=job.to_toml(), plots=plots).encode(), 0o644)
     return folder / "report.html"
+
+
+def _loss(record: Record) -> float:
+    return nats(record["loss_after"], record["loss_offset"])
+
+
+def _metric(record: Record) -> float:
+    return math.nan if record["metric"] is None else float(record["metric"])
+
+
+def _finite(number: float) -> float | None:
+    """Return the number, or None, JSON's null, for NaN and infinity."""
+    return number if math.isfinite(number) else None
 
 
 def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> dict[str, Any]:
@@ -76,11 +92,11 @@ def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> d
     return {
         "cycles": len(records) - 1,
         "metric": job.metric.partition(":")[2],
-        "held_out_loss_first": records[0]["loss_after"] / 1e9,
-        "held_out_loss": records[-1]["loss_after"] / 1e9,
+        "held_out_loss_first": _finite(_loss(records[0])),
+        "held_out_loss": _finite(_loss(records[-1])),
         "held_out_metric": records[-1]["metric"],
-        "test_loss": test.loss / 1e9,
-        "test_metric": test.metric,
+        "test_loss": _finite(nats(test.loss, job.loss_offset)),
+        "test_metric": _finite(test.metric),
         "target_metric": job.target_metric,
         "model": records[-1]["model_after"],
         "dataset_root": records[-1]["dataset_root"],
@@ -94,13 +110,15 @@ def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> d
 def _plot_loss(records: Sequence[Record], name: str) -> Figure:
     figure, axis = _figure(f"Held-out loss and {name} of the model", "loss (nats)")
     cycles = [record["cycle"] for record in records]
-    axis.plot(cycles, [record["loss_after"] / 1e9 for record in records], color="C0", label="loss")
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    losses = [_loss(record) for record in records]
+    axis.plot(cycles, losses, color="C0", label="loss")
+    if min((loss for loss in losses if math.isfinite(loss)), default=0) > 0:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     axis.grid(axis="y", which="both", alpha=0.2)
     metric = axis.twinx()
-    metric.plot(cycles, [record["metric"] for record in records], color="C1", linestyle="--", label=f"{name} (right)")
+    metric.plot(cycles, [_metric(record) for record in records], color="C1", linestyle="--", label=f"{name} (right)")
     metric.set_ylabel(name)
     handles, labels = axis.get_legend_handles_labels()
     more_handles, more_labels = metric.get_legend_handles_labels()
@@ -122,7 +140,7 @@ def _plot_miners(records: Sequence[Record]) -> Figure:
         label = miner[:8] if number < MAX_NAMED else None
         axis.plot([record["cycle"] for record in records], lines[miner], color=f"C{number % 10}", label=label)
     if miners:
-        axis.legend(title="miner")
+        figure.legend(title="miner", loc="outside right upper")
     return figure
 
 
@@ -137,10 +155,11 @@ def _plot_segments(records: Sequence[Record]) -> Figure:
             if any(found):
                 points.append((record["cycle"], sum(found) / len(found)))
         cycles, means = zip(*points, strict=True) if points else ((), ())
-        axis.plot(cycles, means, marker=".", color=f"C{segment % 10}", label=f"segment {segment}")
+        label = f"segment {segment}" if segment < MAX_NAMED else None
+        axis.plot(cycles, means, marker=".", color=f"C{segment % 10}", label=label)
     if axis.lines:
         axis.set_yscale("log")
-        axis.legend()
+        figure.legend(loc="outside right upper")
     return figure
 
 
@@ -149,5 +168,6 @@ def _figure(title: str, label: str) -> tuple[Figure, Any]:
     axis = figure.add_subplot()
     axis.set_title(title)
     axis.set_xlabel("cycle")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel(label)
     return figure, axis

@@ -160,6 +160,11 @@ def nano_nats(loss: float, offset: float = 0.0) -> int:
     return round(shifted)
 
 
+def nats(recorded: int, offset: float) -> float:
+    """Return a recorded loss, nano-nats with the job's `loss_offset`, in nats without it. `MAX_NANO_NATS` gives NaN."""
+    return math.nan if recorded == MAX_NANO_NATS else recorded / 1e9 - offset
+
+
 def score(miner: bytes, update: bytes, params: int, loss_before: int, loss_after: int) -> Contribution:
     """Score an update that passed all checks. `update` is its bytes, `params` the size of its segment.
 

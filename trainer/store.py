@@ -12,11 +12,12 @@ from pathlib import Path
 from traincert.trainer.errors import IntegrityError
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write `data` to the file `path`, durably (fsync) and atomically."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

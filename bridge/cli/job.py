@@ -52,6 +52,7 @@ def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
     with JobView() as view:
         view.step("importing PyTorch")
         from traincert.trainer.run import run_job  # takes seconds
+        from traincert.trainer.scoring import nats
 
         try:
             report = run_job(training_job, out, miners, workers, view)
@@ -61,7 +62,9 @@ def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
     metric = training_job.metric.partition(":")[2]
     target = "" if training_job.target_metric is None else f" (target: {training_job.target_metric})"
     console.print(
-        f"test {metric} {report.test.metric:.4f}{target}, test loss {report.test.loss / 1e9:.4f} nats", soft_wrap=True
+        f"test {metric} {report.test.metric:.4f}{target}, "
+        f"test loss {nats(report.test.loss, training_job.loss_offset):.4f} nats",
+        soft_wrap=True,
     )
     console.print(f"last record {report.head.hex()}", soft_wrap=True)
     console.print(f"report: {report.path}\nTensorBoard: tensorboard --logdir {shlex.quote(str(out))}", soft_wrap=True)

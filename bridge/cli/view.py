@@ -133,13 +133,16 @@ class JobView(_LiveTable):
 
     def cycle(self, record: Mapping[str, Any]) -> None:
         """Show a finished cycle, by its record."""
+        from traincert.trainer.scoring import nats  # imports torch, which takes seconds
+
         tasks = record["tasks"]
         refused = Counter(task["refusal"] for task in tasks if task["refusal"])
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(refused.items()))
         updates = f"{len(tasks) - refused.total()} of {len(tasks)}"
         size = f"{sum(task['update_size'] for task in tasks):,}"
-        loss = f"{record['loss_before'] / 1e9:.4f} → {record['loss_after'] / 1e9:.4f}"
-        metric = f"{record['metric']:.4f}"
+        before, after = (nats(record[key], record["loss_offset"]) for key in ("loss_before", "loss_after"))
+        loss = f"{before:.4f} → {after:.4f}"
+        metric = "no number" if record["metric"] is None else f"{record['metric']:.4f}"
         self._add(
             (str(record["cycle"]), updates, reasons, size, loss, metric, record["model_after"]),
             f"cycle {record['cycle']}: {updates} updates{f' ({reasons})' if reasons else ''}, {size} bytes, "

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import RunFolder, record_hash
 from traincert.trainer.replay import replay_tasks
 from traincert.trainer.report import TensorBoard, write_report
+from traincert.trainer.scoring import MAX_NANO_NATS, Evaluation
 from traincert.trainer.state import state_hash
 
 MakeTrainer = Callable[..., AbstractContextManager[Trainer]]
@@ -207,3 +209,23 @@ def test_a_reports_job_is_text_and_no_markup(go_on: Callable[..., Path], small: 
     with RunFolder(folder) as run:
         path = write_report(tmp_path / "report", sly, run.records, run.load().evaluation)
     assert "<script>" not in path.read_text()
+
+
+def test_a_report_of_numbers_that_are_none_is_json(small: TrainingJob, tmp_path: Path) -> None:
+    record: dict[str, object] = {
+        "cycle": 0,
+        "loss_after": MAX_NANO_NATS,
+        "loss_offset": 2.0,
+        "metric": None,
+        "model_after": "00",
+        "dataset_root": "00",
+        "tasks": [],
+    }
+    after = {**record, "cycle": 1, "loss_after": 1_500_000_000, "metric": 0.5}
+    job = replace(small, loss_offset=2.0)
+    path = write_report(tmp_path / "report", job, [record, after], Evaluation(MAX_NANO_NATS, math.nan))
+    found = json.loads((path.parent / "report.json").read_text(), parse_constant=pytest.fail)
+    assert (found["held_out_loss_first"], found["held_out_loss"], found["held_out_metric"]) == (None, -0.5, 0.5)
+    assert (found["test_loss"], found["test_metric"]) == (None, None)
+    assert "no number → -0.5000 nats" in path.read_text()
+    assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o644}
