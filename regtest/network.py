@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -205,14 +207,36 @@ class Network:
         return tips[0]
 
     def _for_each(self, action: Callable[[Node], None]) -> None:
-        with ThreadPoolExecutor(max_workers=max(1, len(self.nodes))) as pool:
-            results = [pool.submit(action, node) for node in self.nodes]
+        """Do something with all nodes at the same time. Raises a node's error after it has ended on all nodes.
+
+        After Ctrl-C it waits for the actions that have begun: a node that is still being started could not be stopped.
+        """
+        begun: set[Node] = set()
+        ended: set[Node] = set()
+        interrupted = False
+        lock = threading.Lock()
+
+        def act(node: Node) -> None:
+            with lock:
+                if interrupted:
+                    return
+                begun.add(node)
             try:
-                wait(results)
-            except BaseException:
-                wait(results)  # after Ctrl-C, too: a node that is still being started could not be stopped
-                raise
-        for result in results:  # raise a node's error only after the action has ended on all nodes
+                action(node)
+            finally:
+                ended.add(node)
+
+        try:
+            with ThreadPoolExecutor(max_workers=max(1, len(self.nodes))) as pool:
+                results = [pool.submit(act, node) for node in self.nodes]
+        except BaseException:
+            with lock:
+                interrupted = True
+            # The pool does not know a thread during whose start the interrupt came.
+            while begun - ended:
+                time.sleep(0.01)
+            raise
+        for result in results:
             result.result()
 
     def _connect(self, links: Sequence[Link]) -> None:

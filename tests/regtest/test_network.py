@@ -202,15 +202,20 @@ def test_topologies() -> None:
         read_topology("star", 3)
 
 
+@pytest.mark.parametrize("late", [0.0, 0.1], ids=["at once", "a moment later"])
 def test_ctrl_c_while_nodes_start_leaves_none(
-    node_programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    node_programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: float
 ) -> None:
     """Also none that its thread launches a moment later, and that would be kept."""
     network = Network(node_programs / "bitcoind", tmp_path, 1, keep=True)
     (node,) = network.nodes
     launch = node._launch
+    starter = threading.main_thread()
 
     def launch_late() -> None:
+        nonlocal starter
+        starter = threading.current_thread()
+        time.sleep(late)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)  # for the main thread to act on it: whether it waits for us is what is tested
         launch()
@@ -219,9 +224,7 @@ def test_ctrl_c_while_nodes_start_leaves_none(
     try:
         with pytest.raises(KeyboardInterrupt):
             network.start()
-        wait_for(
-            lambda: not [t for t in threading.enumerate() if t.name.startswith("ThreadPool")], 30, "threads to end"
-        )
+        wait_for(lambda: starter not in threading.enumerate(), 30, "the thread that starts the node to end")
         assert node.pid is None
     finally:
         node.kill()

@@ -602,7 +602,7 @@ def messy_job(write_job: WriteJob, name: str, **changed: str | None) -> Training
 @pytest.mark.parametrize(
     ("name", "changed", "words"),
     [
-        ("age", {}, "column 'age' in which 3 rows have a missing .* value, the first is row 7; mend the data, or set"),
+        ("age", {}, "column 'age' in which 3 rows have a missing .* value, the first is row 7; mend the data or set"),
         ("age", {"normalize": '{ age = "each" }'}, "column 'age' in which 3 rows have a missing"),
         ("sex", {"hash": "{ sex = 8 }", "hash_key": '"key"'}, "column 'sex' in which 1 rows .* row 5; .* to a text"),
         ("sex", {"encode": '["sex"]'}, "column 'sex' in which 1 rows"),

@@ -11,14 +11,14 @@ import signal
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from threading import Thread
-from types import TracebackType
+from threading import Thread, current_thread, main_thread
+from types import FrameType, TracebackType
 from typing import cast
 
 import torch
@@ -170,13 +170,33 @@ class LocalEngine:
         )
         resource_tracker.ensure_running()  # now: if process.start() started it, it would unblock SIGINT
         # The worker inherits this mask. Without it, Ctrl-C during the worker's imports would print a traceback.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with _ctrl_c_later():
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()  # only the worker has this end now: if the worker dies, recv raises EOFError
         return _Worker(process, ours)
+
+
+@contextlib.contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Let Ctrl-C wait until the code inside has ended: a half-started worker would print a traceback.
+
+    A mask is not enough, because another thread may get the signal.
+    """
+    if current_thread() is not main_thread():  # only the main thread gets KeyboardInterrupt
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(*came[0])
 
 
 def _send(worker: _Worker, order: tuple[Path, Order]) -> None:

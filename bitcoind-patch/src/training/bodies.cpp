@@ -23,6 +23,7 @@
 #include <training/params.h>
 #include <training/validation.h>
 #include <uint256.h>
+#include <util/fs.h>
 #include <util/signalinterrupt.h>
 #include <util/translation.h>
 #include <validation.h>
@@ -30,17 +31,20 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <cstdio>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 /** Bodies of a certificate that are stored though no child needs them. */
 static constexpr size_t MAX_BODIES{2};
-/** Bodies left alone that are kept in memory: as many blocks as may be in flight from one peer. */
-static constexpr size_t MAX_HELD{16};
+/** How many bytes of bodies left alone are kept in memory. */
+static constexpr size_t MAX_HELD_BYTES{2 * MAX_BLOCK_SERIALIZED_SIZE};
+
+/** Blocks that this thread has given to TrainingBodies::Add and that were stored for the first time. */
+static thread_local uint64_t g_added{0};
 
 /** Key of a CertificateBodies in the block tree database, followed by the certificate's signature hash. */
 static const std::string DB_BODIES{"training_bodies"};
@@ -62,7 +66,7 @@ static void DropLost(std::vector<uint256>& blocks, const node::BlockManager& blo
     });
 }
 
-bool TrainingBodies::Add(const std::shared_ptr<const CBlock>& block, const std::optional<TrainingCertificate>& certificate, const CBlockIndex& index, bool on_disk, ChainstateManager& chainman, BlockValidationState& state)
+bool TrainingBodies::Add(const CBlock& block, const std::optional<TrainingCertificate>& certificate, const CBlockIndex& index, bool on_disk, ChainstateManager& chainman, BlockValidationState& state)
 {
     AssertLockHeld(::cs_main);
     if (certificate) {
@@ -77,8 +81,7 @@ bool TrainingBodies::Add(const std::shared_ptr<const CBlock>& block, const std::
             if (!recorded && !on_disk && bodies.blocks.size() >= MAX_BODIES && !HasStoredChild(index, chainman.m_blockman)) {
                 LogDebug(BCLog::VALIDATION, "Left alone block %s: %u others of its training certificate are stored, and no child of it\n", hash.ToString(), bodies.blocks.size());
                 m_left_alone.insert(&index);
-                m_held.emplace_back(&index, block);
-                if (m_held.size() > MAX_HELD) m_held.pop_front();
+                Hold(index, block);
                 return false;
             }
             if (!recorded) bodies.blocks.push_back(hash);
@@ -92,8 +95,22 @@ bool TrainingBodies::Add(const std::shared_ptr<const CBlock>& block, const std::
         m_left_alone.erase(&index);
         std::erase_if(m_held, [&](const auto& held) { return held.first == &index; });
     }
-    ++m_added;
+    if (index.nTx == 0) ++g_added;
     return true;
+}
+
+void TrainingBodies::Hold(const CBlockIndex& index, const CBlock& block)
+{
+    AssertLockHeld(::cs_main);
+    VectorWriter{m_held.emplace_back(&index, std::vector<unsigned char>{}).second, 0, TX_WITH_WITNESS(block)};
+    const auto size{[&] {
+        size_t bytes{0};
+        for (const auto& held : m_held)
+            bytes += held.second.size();
+        return bytes;
+    }};
+    while (size() > MAX_HELD_BYTES)
+        m_held.pop_front();
 }
 
 bool TrainingBodies::IsLeftAlone(const CBlockIndex& index, const node::BlockManager& blockman) const
@@ -107,7 +124,8 @@ std::shared_ptr<const CBlock> TrainingBodies::TakeNeeded(const CBlockIndex* inde
     AssertLockHeld(::cs_main);
     const auto held{std::ranges::find(m_held, index, [](const auto& each) { return each.first; })};
     if (held == m_held.end() || !HasStoredChild(*index, blockman)) return nullptr;
-    auto block{std::move(held->second)};
+    auto block{std::make_shared<CBlock>()};
+    SpanReader{held->second} >> TX_WITH_WITNESS(*block);
     m_held.erase(held);
     return block;
 }
@@ -174,13 +192,16 @@ uint64_t MaxTrainingOutputWeight(const CBlockIndex& prev, const ChainstateManage
     return GetSerializeSize(output) * WITNESS_SCALE_FACTOR;
 }
 
-void LoadTrainingBlocksAgain(ChainstateManager& chainman, AutoFile& file)
+void LoadTrainingBlocksAgain(ChainstateManager& chainman, std::span<const fs::path> paths)
 {
-    if (!chainman.GetConsensus().training) return;
+    if (!chainman.GetConsensus().training || chainman.m_blockman.IsPruneMode()) return;
     uint64_t before;
     do {
-        before = WITH_LOCK(::cs_main, return chainman.m_training.CountAdded());
-        file.seek(0, SEEK_SET);
-        chainman.LoadExternalBlockFile(file);
-    } while (!chainman.m_interrupt && WITH_LOCK(::cs_main, return chainman.m_training.CountAdded()) > before);
+        before = g_added;
+        for (const fs::path& path : paths) {
+            if (chainman.m_interrupt || !fs::is_regular_file(path)) continue;
+            AutoFile file{fsbridge::fopen(path, "rb")};
+            if (!file.IsNull()) chainman.LoadExternalBlockFile(file);
+        }
+    } while (g_added > before && !chainman.m_interrupt);
 }

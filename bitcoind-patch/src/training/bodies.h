@@ -11,16 +11,17 @@
 #include <sync.h>
 #include <training/certificate.h>
 #include <uint256.h>
+#include <util/fs.h>
 
 #include <cstdint>
 #include <deque>
 #include <memory>
 #include <optional>
 #include <set>
+#include <span>
 #include <utility>
 #include <vector>
 
-class AutoFile;
 class BlockValidationState;
 class CBlock;
 class CBlockIndex;
@@ -46,9 +47,11 @@ struct CertificateBodies {
 class TrainingBodies
 {
     std::set<const CBlockIndex*> m_left_alone;
-    /** The last of the bodies that were left alone, for the case that a child needs one. */
-    std::deque<std::pair<const CBlockIndex*, std::shared_ptr<const CBlock>>> m_held;
-    uint64_t m_added{0};
+    /** The last of the bodies that were left alone, serialized, for the case that a child needs one. */
+    std::deque<std::pair<const CBlockIndex*, std::vector<unsigned char>>> m_held;
+
+    /** Keep a body in m_held, and drop the oldest ones if they get too large. */
+    void Hold(const CBlockIndex& index, const CBlock& block) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
 
 public:
     /**
@@ -63,16 +66,13 @@ public:
      * @param[out] state       an error if the database failed, which is fatal
      * @return whether to store the block
      */
-    bool Add(const std::shared_ptr<const CBlock>& block, const std::optional<TrainingCertificate>& certificate, const CBlockIndex& index, bool on_disk, ChainstateManager& chainman, BlockValidationState& state) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
+    bool Add(const CBlock& block, const std::optional<TrainingCertificate>& certificate, const CBlockIndex& index, bool on_disk, ChainstateManager& chainman, BlockValidationState& state) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
 
     /** Whether Add refused a block and would do so again: not worth asking a peer for. */
     bool IsLeftAlone(const CBlockIndex& index, const node::BlockManager& blockman) const EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
 
     /** Take out a body that was left alone and is needed now, if it is still in memory. */
     std::shared_ptr<const CBlock> TakeNeeded(const CBlockIndex* index, const node::BlockManager& blockman) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
-
-    /** How many times Add agreed since the node's start. */
-    uint64_t CountAdded() const EXCLUSIVE_LOCKS_REQUIRED(::cs_main) { return m_added; }
 };
 
 /** Check a block that is to be connected against its parent's certificate, see ContextualCheckTrainingCertificate. */
@@ -88,10 +88,11 @@ std::vector<CertificateBodies> ListEquivocations(const node::BlockManager& block
 uint64_t MaxTrainingOutputWeight(const CBlockIndex& prev, const ChainstateManager& chainman) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
 
 /**
- * Read a file of blocks (-loadblock) again until no more of its blocks are stored.
+ * Read files of blocks (-loadblock) again until a reading of all stores no further block.
  *
  * A body that one reading leaves alone may be needed by a block after it, and a block before its parent is skipped.
+ * Pipes cannot be read again, and with -prune it would bring pruned blocks back.
  */
-void LoadTrainingBlocksAgain(ChainstateManager& chainman, AutoFile& file) LOCKS_EXCLUDED(::cs_main);
+void LoadTrainingBlocksAgain(ChainstateManager& chainman, std::span<const fs::path> paths) LOCKS_EXCLUDED(::cs_main);
 
 #endif // BITCOIN_TRAINING_BODIES_H

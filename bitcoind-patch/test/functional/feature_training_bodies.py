@@ -9,13 +9,16 @@ and the order in which blocks arrive does not matter. Then pruning, -loadblock, 
 disks, and UTXO snapshots.
 """
 
+import os
 import re
 import resource
 from pathlib import Path
 from random import Random
+from threading import Thread
 
 from test_framework.messages import MAGIC_BYTES, CBlockHeader
 from test_framework.p2p import P2PDataStore
+from test_framework.script import OP_RETURN, CScript
 from test_framework.test_framework import BitcoinTestFramework
 from test_framework.training import TrainingChain, block_hash, block_hash_int, digest
 from test_framework.util import assert_equal, assert_raises_rpc_error, util_xor
@@ -160,8 +163,9 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.submit(node, fourth, NOT_STORED)
         self.append(node)
 
-        self.log.info("... also if that was too long ago to have it in memory, or the child came first")
-        first, second, third, *others = self.bodies(40)
+        self.log.info("... also if it is not in memory any more, which keeps two blocks of the greatest size")
+        first, second, third = self.bodies(3)
+        others = self.bodies(9, extra_output=CScript([OP_RETURN, bytes(900_000)]))
         child = self.build_on(third, 1)[0]
         self.submit_headers(node, [third])
         self.submit(node, first)
@@ -296,6 +300,12 @@ class TrainingBodiesTest(BitcoinTestFramework):
         blocks.append(self.training.block())  # certified on one of the last slot's bodies
         return blocks
 
+    def write_blocks(self, path, blocks):
+        with path.open("wb") as stream:
+            for block in blocks:
+                serialized = block.serialize()
+                stream.write(MAGIC_BYTES["regtest"] + len(serialized).to_bytes(4, "little") + serialized)
+
     def test_loadblock(self):
         self.log.info("-loadblock brings a node to the same tip, in whatever order the file has the blocks")
         node = self.nodes[1]
@@ -305,12 +315,24 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.training.tip = node.getbestblockhash()
         for order in orders:
             blocks = self.equivocating_chain(random, slots=5)
-            with file.open("wb") as stream:
-                for block in order(blocks):
-                    serialized = block.serialize()
-                    stream.write(MAGIC_BYTES["regtest"] + len(serialized).to_bytes(4, "little") + serialized)
+            self.write_blocks(file, order(blocks))
             self.restart_node(1, extra_args=[*self.training.node_args, f"-loadblock={file}"])
             self.wait_until(lambda: node.getbestblockhash() == self.training.tip)
+
+        self.log.info("... also if several files have them, or there is a pipe beside it, which is read once")
+        blocks = self.equivocating_chain(random, slots=5)
+        files = [Path(self.options.tmpdir, f"part{number}.dat") for number in range(3)]
+        for number, part in enumerate(files):
+            self.write_blocks(part, blocks[::-1][number::3])
+        pipe = Path(self.options.tmpdir, "pipe.dat")
+        os.mkfifo(pipe)
+        writer = Thread(target=self.write_blocks, args=(pipe, blocks[:1]))
+        writer.start()
+        self.restart_node(
+            1, extra_args=[*self.training.node_args, *(f"-loadblock={path}" for path in (*files, pipe, file))]
+        )
+        self.wait_until(lambda: node.getbestblockhash() == self.training.tip)
+        writer.join()
 
         self.log.info("... also the file of a node that has a third body")
         self.stop_node(0)
@@ -494,6 +516,18 @@ class TrainingBodiesTest(BitcoinTestFramework):
             assert_raises_rpc_error(-1, "Block not available (pruned data)", node.getblock, name)
             node.getblockfrompeer(name, peer_id)
             self.wait_until(lambda name=name: self.has_block(node, name))
+        node.disconnect_p2ps()
+
+        self.log.info("-loadblock, which brings pruned blocks back, ends")
+        file = Path(self.options.tmpdir, "pruned.dat")
+        self.write_blocks(file, [three[2], *blocks[:50]])
+        readings = "Loaded [0-9]+ blocks from external file"
+        before = len(re.findall(readings, node.debug_log_path.read_text()))
+        tip = node.getbestblockhash()
+        self.restart_node(3, extra_args=[*self.extra_args[3], f"-loadblock={file}"])
+        self.wait_until(lambda: node.getmempoolinfo()["loaded"])  # it is loaded after the import
+        assert_equal(len(re.findall(readings, node.debug_log_path.read_text())), before + 1)
+        assert_equal(node.getbestblockhash(), tip)
 
     def has_block(self, node, name):
         try:

@@ -111,6 +111,7 @@ class TrainingP2PTest(BitcoinTestFramework):
         self.test_invalid_certificates()
         self.test_many_bodies()
         self.test_pinned_tip()
+        self.test_requests_end()
         self.test_sync()
         self.test_sync_beside_late_bodies()
         self.test_random_orders()
@@ -355,6 +356,39 @@ class TrainingP2PTest(BitcoinTestFramework):
         peer.announce(*blocks)
         self.wait_for_tip(blocks[-1])
         self.disconnect()
+
+    def test_requests_end(self):
+        self.log.info("A body that another peer brought is not waited for, left alone or needed")
+        node = self.nodes[0]
+        for needed in (False, True):
+            first, second, third = self.make_bodies_of(3, self.training.tip)
+            self.submit(first)
+            self.submit(second, "inconclusive")
+            asked, winner = self.connect(), self.connect()
+            asked.announce(third)
+            asked.wait_until(
+                lambda asked=asked, third=third: block_hash_int(third) in asked.asked | asked.asked_compact
+            )
+            winner.send(msg_block(third))
+            winner.sync_with_ping()
+            if needed:
+                self.training.tip = block_hash(third)
+                child = self.training.block()
+                winner.send(msg_block(child))
+                self.wait_for_tip(child)
+            else:
+                asked.give(third)
+                asked.send(compact(third))
+                asked.sync_with_ping()
+                self.training.tip = block_hash(first)
+            self.wait_until(lambda: [peer["inflight"] for peer in node.getpeerinfo()] == [[], []])
+            self.disconnect()
+        self.submit(self.training.block())
+
+    def make_bodies_of(self, count, parent):
+        """Bodies of one certificate."""
+        time = self.training.made[parent].time + 1
+        return [self.training.block(parent, ntime=time + i, move_tip=False) for i in range(count)]
 
     def test_sync_beside_late_bodies(self):
         self.log.info("A new node syncs although a former winner fed it two late bodies and a longer chain of headers")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from threading import Event, Thread
 
@@ -311,3 +312,24 @@ def test_workers_die_with_a_killed_parent_in_the_middle_of_a_task(tmp_path: Path
 def test_an_engine_needs_a_worker(job: TrainingJob, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workers = 0: must be at least 1"):
         LocalEngine(replace(job), tmp_path, workers=0)
+
+
+def test_ctrl_c_while_a_worker_starts_waits_for_it(
+    job: TrainingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may get the signal, so a mask of this one is not enough."""
+    start = SpawnProcess.start
+    started = []
+
+    def interrupted(process: SpawnProcess) -> None:
+        Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
+        time.sleep(0.2)
+        start(process)
+        started.append(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LocalEngine(job, tmp_path, workers=1)
+    (process,) = started
+    process.kill()
+    process.join()
