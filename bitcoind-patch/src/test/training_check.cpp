@@ -69,7 +69,7 @@ static bool Check(const std::string& line, const Consensus::Params& params, Bloc
         SpanReader{ParseHex(fields[2])} >> certificate;
         parent.emplace(certificate);
     }
-    std::optional<TrainingCertificate> certificate;
+    std::optional<VerifiedCertificate> certificate;
     if (!CheckTrainingCertificate(block, *height, params, state, certificate)) return false;
     return ContextualCheckTrainingCertificate(*certificate, parent ? &*parent : nullptr, block.GetBlockTime(), *parent_time, *params.training, state);
 }

@@ -114,7 +114,7 @@ BOOST_AUTO_TEST_CASE(block_rules)
                 BOOST_CHECK_EQUAL(HexStr(WinnerSigHash(TrainingChainId(params->GetConsensus()), block, payload->output)), vector["winner_sighash"].get_str());
             }
             BlockValidationState state;
-            std::optional<TrainingCertificate> certificate;
+            std::optional<VerifiedCertificate> certificate;
             const bool valid{CheckTrainingCertificate(block, vector["height"].getInt<int>(), params->GetConsensus(), state, certificate)};
             BOOST_CHECK_EQUAL(certificate.has_value(), valid);
             BOOST_CHECK_EQUAL(valid, vector["reason"].isNull());

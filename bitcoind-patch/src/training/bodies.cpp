@@ -66,12 +66,12 @@ static void DropLost(std::vector<uint256>& blocks, const node::BlockManager& blo
     });
 }
 
-bool TrainingBodies::Add(const CBlock& block, const std::optional<TrainingCertificate>& certificate, const CBlockIndex& index, bool on_disk, ChainstateManager& chainman, BlockValidationState& state)
+bool TrainingBodies::Add(const CBlock& block, const std::optional<VerifiedCertificate>& certificate, const CBlockIndex& index, bool on_disk, ChainstateManager& chainman, BlockValidationState& state)
 {
     AssertLockHeld(::cs_main);
     if (certificate) {
         const uint256& hash{index.GetBlockHash()};
-        const auto key{std::make_pair(DB_BODIES, CertificateSigHash(TrainingChainId(chainman.GetConsensus()), *certificate))};
+        const auto key{std::make_pair(DB_BODIES, certificate->sighash)};
         CertificateBodies bodies{.height = certificate->height, .round = certificate->round, .winner_key = certificate->winner_key, .blocks = {}};
         auto& database{*chainman.m_blockman.m_block_tree_db};
         try {

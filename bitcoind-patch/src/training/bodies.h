@@ -66,7 +66,7 @@ public:
      * @param[out] state       an error if the database failed, which is fatal
      * @return whether to store the block
      */
-    bool Add(const CBlock& block, const std::optional<TrainingCertificate>& certificate, const CBlockIndex& index, bool on_disk, ChainstateManager& chainman, BlockValidationState& state) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
+    bool Add(const CBlock& block, const std::optional<VerifiedCertificate>& certificate, const CBlockIndex& index, bool on_disk, ChainstateManager& chainman, BlockValidationState& state) EXCLUSIVE_LOCKS_REQUIRED(::cs_main);
 
     /** Whether Add refused a block and would do so again: not worth asking a peer for. */
     bool IsLeftAlone(const CBlockIndex& index, const node::BlockManager& blockman) const EXCLUSIVE_LOCKS_REQUIRED(::cs_main);

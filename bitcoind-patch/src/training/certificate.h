@@ -88,6 +88,11 @@ struct TrainingCertificate : TrainingCertificateBody {
     SERIALIZE_METHODS(TrainingCertificate, obj) { READWRITE(AsBase<TrainingCertificateBody>(obj), obj.coordinator_signatures); }
 };
 
+/** A certificate whose signatures verify. */
+struct VerifiedCertificate : TrainingCertificate {
+    uint256 sighash; //!< what its coordinators signed
+};
+
 /** What the rules need of a parent's certificate. */
 struct TrainingParent {
     uint256 beacon_reveal;

@@ -171,7 +171,7 @@ static bool CheckTotals(const TrainingCertificate& certificate, BlockValidationS
 }
 
 /** Reason: bad-traincert-coordinator-sig. */
-static bool CheckCoordinatorSignatures(const TrainingCertificate& certificate, const TrainingKeys& keys, const uint256& chain_id, BlockValidationState& state)
+static bool CheckCoordinatorSignatures(const TrainingCertificate& certificate, const TrainingKeys& keys, const uint256& sighash, BlockValidationState& state)
 {
     const auto& signatures{certificate.coordinator_signatures};
     if (signatures.size() != keys.threshold) {
@@ -185,9 +185,8 @@ static bool CheckCoordinatorSignatures(const TrainingCertificate& certificate, c
             return Reject(state, "coordinator-sig", strprintf("key index %u after %u", signatures[i].key_index, signatures[i - 1].key_index));
         }
     }
-    const uint256 certificate_hash{CertificateSigHash(chain_id, certificate)};
     for (const auto& [key_index, signature] : signatures) {
-        if (!keys.keys[key_index].VerifySchnorr(certificate_hash, signature)) {
+        if (!keys.keys[key_index].VerifySchnorr(sighash, signature)) {
             return Reject(state, "coordinator-sig", strprintf("signature of coordinator key %u does not verify", key_index));
         }
     }
@@ -201,7 +200,7 @@ static bool CheckWinnerSignature(const TrainingPayload& payload, const CBlock& b
     return Reject(state, "winner-sig", "the winner's signature does not verify");
 }
 
-bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state, std::optional<TrainingCertificate>& certificate)
+bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state, std::optional<VerifiedCertificate>& certificate)
 {
     if (!params.training || height < params.training->StartHeight()) return true;
 
@@ -211,10 +210,11 @@ bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::
     if (!CheckPrevBlock(payload->certificate, block, state)) return false;
     if (!CheckTotals(payload->certificate, state)) return false;
     const uint256 chain_id{TrainingChainId(params)};
-    if (!CheckCoordinatorSignatures(payload->certificate, params.training->KeysAt(height), chain_id, state)) return false;
+    const uint256 sighash{CertificateSigHash(chain_id, payload->certificate)};
+    if (!CheckCoordinatorSignatures(payload->certificate, params.training->KeysAt(height), sighash, state)) return false;
     if (!CheckWinnerSignature(*payload, block, chain_id, state)) return false;
     LogDebug(BCLog::VALIDATION, "Verified the training certificate of block %s\n", block.GetHash().ToString());
-    certificate = std::move(payload->certificate);
+    certificate.emplace(std::move(payload->certificate), sighash);
     return true;
 }
 

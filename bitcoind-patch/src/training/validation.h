@@ -55,7 +55,7 @@ bool CheckTrainingHeader(const CBlockHeader& header, int height, const Consensus
  *
  * @param[out] certificate  the block's, if it needs one and it is valid
  */
-bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state, std::optional<TrainingCertificate>& certificate);
+bool CheckTrainingCertificate(const CBlock& block, int height, const Consensus::Params& params, BlockValidationState& state, std::optional<VerifiedCertificate>& certificate);
 
 /**
  * With the parent: check that a certificate's draw is fair, that beacon and model continue the parent's, and that its

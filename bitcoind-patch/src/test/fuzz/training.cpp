@@ -115,7 +115,7 @@ std::string GetReason(Check check)
 std::string GetAloneReason(const CBlock& block, int height, const Consensus::Params& params)
 {
     return GetReason([&](auto& state) {
-        std::optional<TrainingCertificate> certificate;
+        std::optional<VerifiedCertificate> certificate;
         const bool valid{CheckTrainingCertificate(block, height, params, state, certificate)};
         assert(valid || !certificate);
         return valid;
