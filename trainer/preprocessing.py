@@ -303,7 +303,7 @@ class _Preparation:
         for chunk in self._raw_chunks(split):
             self._check(chunk, name)
             for column in self.names:
-                rows = np.flatnonzero(_missing(chunk[column]) if column not in self.job.missing else [])
+                rows = np.flatnonzero(_any(_holes(chunk[column])) if column not in self.job.missing else [])
                 if column in self.job.normalize and chunk[column].dtype.kind == "f":
                     rows = np.union1d(rows, np.flatnonzero(_any(np.isinf(chunk[column]))))
                 wrong.setdefault(column, []).extend(count + int(row) for row in rows)
@@ -545,10 +545,6 @@ def _as_array(column: Any) -> Array:
 def _any(values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Return for each row (N, ...) whether any value is true."""
     return np.array(values.reshape(len(values), -1).any(axis=1))
-
-
-def _missing(array: Array) -> npt.NDArray[np.bool_]:
-    return _any(_holes(array))
 
 
 def _sum_rows(rows: Array) -> Array:
