@@ -6,14 +6,11 @@ This module does not import torch: the command line reads jobs, and importing to
 import dataclasses
 import difflib
 import hashlib
-import importlib
 import importlib.util
-import inspect
 import json
 import math
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +31,7 @@ def _is_reference(value: str) -> str:
 
 
 Reference = Annotated[str, AfterValidator(_is_reference)]
-"""A function as `package.module:name`. `resolve` imports it."""
+"""A function as `package.module:name`. `usercode.resolve` imports it."""
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # not strict, because TOML gives a list
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -297,47 +294,6 @@ def _file_hash(path: Path) -> str:
         return ""
 
 
-def resolve(reference: str, key: str) -> Callable[..., Any]:
-    """Import the function `reference` (`package.module:name`), the value of a job's `key`.
-
-    Raises JobError if the module or the function does not exist. An exception inside the module passes through.
-    """
-    module_name, _, name = reference.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise JobError(f"{key} = {reference!r}: importing it failed: {error}") from error
-        raise JobError(
-            f"{key} = {reference!r}: no module {error.name!r}; install it, or put it beside the job's file"
-        ) from None
-    found = getattr(module, name, None)
-    if not callable(found):
-        functions = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
-        hint = _hint(name, functions)
-        raise JobError(f"{key} = {reference!r}: the module {module.__file__} has no function {name!r}{hint}")
-    return found  # type: ignore[no-any-return]
-
-
-def call(reference: str, options: dict[str, Any], key: str) -> Any:
-    """Import the function `reference`, the value of a job's `key`, and call it with `options`.
-
-    Raises JobError if the function does not take these options. An exception inside the function passes through.
-    """
-    function = resolve(reference, key)
-    try:
-        return function(**options)
-    except TypeError as error:
-        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            raise  # the mistake is inside the function, not in its options
-        raise JobError(f"{key}_options = {options}: {error}; it takes {takes(function)}") from None
-
-
-def takes(function: Callable[..., Any]) -> str:
-    """Return a function's parameters as text, for an error message."""
-    return ", ".join(str(parameter) for parameter in inspect.signature(function).parameters.values()) or "none"
-
-
 def _explain(error: ValidationError, values: dict[str, Any]) -> str:
     """Return the first mistake as one line: the key, its value and what is allowed."""
     first, *more = error.errors()
@@ -349,13 +305,14 @@ def _explain(error: ValidationError, values: dict[str, Any]) -> str:
         case "missing":
             return f"{key} is missing{others}"
         case "unexpected_keyword_argument" | "unexpected_property":
-            hint = _hint(key, names) or f"; the keys are {', '.join(names)}"
+            hint = did_you_mean(key, names) or f"; the keys are {', '.join(names)}"
             return f"{key} = {values.get(key)!r}: unknown key{hint}{others}"
     if not key:
         return f"{message}{others}"
     return f"{key} = {first['input']!r}: {message}{others}"
 
 
-def _hint(name: str, known: list[str]) -> str:
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return a hint at the known name that is most like a wrong one, or an empty string."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

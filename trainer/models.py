@@ -9,7 +9,8 @@ from torch.nn.parameter import is_lazy
 
 from traincert.trainer.determinism import seeded
 from traincert.trainer.errors import JobError
-from traincert.trainer.job import TrainingJob, call
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.usercode import call
 
 TRAINED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of parameters that can be trained."""

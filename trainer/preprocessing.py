@@ -25,8 +25,9 @@ from safetensors import safe_open
 from traincert.trainer.datasets import Array, Chunk, RawDataset
 from traincert.trainer.determinism import seeded
 from traincert.trainer.errors import IntegrityError, JobError
-from traincert.trainer.job import TrainingJob, call
+from traincert.trainer.job import TrainingJob
 from traincert.trainer.store import read_blob, sync_folder, verify_blob, write_blob, write_file
+from traincert.trainer.usercode import blaming, call
 
 # The dtypes that a prepared column may have: numpy's, and safetensors' name.
 _DTYPES = {
@@ -290,7 +291,14 @@ class _Preparation:
 
     def _raw_chunks(self, split: Callable[[], Iterable[Chunk]]) -> Iterator[dict[str, Array]]:
         with seeded(self.job.shuffle_seed):  # so that each pass gives the same chunks
-            for chunk in split():
+            with blaming("dataset", self.job.dataset):
+                chunks = iter(split())
+            while True:
+                with blaming("dataset", self.job.dataset):
+                    try:
+                        chunk = next(chunks)
+                    except StopIteration:
+                        return
                 yield {name: _as_array(column) for name, column in chunk.items()}
 
     def _count(self, split: Callable[[], Iterable[Chunk]], name: str) -> int:
@@ -299,25 +307,30 @@ class _Preparation:
         Raises JobError if a value is missing, or not finite where it must be.
         """
         count = 0
-        wrong: dict[str, list[int]] = {}
+        missing: dict[str, list[int]] = {name: [] for name in self.names}
+        infinite: dict[str, list[int]] = {name: [] for name in self.names}
         for chunk in self._raw_chunks(split):
             self._check(chunk, name)
             for column in self.names:
-                rows = np.flatnonzero(_any(_holes(chunk[column])) if column not in self.job.missing else [])
+                if column not in self.job.missing:
+                    missing[column] += [count + int(row) for row in np.flatnonzero(_any(_holes(chunk[column])))]
                 if column in self.job.normalize and chunk[column].dtype.kind == "f":
-                    rows = np.union1d(rows, np.flatnonzero(_any(np.isinf(chunk[column]))))
-                wrong.setdefault(column, []).extend(count + int(row) for row in rows)
+                    infinite[column] += [count + int(row) for row in np.flatnonzero(_any(np.isinf(chunk[column])))]
             for column, values in self.values.items():
                 filled = self._filled(column, chunk[column])
                 values.update(np.unique(filled[~_holes(filled)]).tolist())
             count += len(chunk[self.names[0]])
-        for column, found in wrong.items():
-            if found:
+        for column in self.names:
+            where = f"dataset = {self.job.dataset!r}: its {name} split has a column {column!r} in which"
+            if found := missing[column]:
                 hint = "a text" if column in self.values else 'a number or "mean"'
                 raise JobError(
-                    f"dataset = {self.job.dataset!r}: its {name} split has a column {column!r} in which {len(found)} "
-                    f"rows have a missing (NaN, None) or infinite value, the first is row {found[0]}; mend the data or "
-                    f"set missing = {{ {column} = ... }} to {hint}"
+                    f"{where} {len(found)} rows have a missing value (NaN, None), the first is row {found[0]}; "
+                    f"mend the data or set missing = {{ {column} = ... }} to {hint}"
+                )
+            if found := infinite[column]:
+                raise JobError(
+                    f"{where} {len(found)} rows have an infinite value, the first is row {found[0]}; mend the data"
                 )
         if not count:
             raise JobError(f"dataset = {self.job.dataset!r}: its {name} split is empty")

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from traincert.trainer.determinism import deterministic
 from traincert.trainer.errors import JobError
-from traincert.trainer.job import TrainingJob, resolve
+from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Examples
 from traincert.trainer.state import State, set_state
 from traincert.trainer.updates import Reason, UpdateError
+from traincert.trainer.usercode import Functions, blaming, shown
 
 MAX_NANO_NATS = 2**64 - 1
 
@@ -57,6 +58,7 @@ class Scorer:
 
     def __init__(self, job: TrainingJob) -> None:
         self._job = job
+        self._functions = Functions(job)
         self._models = threading.local()
         # torch has a number of threads for each thread. Set it once, when a thread of the pool starts; deterministic()
         # sets it in the calling thread only.
@@ -87,8 +89,8 @@ class Scorer:
         """Return a state's loss, as `losses` does, and its metric, of the outputs for all examples at once."""
         ((loss, outputs),) = self._measure_all([state], examples, keep_outputs=True)
         with torch.inference_mode():
-            metric = resolve(self._job.metric, "metric")(_concatenate(outputs), examples.batch(slice(None)).target)
-        return Evaluation(loss, float(metric))
+            metric = self._functions.metric(self._concatenated(outputs), examples.batch(slice(None)).target)
+        return Evaluation(loss, metric)
 
     def _measure_all(
         self, states: Iterable[State], examples: Examples, *, keep_outputs: bool
@@ -115,11 +117,16 @@ class Scorer:
             mine.state = state
         inputs, target = batch.batch(slice(None), self._job.device)
         with torch.inference_mode():
-            outputs = mine.model(*inputs)
-            found = resolve(self._job.loss, "loss")(outputs, target)
-        # A mean has the weight of the batch's examples.
-        total, weight = found if isinstance(found, tuple) else (float(found) * len(target), len(target))
-        return float(total), float(weight), _to_cpu(outputs) if keep_outputs else None
+            outputs = self._functions.outputs(mine.model, inputs)
+            total, weight = self._functions.total_loss(outputs, target)
+        return total, weight, _to_cpu(outputs) if keep_outputs else None
+
+    def _concatenated(self, outputs: Sequence[Any]) -> Any:
+        """Return the outputs of all batches, tensors or structures of tensors (N, ...), as those of one batch."""
+        leaves = [tree_flatten(each)[0] for each in outputs]
+        _, structure = tree_flatten(outputs[0])
+        with blaming("model", self._job.model, f"its outputs {shown(outputs[0])} are not of one example each"):
+            return tree_unflatten([torch.cat(column) for column in zip(*leaves, strict=True)], structure)
 
 
 def _batches(examples: Examples) -> list[Examples]:
@@ -135,13 +142,6 @@ def _batches(examples: Examples) -> list[Examples]:
 
 def _to_cpu(outputs: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), outputs)
-
-
-def _concatenate(outputs: Sequence[Any]) -> Any:
-    """Return the outputs of all batches, tensors or structures of tensors (N, ...), as those of one batch."""
-    leaves = [tree_flatten(each)[0] for each in outputs]
-    _, structure = tree_flatten(outputs[0])
-    return tree_unflatten([torch.cat(column) for column in zip(*leaves, strict=True)], structure)
 
 
 def nano_nats(loss: float, offset: float = 0.0) -> int:

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from traincert.trainer.errors import JobError
-from traincert.trainer.job import TrainingJob, resolve
+from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import Examples
 from traincert.trainer.state import State
+from traincert.trainer.usercode import Functions
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _count_flops(model: nn.Module, job: TrainingJob, examples: Examples) -> tupl
     trains all tensors (0 for the first tensor).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss = resolve(job.loss, "loss")
+    functions = Functions(job)
     batch = examples.batch(slice(0, 1))
     model.eval()  # training mode would change buffers, and batch norm would need more than one example
 
@@ -144,10 +145,8 @@ def _count_flops(model: nn.Module, job: TrainingJob, examples: Examples) -> tupl
         for parameter in trained:
             parameter.requires_grad_(True)
         with FlopCounterMode(display=False) as counter:
-            found = loss(model(*batch.inputs), batch.target)
-            found = found[0] if isinstance(found, tuple) else found
-            if found.requires_grad:  # not if it depends on none of them
-                found.backward()  # torch.autograd.grad does not work with FlopCounterMode and parametrizations
+            # torch.autograd.grad does not work with FlopCounterMode and parametrizations.
+            functions.backward(functions.mean_loss(functions.outputs(model, batch.inputs), batch.target))
         return int(counter.get_total_flops())
 
     every = count(trainable)

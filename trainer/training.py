@@ -10,13 +10,14 @@ from torch import nn
 
 from traincert.trainer.determinism import deterministic, seeded
 from traincert.trainer.errors import JobError
-from traincert.trainer.job import TrainingJob, resolve, takes
+from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import Examples
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State, set_state, state_of
 from traincert.trainer.tasks import Task
 from traincert.trainer.updates import Update, change, encode_update
+from traincert.trainer.usercode import Functions, takes
 
 _RESIDUAL = "residual"
 _OPTIMIZER = "optimizer."
@@ -70,14 +71,12 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         leaves = dict(zip(begins, trained, strict=True))
         if job.keep_optimizer_state:
             _restore(optimizer, leaves, memory)
-        loss_function = resolve(job.loss, "loss")
+        functions = Functions(job)
         for inputs, target in _batches(job, shard, task):
             optimizer.zero_grad()
             with _joined(model, cut):
-                loss = mean_loss(loss_function(model(*inputs), target))
                 # There is nothing to learn if all of the batch is masked, or it uses none of the segment's parameters.
-                if loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                functions.backward(functions.mean_loss(functions.outputs(model, inputs), target))
             optimizer.step()
         after = dict(state_of(model))
     kept = dict(memory)
@@ -95,14 +94,6 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         residual[segment.start : segment.end] = move - sent
         return Trained(data, kept | {_RESIDUAL: residual})
     return Trained(encode_update(Update(move, buffers), 1)[0], kept)
-
-
-def mean_loss(found: torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]) -> torch.Tensor:
-    """Return what a job's loss function returned, a mean or a sum and its weight, as a mean. It is 0 for no weight."""
-    if not isinstance(found, tuple):
-        return found
-    total, weight = found
-    return total / weight if weight else torch.zeros(())
 
 
 def _waiting(job: TrainingJob, segment: Segment, memory: State) -> torch.Tensor:

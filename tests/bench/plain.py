@@ -19,11 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from evaluation import evaluate
-from traincert.trainer.job import TrainingJob, resolve
+from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset, read_examples
 from traincert.trainer.state import initial_state, set_state, state_bytes, state_of
-from traincert.trainer.training import mean_loss
+from traincert.trainer.usercode import Functions
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     model = build_model(job)
     set_state(model, initial_state(job))
     model.to(job.device).train()
-    loss_function = resolve(job.loss, "loss")
+    functions = Functions(job)
     optimizer = getattr(torch.optim, job.optimizer)(model.parameters(), lr=job.learning_rate, **job.optimizer_options)
     torch.manual_seed(job.seed)
     left = torch.empty(0, dtype=torch.int64)
@@ -57,7 +57,7 @@ def main() -> None:
         batch, left = left[: arguments.batch_size], left[arguments.batch_size :]
         optimizer.zero_grad()
         outputs = model(*(column[batch].to(job.device) for column in inputs))
-        mean_loss(loss_function(outputs, target[batch].to(job.device))).backward()  # type: ignore[no-untyped-call]
+        functions.mean_loss(outputs, target[batch].to(job.device)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     if job.device == "cuda":
         torch.cuda.synchronize()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from traincert.trainer.errors import JobError
-from traincert.trainer.job import TrainingJob, call, resolve
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.usercode import call, resolve
 
 TRAINCERT = str(Path(sys.executable).parent / "traincert")
 
@@ -237,16 +238,30 @@ def test_what_cannot_be_imported_is_named(write_job: WriteJob, reference: str, w
 
 def test_a_module_that_needs_another_that_is_missing_is_told_apart(write_job: WriteJob) -> None:
     job = TrainingJob.load(write_job("import absent_module", model='"{module}:model"'))
-    with pytest.raises(JobError, match="importing it failed: No module named 'absent_module'"):
+    with pytest.raises(JobError, match=r"ModuleNotFoundError: No module named 'absent_module'; /.*\.py, line 1, in"):
         resolve(job.model, "model")
 
 
-def test_a_mistake_in_the_users_module_keeps_its_traceback(write_job: WriteJob) -> None:
-    job = TrainingJob.load(write_job("1 / 0", model='"{module}:model"'))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero; {path}, line 1, in <module>"),
+        ("def f(:", "SyntaxError: .*; {path}, line 1"),
+    ],
+)
+def test_a_mistake_in_the_users_module_is_one_line_with_its_place(
+    write_job: WriteJob, module: str, message: str
+) -> None:
+    path = write_job(module, model='"{module}:model"')
+    job = TrainingJob.load(path)
+    file = str(path.parent / job.model.partition(":")[0]) + ".py"
+    with pytest.raises(JobError, match=f"^model = {job.model!r}: {message.format(path=file)}$"):
         resolve(job.model, "model")
+
+
+def test_a_mistake_in_the_users_function_is_told_from_wrong_options(write_job: WriteJob) -> None:
     job = TrainingJob.load(write_job(USERS_MODULE, model='"{module}:broken"'))
-    with pytest.raises(TypeError, match="has no len"):
+    with pytest.raises(JobError, match=r": TypeError: object of type 'int' has no len\(\); .*, line \d+, in broken$"):
         call(job.model, {"width": 1}, "model")
 
 

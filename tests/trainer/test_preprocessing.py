@@ -558,6 +558,7 @@ MESSY = """
             "tensor": torch.arange(COUNT, dtype=torch.float32)[:, None],
             "short": np.arange(COUNT, dtype=np.uint16),
             "listed": list(range(COUNT)),
+            "endless": np.where(np.arange(COUNT) == 9, np.inf, 1).astype(np.float32)[:, None],
             "labels": np.arange(COUNT) % 2,
         }
 
@@ -602,8 +603,13 @@ def messy_job(write_job: WriteJob, name: str, **changed: str | None) -> Training
 @pytest.mark.parametrize(
     ("name", "changed", "words"),
     [
-        ("age", {}, "column 'age' in which 3 rows have a missing .* value, the first is row 7; mend the data or set"),
+        ("age", {}, "column 'age' in which 3 rows have a missing value .*, the first is row 7; mend the data or set"),
         ("age", {"normalize": '{ age = "each" }'}, "column 'age' in which 3 rows have a missing"),
+        (
+            "endless",
+            {"normalize": '{ endless = "each" }', "missing": "{ endless = 0.0 }"},
+            "column 'endless' in which 1 rows have an infinite value, the first is row 9; mend the data$",
+        ),
         ("sex", {"hash": "{ sex = 8 }", "hash_key": '"key"'}, "column 'sex' in which 1 rows .* row 5; .* to a text"),
         ("sex", {"encode": '["sex"]'}, "column 'sex' in which 1 rows"),
         ("short", {}, "has a column 'short' of uint16: convert it to one of float64, float32"),

@@ -86,7 +86,7 @@ def test_threads_do_not_matter(job: TrainingJob, validation: Examples) -> None:
 
 def test_an_error_in_the_users_metric_is_not_hidden(write_job: WriteJob, validation: Examples) -> None:
     job = TrainingJob.load(write_job("def metric(outputs, target): return 1 / 0", metric='"{module}:metric"'))
-    with Scorer(job) as scorer, pytest.raises(ZeroDivisionError):
+    with Scorer(job) as scorer, pytest.raises(JobError, match=r"^metric = .*: ZeroDivisionError"):
         scorer.evaluate(initial_state(job), validation)
 
 

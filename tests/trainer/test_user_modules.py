@@ -256,3 +256,97 @@ def test_a_dataset_that_draws_its_numbers_gives_the_same_ones_in_each_pass(write
     assert np.array_equal(state, np.random.get_state(legacy=False)["state"]["key"])
     means = read_examples(job, first.shard_folder, first.shards[0]).inputs[0].mean(0)
     assert abs(means).max() < 0.5  # normalized by the mean of the same numbers
+
+
+MISTAKES = """
+    import torch
+    from torch import nn
+    from torch.nn.functional import cross_entropy
+    from traincert.trainer import RawDataset
+    from traincert.trainer.datasets import digits
+
+    class Tuple(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    class Dict(nn.Linear):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    class Missing(nn.Linear):
+        def forward(self, x):
+            return self.absent(x)
+
+    class Backward(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).exp().add_(1)  # exp needs its result, which add_ has changed
+
+    class Whole(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).mean()
+
+    def model(name, dtype="float32"):
+        return (globals().get(name) or getattr(nn, name))(64, 10).to(getattr(torch, dtype))
+
+    def each(outputs, target):
+        return cross_entropy(outputs, target, reduction="none")
+
+    def nothing(outputs, target):
+        cross_entropy(outputs, target)
+
+    def sum_of(outputs, target):
+        return outputs.sum()
+
+    def dataset():
+        def train():
+            yield from digits().train()
+            raise KeyError("next page")
+        return RawDataset(train)
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": "Tuple"}, r"^loss = '.*cross_entropy': AttributeError: 'tuple' .*; it got the outputs \(float32 \("),
+        ({"model": "Dict"}, r"^loss = .* 'dict' .*; it got the outputs {'logits': float32 \(\d+, 10\)} and the target"),
+        (
+            {"model": "Missing"},
+            r"^model = .*AttributeError: .* 'absent'; .*\.py, line \d+, in forward; its inputs were ",
+        ),
+        (
+            {"model": "Linear", "dtype": "float64"},
+            r"^model = .*RuntimeError: .*; its inputs were \(float32 \(\d+, 64\),",
+        ),
+        ({"model": "Backward"}, r"^model = .*inplace operation.*; in the backward pass$"),
+        ({"model": "Whole", "loss": "sum_of"}, r"^model = .*; its outputs float32 \(\) are not of one example each$"),
+        (
+            {"model": "Linear", "loss": "CrossEntropyLoss"},
+            r"^loss = 'torch.nn:CrossEntropyLoss': is a class; must be a",
+        ),
+        ({"model": "Linear", "loss": "each"}, r"^loss = .*: returned float32 \(\d+,\); must return the batch's mean"),
+        ({"model": "Linear", "loss": "nothing"}, r"^loss = .*: returned None; must return the batch's mean loss"),
+        ({"model": "Linear", "dataset": "dataset"}, r"^dataset = .*: KeyError: 'next page'; .*, line \d+, in train$"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(
+    write_job: WriteJob,
+    make_trainer: MakeTrainer,
+    miners: list[bytes],
+    tmp_path: Path,
+    changed: dict[str, str],
+    said: str,
+) -> None:
+    name, dtype, loss = changed["model"], changed.get("dtype", "float32"), changed.get("loss")
+    module = "torch.nn" if loss == "CrossEntropyLoss" else "{module}"
+    path = write_job(
+        MISTAKES,
+        model='"{module}:model"',
+        model_options=f'{{ name = "{name}", dtype = "{dtype}" }}',
+        loss=f'"{module}:{loss}"' if loss else None,
+        dataset='"{module}:dataset"' if "dataset" in changed else '"traincert.trainer.datasets:digits"',
+    )
+    with pytest.raises(JobError) as raised, make_trainer(TrainingJob.load(path), tmp_path) as trainer:
+        run(trainer, miners, 1)
+    assert re.search(said, str(raised.value)), raised.value
+    assert "\n" not in str(raised.value)

@@ -25,7 +25,7 @@ import torch
 
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.orders import Answer, Order
-from traincert.trainer.errors import EngineError
+from traincert.trainer.errors import EngineError, TrainerError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import Dataset
 from traincert.trainer.training import check_device
@@ -102,9 +102,9 @@ class LocalEngine:
         The reason is WORKER_DIED if two workers died, LATE after `job.task_seconds`. `on_update` is called with the
         number of tasks done and their total: at the start, and after tasks end.
 
-        Raises EngineError if the engine is closed, the task's OSError if it raised one (for example: the disk is full),
-        and EngineError, with the worker's traceback, if a task raised another exception. Any exception closes the
-        engine, because some workers are still busy.
+        Raises EngineError if the engine is closed; the task's OSError (for example: the disk is full) or TrainerError
+        if it raised one; and EngineError, with the worker's traceback, if a task raised another exception. Any
+        exception closes the engine, because some workers are still busy.
         """
         if not self._workers:
             raise EngineError("the engine is closed")
@@ -205,12 +205,12 @@ def _send(worker: _Worker, order: tuple[Path, Order]) -> None:
         worker.connection.send(order)
 
 
-def _unwrap(message: Answer | OSError | str | None) -> Answer | None:
+def _unwrap(message: Answer | OSError | TrainerError | str | None) -> Answer | None:
     """Return a worker's answer, or None if the worker begins its task.
 
-    Raises the task's OSError (for example: the disk is full), and EngineError if it raised another exception.
+    Raises the task's OSError or TrainerError, and EngineError if it raised another exception.
     """
-    if isinstance(message, OSError):
+    if isinstance(message, OSError | TrainerError):
         raise message
     if isinstance(message, str):
         raise EngineError(f"a task failed in its worker process:\n{message}")
@@ -226,7 +226,8 @@ def _end(worker: _Worker) -> None:
 def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> None:
     """Carry out orders until the engine closes the connection.
 
-    For each order send None when the task begins, then an Answer, an OSError, or another exception's traceback as text.
+    For each order send None when the task begins, then an Answer, an OSError, a TrainerError, or another exception's
+    traceback as text.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -244,10 +245,10 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
         except EOFError:
             return
         engine.send(None)
-        message: Answer | OSError | str
+        message: Answer | OSError | TrainerError | str
         try:
             message = executor.execute(shards, order)
-        except OSError as error:
+        except (OSError, TrainerError) as error:
             message = error
         except Exception:  # the engine raises an EngineError with this traceback
             message = traceback.format_exc()

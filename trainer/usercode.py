@@ -1,0 +1,174 @@
+"""Users' code: import the functions that a job names, call them, and say in one line what went wrong in them."""
+
+import importlib
+import inspect
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from traincert.trainer.errors import JobError, TrainerError
+from traincert.trainer.job import TrainingJob, did_you_mean
+
+_LONGEST = 300  # characters of an exception's text that a message has
+_OTHERS = tuple(
+    f"{folder}/"
+    for folder in (Path(__file__).parents[1], *(Path(package.__file__ or "").parent for package in (torch, np)))
+)
+_STANDARD, _INSTALLED = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+
+
+def resolve(reference: str, key: str) -> Callable[..., Any]:
+    """Import the function `reference` (`package.module:name`), the value of a job's `key`.
+
+    Raises JobError if the module or the function does not exist, or if importing the module raises an exception.
+    """
+    module_name, _, name = reference.partition(":")
+    try:
+        with blaming(key, reference):
+            module = importlib.import_module(module_name)
+    except JobError as error:
+        missing = error.__cause__
+        if not isinstance(missing, ModuleNotFoundError) or not missing.name:
+            raise
+        if not f"{module_name}.".startswith(f"{missing.name}."):
+            raise  # the module imports another, which does not exist
+        raise JobError(
+            f"{key} = {reference!r}: no module {missing.name!r}; install it, or put it beside the job's file"
+        ) from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        functions = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        like = did_you_mean(name, functions)
+        raise JobError(f"{key} = {reference!r}: the module {module.__file__} has no function {name!r}{like}")
+    return found  # type: ignore[no-any-return]
+
+
+def call(reference: str, options: dict[str, Any], key: str) -> Any:
+    """Import the function `reference`, the value of a job's `key`, and call it with `options`.
+
+    Raises JobError if the function does not take these options, or raises an exception.
+    """
+    function = resolve(reference, key)
+    with blaming(key, reference):
+        try:
+            return function(**options)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                raise  # the mistake is inside the function, not in its options
+            raise JobError(f"{key}_options = {options}: {error}; it takes {takes(function)}") from None
+
+
+def takes(function: Callable[..., Any]) -> str:
+    """Return a function's parameters as text, for an error message."""
+    return ", ".join(str(parameter) for parameter in inspect.signature(function).parameters.values()) or "none"
+
+
+@contextmanager
+def blaming(key: str, reference: str, context: str = "") -> Iterator[None]:
+    """Turn an exception of the code inside into a JobError that names the job's `key` and its value `reference`.
+
+    The message has the exception, and where the users' own code raised it; `context` says more. An OSError, such as
+    that of a full disk, and our own errors pass through.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, TrainerError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        told = [f"{type(error).__name__}: {text}" if text else type(error).__name__, _place(error), context]
+        raise JobError(f"{key} = {reference!r}: {'; '.join(part for part in told if part)}") from error
+
+
+def _place(error: Exception) -> str:
+    """Return where the users' code raised an exception; an empty string if no frame is theirs."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        standard = frame.filename.startswith(_STANDARD) and not frame.filename.startswith(_INSTALLED)
+        if not standard and not frame.filename.startswith((*_OTHERS, "<")):
+            return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
+    return ""
+
+
+def shown(value: Any) -> str:
+    """Return a value, a tensor or a structure of tensors, as text: dtypes and shapes."""
+
+    class Shown(NamedTuple):
+        text: str
+
+        def __repr__(self) -> str:
+            return self.text
+
+    return str(
+        tree_map_only(torch.Tensor, lambda tensor: Shown(f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"), value)
+    )[:_LONGEST]
+
+
+class Functions:
+    """Calls a job's model, loss and metric. What goes wrong in them is a JobError."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        """Import the functions. Raises JobError if one does not exist."""
+        self._job = job
+        self._loss = resolve(job.loss, "loss")
+        if isinstance(self._loss, type):
+            raise JobError(
+                f"loss = {job.loss!r}: is a class; must be a function of the model's outputs and the target, such as "
+                "'torch.nn.functional:cross_entropy'"
+            )
+        self._metric = resolve(job.metric, "metric")
+
+    def outputs(self, model: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
+        """Return the model's outputs."""
+        with blaming("model", self._job.model, f"its inputs were {shown(tuple(inputs))}"):
+            return model(*inputs)
+
+    def mean_loss(self, outputs: Any, target: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of a batch, a scalar. It is 0 if all of the batch has no weight."""
+        found = self._found(outputs, target)
+        if not isinstance(found, tuple):
+            return found
+        total, weight = found
+        return total / weight if weight else torch.zeros(())
+
+    def total_loss(self, outputs: Any, target: torch.Tensor) -> tuple[float, float]:
+        """Return the sum of a batch's losses, and its weight. A mean has the weight of the batch's examples."""
+        found = self._found(outputs, target)
+        total, weight = found if isinstance(found, tuple) else (float(found) * len(target), len(target))
+        return float(total), float(weight)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute the gradients of a loss, if it depends on any parameter."""
+        if loss.requires_grad:
+            with blaming("model", self._job.model, "in the backward pass"):
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    def metric(self, outputs: Any, target: torch.Tensor) -> float:
+        """Return the metric of all examples' outputs and targets."""
+        with blaming("metric", self._job.metric, self._got(outputs, target)):
+            return float(self._metric(outputs, target))
+
+    def _found(self, outputs: Any, target: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]:
+        """Return what the loss function returns: a mean, or a sum and its weight."""
+        with blaming("loss", self._job.loss, self._got(outputs, target)):
+            found: torch.Tensor | tuple[torch.Tensor, torch.Tensor | float] = self._loss(outputs, target)
+        mean = found[0] if isinstance(found, tuple) and len(found) == 2 else found
+        if not isinstance(mean, torch.Tensor) or mean.numel() != 1:
+            raise JobError(
+                f"loss = {self._job.loss!r}: returned {shown(found)}; must return the batch's mean loss, a scalar "
+                "tensor, or its sum and its weight"
+            )
+        return found
+
+    def _got(self, outputs: Any, target: torch.Tensor) -> str:
+        return f"it got the outputs {shown(outputs)} and the target {shown(target)}"
