@@ -23,7 +23,7 @@
 #include <string>
 
 /** Name of the file with the chain_id. */
-static const std::string RECORD{"training_chain_id"};
+static const std::string CHAIN_ID_FILE{"training_chain_id"};
 
 /**
  * Whether the block files hold more than the genesis block, which is always the first. Asks no database.
@@ -35,7 +35,7 @@ static bool HasBlocks(const fs::path& blocks_dir, const CChainParams& chainparam
     const fs::path first_file{blocks_dir / "blk00000.dat"};
     for (const auto& entry : fs::directory_iterator(blocks_dir)) {
         const std::string name{fs::PathToString(entry.path().filename())};
-        if (name == ".lock" || name.starts_with(RECORD)) continue;
+        if (name == ".lock" || name.starts_with(CHAIN_ID_FILE)) continue;
         if (!fs::exists(first_file)) return true;
         if (name.starts_with("blk") && entry.path() != first_file) return true;
     }
@@ -64,9 +64,9 @@ std::optional<std::string> BindBlocksDir(const fs::path& blocks_dir, const CChai
 {
     const Consensus::Params& params{chainparams.GetConsensus()};
     const std::string chain_id{params.training ? HexStr(TrainingChainId(params)) : ""};
-    const fs::path record{blocks_dir / fs::PathFromString(RECORD)};
-    if (fs::exists(record)) {
-        std::string stored{ReadBinaryFile(record).second};
+    const fs::path file{blocks_dir / fs::PathFromString(CHAIN_ID_FILE)};
+    if (fs::exists(file)) {
+        std::string stored{ReadBinaryFile(file).second};
         if (stored == chain_id + "\n") return std::nullopt;
         if (stored.ends_with('\n')) stored.pop_back();
         return strprintf("The blocks in %s are of the training network %s, but the options given define %s. Give the -training... options that they were made with, or another -datadir.",
@@ -77,9 +77,9 @@ std::optional<std::string> BindBlocksDir(const fs::path& blocks_dir, const CChai
         return strprintf("The blocks in %s are of no training network, but the options given define training network %s. Give no -training... options, or another -datadir.",
                          fs::quoted(fs::PathToString(blocks_dir)), chain_id);
     }
-    const fs::path temporary{record + ".new"};
-    if (!WriteDurably(temporary, chain_id + "\n") || !RenameOver(temporary, record)) {
-        return strprintf("Cannot write %s.", fs::quoted(fs::PathToString(record)));
+    const fs::path temporary{file + ".new"};
+    if (!WriteDurably(temporary, chain_id + "\n") || !RenameOver(temporary, file)) {
+        return strprintf("Cannot write %s.", fs::quoted(fs::PathToString(file)));
     }
     DirectoryCommit(blocks_dir);
     return std::nullopt;

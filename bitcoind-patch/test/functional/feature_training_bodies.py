@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 from threading import Thread
 
+from test_framework.authproxy import JSONRPCException
 from test_framework.messages import MAGIC_BYTES, CBlockHeader
 from test_framework.p2p import P2PDataStore
 from test_framework.script import OP_RETURN, CScript
@@ -70,12 +71,6 @@ class TrainingBodiesTest(BitcoinTestFramework):
         assert_equal(node.getbestblockhash(), block_hash(blocks[-1]))
         return blocks
 
-    def bodies(self, count, parent=None, **overrides):
-        """Bodies of one certificate on a block, by default the tip, which differ in their time."""
-        parent = parent or self.training.tip
-        time = self.training.made[parent].time + 1
-        return [self.training.block(parent, ntime=time + i, move_tip=False, **overrides) for i in range(count)]
-
     def build_on(self, parent, count, **overrides):
         """Blocks on a block that need not be a node's tip."""
         self.training.tip = block_hash(parent)
@@ -102,7 +97,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.log.info("Two bodies of a certificate are stored as evidence, and any other is left alone")
         node = self.nodes[0]
         self.check_evidence(node)
-        first, second, third = self.bodies(3)
+        first, second, third = self.training.bodies(3)
         # The winner can also make any number of signatures for one header.
         fourth = self.training.block(ntime=first.nTime, aux=digest("aux"), move_tip=False)
         assert block_hash(first) != block_hash(fourth)
@@ -127,7 +122,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.log.info("A winner who signs two invalid blocks has lost its round, and a redraw wins")
         node = self.nodes[0]
         parent = self.training.tip
-        first, second = self.bodies(2, fees=1)
+        first, second = self.training.bodies(2, fees=1)
         self.submit(node, first, "bad-cb-amount")
         self.submit(node, second, "bad-cb-amount")
         self.evidence.append([first, second])
@@ -144,7 +139,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
     def test_third_body(self):
         self.log.info("A third body is stored once a child of it is, which only the coordinator can make")
         node = self.nodes[0]
-        first, second, third, fourth = self.bodies(4)
+        first, second, third, fourth = self.training.bodies(4)
         self.submit(node, first)
         self.submit(node, second, "inconclusive")
         self.evidence.append([first, second])
@@ -164,8 +159,8 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.append(node)
 
         self.log.info("... also if it is not in memory any more, which keeps two blocks of the greatest size")
-        first, second, third = self.bodies(3)
-        others = self.bodies(9, extra_output=CScript([OP_RETURN, bytes(900_000)]))
+        first, second, third = self.training.bodies(3)
+        others = self.training.bodies(9, extra_output=CScript([OP_RETURN, bytes(900_000)]))
         child = self.build_on(third, 1)[0]
         self.submit_headers(node, [third])
         self.submit(node, first)
@@ -182,8 +177,8 @@ class TrainingBodiesTest(BitcoinTestFramework):
 
         self.log.info("... and all below it that were left alone, one after the other")
         self.training.tip = block_hash(child)
-        low = self.bodies(3)
-        high = self.bodies(3, block_hash(low[2]))
+        low = self.training.bodies(3)
+        high = self.training.bodies(3, block_hash(low[2]))
         top = self.build_on(high[2], 1)[0]
         self.submit_headers(node, [low[2], high[0], high[1], high[2], top])
         for body, answer in zip(low, (None, "inconclusive", NOT_STORED), strict=True):
@@ -201,7 +196,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
     def test_headers_alone(self):
         self.log.info("Headers, which cost nothing, decide nothing: a longer chain of them does not pin the tip")
         node = self.nodes[0]
-        first, second, third = self.bodies(3)
+        first, second, third = self.training.bodies(3)
         pin = self.forged_headers(first, 500)
         honest = self.build_on(third, 10)
         self.submit(node, first)
@@ -215,7 +210,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.evidence.append([first, second, third])
 
         self.log.info("... nor has it more bodies stored")
-        bodies = self.bodies(20)
+        bodies = self.training.bodies(20)
         self.submit(node, bodies[0])
         self.submit(node, bodies[1], "inconclusive")
         for i, body in enumerate(bodies[2:], start=1):
@@ -257,7 +252,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.append(node)
 
         self.log.info("A body that was left alone before a restart is stored when a child of it comes")
-        first, second, third = self.bodies(3)
+        first, second, third = self.training.bodies(3)
         child, grandchild = self.build_on(third, 2)
         self.submit(node, first)
         self.submit(node, second, "inconclusive")
@@ -266,7 +261,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.submit(node, child)
         assert_equal(node.getbestblockhash(), block_hash(child))
         self.training.tip = block_hash(child)
-        first, second, third = self.bodies(3)
+        first, second, third = self.training.bodies(3)
         child, grandchild = self.build_on(third, 2)
         self.submit(node, first)
         self.submit(node, second, "inconclusive")
@@ -294,7 +289,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
         """Up to four bodies in each slot, of which any is built on; all of them, parents before children."""
         blocks = []
         for _ in range(slots):
-            bodies = self.bodies(random.randint(1, 4), name=f" {random.random()}")
+            bodies = self.training.bodies(random.randint(1, 4), name=f" {random.random()}")
             blocks += bodies
             self.training.tip = block_hash(random.choice(bodies))
         blocks.append(self.training.block())  # certified on one of the last slot's bodies
@@ -350,7 +345,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.restart_node(2, extra_args=self.training.node_args)
         evidence = node.gettrainingequivocations()
         parent = self.training.tip = node.getbestblockhash()
-        first, second, third, fourth, fifth = self.bodies(5)
+        first, second, third, fourth, fifth = self.training.bodies(5)
         self.submit(node, first)
         self.submit(node, second, "inconclusive")
         self.submit(node, third, NOT_STORED)
@@ -469,7 +464,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
         self.log.info("A pruned node connects blocks and reorganises")
         node = self.nodes[3]
         self.training.tip = node.getbestblockhash()
-        three = self.bodies(3)
+        three = self.training.bodies(3)
         self.submit(node, three[0])
         self.submit(node, three[1], "inconclusive")
         self.submit_headers(node, [three[2]])
@@ -532,7 +527,7 @@ class TrainingBodiesTest(BitcoinTestFramework):
     def has_block(self, node, name):
         try:
             node.getblock(name)
-        except Exception:
+        except JSONRPCException:
             return False
         return True
 

@@ -361,7 +361,7 @@ class TrainingP2PTest(BitcoinTestFramework):
         self.log.info("A body that another peer brought is not waited for, left alone or needed")
         node = self.nodes[0]
         for needed in (False, True):
-            first, second, third = self.make_bodies_of(3, self.training.tip)
+            first, second, third = self.training.bodies(3, self.training.tip)
             self.submit(first)
             self.submit(second, "inconclusive")
             asked, winner = self.connect(), self.connect()
@@ -384,11 +384,6 @@ class TrainingP2PTest(BitcoinTestFramework):
             self.wait_until(lambda: [peer["inflight"] for peer in node.getpeerinfo()] == [[], []])
             self.disconnect()
         self.submit(self.training.block())
-
-    def make_bodies_of(self, count, parent):
-        """Bodies of one certificate."""
-        time = self.training.made[parent].time + 1
-        return [self.training.block(parent, ntime=time + i, move_tip=False) for i in range(count)]
 
     def test_sync_beside_late_bodies(self):
         self.log.info("A new node syncs although a former winner fed it two late bodies and a longer chain of headers")

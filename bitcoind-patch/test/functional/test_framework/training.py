@@ -469,6 +469,12 @@ class TrainingChain:
             self.tip = block_hash(block)
         return block
 
+    def bodies(self, count, parent=None, **overrides):
+        """Bodies of one certificate on a block, by default on the one made last, which differ in their time."""
+        parent = parent or self.tip
+        time = self.made[parent].time + 1
+        return [self.block(parent, ntime=time + i, move_tip=False, **overrides) for i in range(count)]
+
     def certificate_of(self, block):
         """Return the certificate of a block that was made here."""
         return self.made[block_hash(block)].certificate
