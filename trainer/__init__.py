@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from traincert.trainer.datasets import Chunk, RawDataset
     from traincert.trainer.engines.local import LocalEngine
     from traincert.trainer.errors import EngineError, IntegrityError, JobError, RunError, TrainerError
-    from traincert.trainer.export import best_cycle, export_model
+    from traincert.trainer.export import export_model
     from traincert.trainer.job import TrainingJob
     from traincert.trainer.preprocessing import Dataset, prepare_dataset
     from traincert.trainer.records import Record, RunFolder
@@ -42,7 +42,6 @@ __all__ = [
     "TrainerError",
     "TrainingJob",
     "UpdateError",
-    "best_cycle",
     "export_model",
     "prepare_dataset",
     "replay_tasks",
@@ -75,7 +74,6 @@ __getattr__ = importer(
         "TrainerError": "errors",
         "TrainingJob": "job",
         "UpdateError": "updates",
-        "best_cycle": "export",
         "export_model": "export",
         "prepare_dataset": "preprocessing",
         "replay_tasks": "replay",

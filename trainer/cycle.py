@@ -20,7 +20,7 @@ from traincert.trainer.scoring import Contribution, Evaluation, Refusal, Scorer,
 from traincert.trainer.segments import Layout, cut_segments
 from traincert.trainer.state import State, initial_state, save_state
 from traincert.trainer.tasks import assign
-from traincert.trainer.training import build_optimizer
+from traincert.trainer.training import check_optimizer
 from traincert.trainer.updates import Reason, Update, UpdateError, read_update
 
 HALVINGS = 4
@@ -111,7 +111,7 @@ class Trainer:
         self.layout = Layout(self._model)
         self.validation = read_examples(self.job, dataset.held_out_folder, dataset.validation)
         self.segments = cut_segments(build_model(self.job), self.job, self.validation)
-        build_optimizer(self.job, list(self._model.parameters()), 0)
+        check_optimizer(self.job, self._model)
         self._scorer = Scorer(self.job)
 
     def __enter__(self) -> Self:

@@ -13,12 +13,6 @@ from traincert.trainer.state import load_state, set_state
 from traincert.trainer.store import write_file
 
 
-def best_cycle(run: RunFolder) -> int:
-    """Return the cycle after which the validation loss was lowest; the first of several. 0 is the initial model."""
-    losses = [record["loss_after"] for record in run.records]
-    return losses.index(min(losses))
-
-
 def export_model(run: RunFolder, cycle: int, path: Path) -> None:
     """Write the model after a cycle, as `model.state_dict()` has it, to `path`: .pt or .safetensors.
 

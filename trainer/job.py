@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomlkit
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from traincert.trainer.errors import JobError
@@ -28,6 +28,10 @@ def _is_reference(value: str) -> str:
     if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ValueError("should be package.module:name")
     return value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 Reference = Annotated[str, AfterValidator(_is_reference)]
@@ -63,8 +67,9 @@ class TrainingJob:
     """The keyword arguments of the `dataset` function."""
     inputs: Annotated[Names, Field(min_length=1)] = ("inputs",)
     """Columns that the model takes as its arguments, in this order."""
-    target: str = "labels"
-    """The column that the loss and the metric compare the model's outputs with."""
+    target: Annotated[Names, BeforeValidator(_listed), Field(min_length=1)] = ("labels",)
+    """The column that the loss and the metrics compare the model's outputs with; or a list of columns, which they get
+    as a tuple."""
     drop: Names = ()
     """Columns that are not used. Every column of the dataset must be in `inputs`, in `drop`, or be the target."""
     normalize: dict[str, Literal["all", "each", "center"]] = Field(default_factory=dict)
@@ -109,8 +114,11 @@ class TrainingJob:
     metric: Reference = "traincert.trainer.models:accuracy"
     """A function of the model's outputs and the target, of all examples at once. Its result is only shown; higher is
     better."""
+    more_metrics: Annotated[tuple[Reference, ...], Field(strict=False)] = ()
+    """More functions like `metric`. Their results are in the records, in TensorBoard and in the report."""
     target_metric: float | None = None
-    """The metric that the final model should reach on the test examples. If it does not, `traincert job run` fails."""
+    """The `metric` that the final model should reach on the test examples.
+    If it does not, `traincert job run` fails."""
 
     segments: Annotated[int, Field(ge=1, le=4096)] = 1
     """How many segments the model's trainable parameters are cut into. 1: each miner trains the whole model."""
@@ -126,6 +134,13 @@ class TrainingJob:
     """The optimizer's keyword arguments, without lr."""
     learning_rate: Annotated[float, Field(gt=0, le=100)]
     """The optimizer's highest learning rate. `warmup_cycles` and `schedule` lower it."""
+    parameter_groups: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Other options of the optimizer for some parameters, by a pattern of their names, such as
+    { "*.bias" = { weight_decay = 0.0 }, "head.*" = { lr = 0.01 } }. lr is in place of `learning_rate`.
+    In a pattern * stands for any text. Each pattern must match a parameter, and no parameter two patterns."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """The greatest L2 norm of a step's gradient, that of all parameters of the segment.
+    A greater gradient is scaled down to it."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The learning rate after the warm-up. constant: it stays. linear, cosine: it falls to nearly 0."""
     warmup_cycles: Annotated[int, Field(ge=0)] = 0
@@ -154,6 +169,9 @@ class TrainingJob:
     """How many seconds a task may take. A slower task is refused as late."""
     score_examples: Annotated[int, Field(ge=0)] = 0
     """How many validation examples updates are scored on. Each cycle draws others. 0: all validation examples."""
+    early_stop: Annotated[int, Field(ge=0)] = 0
+    """`traincert job run` ends after this many cycles in which the validation loss was never the lowest so far.
+    0: it does all cycles."""
     history: Count = 100
     """For how many cycles the store keeps the models and memories that a replay needs."""
 
@@ -161,7 +179,7 @@ class TrainingJob:
         """Raise ValueError if two fields contradict each other; pydantic turns it into a ValidationError."""
         if bool(self.hash) != bool(self.hash_key):
             raise ValueError("hash and hash_key: set both or neither")
-        named = [*self.inputs, self.target]
+        named = self.columns
         for key in ("normalize", "hash", "encode", "missing"):
             if strangers := set(getattr(self, key)) - set(named):
                 raise ValueError(f"{key}: {min(strangers)!r} is neither in inputs nor the target")
@@ -215,6 +233,16 @@ class TrainingJob:
         if not Path(name).is_file():
             raise JobError(f"no job {name!r}: it is neither a file, nor one of {', '.join(shipped)}")
         return cls.load(Path(name))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of `inputs` and `target`, each once."""
+        return list(dict.fromkeys([*self.inputs, *self.target]))
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of the functions `metric` and `more_metrics`."""
+        return [reference.partition(":")[2] for reference in (self.metric, *self.more_metrics)]
 
     def learning_rate_at(self, cycle: int) -> float:
         """Return the learning rate of a cycle, counted from 0. After the last cycle it stays the same."""
@@ -271,7 +299,7 @@ class TrainingJob:
         A module that does not exist is left out, and so are those of traincert and PyTorch.
         """
         found: dict[str, tuple[Path, Path]] = {}
-        for reference in (self.dataset, self.model, self.loss, self.metric):
+        for reference in (self.dataset, self.model, self.loss, self.metric, *self.more_metrics):
             name = reference.partition(":")[0]
             if name.partition(".")[0] in ("traincert", "torch"):
                 continue

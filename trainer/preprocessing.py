@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
+from torch.utils._pytree import tree_map
 
 from traincert.trainer.datasets import Array, Chunk, RawDataset
 from traincert.trainer.determinism import seeded
@@ -76,11 +77,11 @@ class Examples(NamedTuple):
     """
 
     inputs: tuple[torch.Tensor, ...]  # each (N, ...)
-    target: torch.Tensor  # (N, ...)
+    target: Any  # (N, ...); a tuple of tensors if the job names several columns
 
     def __len__(self) -> int:
         """Return the number of examples, N."""
-        return len(self.target)
+        return len(self.inputs[0])
 
     def batch(self, index: torch.Tensor | slice, device: str = "cpu") -> "Examples":
         """Return a copy, on `device`, of the examples that `index` selects."""
@@ -89,7 +90,7 @@ class Examples(NamedTuple):
             # Copy: tensors inside a file start at any address, and the bits of vectorized sums may depend on alignment.
             return (tensor[index].clone() if isinstance(index, slice) else tensor[index]).to(device)
 
-        return Examples(tuple(map(take, self.inputs)), take(self.target))
+        return tree_map(take, self)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def read_examples(job: TrainingJob, directory: Path, digest: bytes) -> Examples:
     """
     path = verify_blob(directory, digest)
     with safe_open(path, framework="pt") as file:
-        return Examples(tuple(file.get_tensor(name) for name in job.inputs), file.get_tensor(job.target))
+        targets = tuple(map(file.get_tensor, job.target))
+        return Examples(tuple(map(file.get_tensor, job.inputs)), targets[0] if len(targets) == 1 else targets)
 
 
 def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
@@ -217,7 +219,7 @@ class _Preparation:
         if not isinstance(raw, RawDataset):
             raise JobError(f"dataset = {job.dataset!r}: returned {type(raw).__name__}, not a datasets.RawDataset")
         self.raw = raw
-        self.names = list(dict.fromkeys([*job.inputs, job.target]))
+        self.names = job.columns
         self.columns: dict[str, _Column] = {}
         self.values: dict[str, set[Any]] = {name: set() for name in (*job.hash, *job.encode)}
         """The values of each column to hash or encode."""

@@ -6,6 +6,7 @@ version             the version of the folder's format
 data/               shards/ and held-out/: content-addressed files
 store/              models, velocities and miners' memories: content-addressed files
 cycles/00000012.json  the record of cycle 12; it has the hash of the record before
+times.jsonl         how long each cycle took
 """
 
 import fcntl
@@ -24,10 +25,12 @@ from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import Dataset, prepare_dataset, stored_dataset
 from traincert.trainer.scoring import Contribution, Evaluation
 from traincert.trainer.state import load_state, save_state
-from traincert.trainer.store import prune, write_file
+from traincert.trainer.store import prune, verify_blob, write_file
 
-VERSION = 2
+VERSION = 3
 """Version of the run folder's format, records included."""
+
+_TIMES = "times.jsonl"
 
 Record = dict[str, Any]
 """A cycle's record, as in its JSON file. Record 0 is the state before the first cycle. Hashes are in hex."""
@@ -86,6 +89,12 @@ class RunFolder:
         return max(0, len(self.records) - 1)
 
     @property
+    def best_cycle(self) -> int:
+        """The cycle after which the validation loss was lowest; the first of several. 0 is the initial model."""
+        losses = [record["loss_after"] for record in self.records]
+        return losses.index(min(losses))
+
+    @property
     def hashes(self) -> list[bytes]:
         """SHA-256 of each record's file, 32 bytes each. Record 0 comes first."""
         return [record_hash(record) for record in self.records]
@@ -113,6 +122,12 @@ class RunFolder:
             )
         return dataset
 
+    def last_model(self) -> Path:
+        """Return the file (safetensors) of the last cycle's model. Raises RunError if the run has not begun."""
+        if not self.records:
+            raise RunError(f"{self.folder} has no model yet")
+        return verify_blob(self.store, bytes.fromhex(self.records[-1]["model_after"]))
+
     def begin(self, state: Checkpoint, dataset: Dataset) -> None:
         """Write record 0, the state before the first cycle."""
         self._append(
@@ -132,7 +147,9 @@ class RunFolder:
             cycle=last["cycle"],
             model=load_state(self.store, bytes.fromhex(last["model_after"])),
             model_hash=bytes.fromhex(last["model_after"]),
-            evaluation=Evaluation(last["loss_after"], math.nan if last["metric"] is None else last["metric"]),
+            evaluation=Evaluation(
+                last["loss_after"], _number(last["metric"]), tuple(map(_number, last["more_metrics"]))
+            ),
             best_loss=min(record["loss_after"] for record in self.records),
             velocity=load_state(self.store, bytes.fromhex(last["velocity"]))["velocity"],
             memories={bytes.fromhex(miner): bytes.fromhex(kept) for miner, kept in last["memories"].items()},
@@ -173,11 +190,25 @@ class RunFolder:
         self._append(record)
         self._prune()
 
+    def times(self) -> list[dict[str, float]]:
+        """Return how long cycles took: `cycle`, `seconds` in all, and `training`, the seconds of all tasks together.
+
+        A cycle that ended just before its process was killed may be missing.
+        """
+        path = self.folder / _TIMES
+        return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+
+    def save_time(self, cycle: int, seconds: float, training: float) -> None:
+        """Note how long a cycle took. It is not in the record, because records of equal runs are equal."""
+        with (self.folder / _TIMES).open("a") as file:
+            file.write(json.dumps({"cycle": cycle, "seconds": seconds, "training": training}) + "\n")
+
     def _checkpoint_record(self, state: Checkpoint) -> Record:
         return {
             "loss_after": state.evaluation.loss,
             "loss_offset": self.job.loss_offset,
-            "metric": state.evaluation.metric if math.isfinite(state.evaluation.metric) else None,  # JSON has no NaN
+            "metric": finite(state.evaluation.metric),
+            "more_metrics": list(map(finite, state.evaluation.more)),
             "velocity": save_state(self.store, {"velocity": state.velocity}).hex(),
             "memories": {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())},
         }
@@ -188,11 +219,20 @@ class RunFolder:
 
     def _prune(self) -> None:
         last = self.records[-1]
-        best = min(self.records, key=lambda record: record["loss_after"])  # for export
-        kept = {best["model_after"], last["model_after"], last["velocity"], *last["memories"].values()}
+        best = self.records[self.best_cycle]["model_after"]  # for export
+        kept = {best, last["model_after"], last["velocity"], *last["memories"].values()}
         for record in self.records[1:][-self.job.history :]:
             kept |= {record["model_before"], *(task["memory"] for task in record["tasks"] if task["memory"])}
         prune(self.store, [bytes.fromhex(digest) for digest in kept])
+
+
+def finite(number: float) -> float | None:
+    """Return the number, or None, JSON's null, for NaN and infinity."""
+    return number if math.isfinite(number) else None
+
+
+def _number(recorded: float | None) -> float:
+    return math.nan if recorded is None else recorded
 
 
 def _lock(path: Path) -> IO[str]:
@@ -228,7 +268,10 @@ def _check_identity(path: Path, job: TrainingJob) -> None:
             if (old := theirs.get(key)) != (new := ours.get(key))
         ]
         if different:
-            raise RunError(f"{path.parent} is a run of another job ({', '.join(different)}): choose another folder")
+            raise RunError(
+                f"{path.parent} is a run of another job ({', '.join(different)}): choose another folder; "
+                f"`traincert job run --from {path.parent}` begins there with this run's model"
+            )
     paths = sorted({str(folder) for _, folder in job.modules().values()})  # they may have moved
     write_file(path, json.dumps({"identity": ours, "paths": paths}, indent=1).encode() + b"\n")
 

@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import Record
+from traincert.trainer.records import Record, finite
 from traincert.trainer.scoring import Evaluation, nats
 from traincert.trainer.store import write_file
 
@@ -24,9 +26,10 @@ MAX_NAMED = 10  # how many miners or segments a plot's legend names
 class TensorBoard:
     """Writes a run's records as TensorBoard's scalars. Use it as a context manager."""
 
-    def __init__(self, folder: Path, records: Sequence[Record]) -> None:
+    def __init__(self, folder: Path, job: TrainingJob, records: Sequence[Record]) -> None:
         """Delete `folder`, and write all records. After an interruption no record is missing or there twice."""
         shutil.rmtree(folder, ignore_errors=True)
+        self._more = job.metric_names[1:]
         self._writer = SummaryWriter(str(folder))
         for record in records:
             self.add(record)
@@ -39,7 +42,8 @@ class TensorBoard:
 
     def add(self, record: Record) -> None:
         """Write one record."""
-        scalars = {"held-out/loss (nats)": _loss(record), "held-out/metric": _metric(record)}
+        scalars = {"held-out/loss (nats)": _loss(record), "held-out/metric": record["metric"]}
+        scalars |= {f"held-out/{name}": each for name, each in zip(self._more, record["more_metrics"], strict=True)}
         if record["cycle"]:
             tasks = record["tasks"]
             scalars |= {
@@ -49,14 +53,27 @@ class TensorBoard:
                 "updates/params trained": sum(task["params"] for task in tasks if not task["refusal"]),
             }
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, record["cycle"])
+            self._writer.add_scalar(name, math.nan if value is None else value, record["cycle"])
         self._writer.flush()
 
 
-def write_report(folder: Path, job: TrainingJob, records: Sequence[Record], test: Evaluation) -> Path:
-    """Write report.html, its plots (PNG) and report.json to `folder`; return the path of report.html."""
+def write_report(
+    folder: Path,
+    job: TrainingJob,
+    records: Sequence[Record],
+    test: Evaluation,
+    times: Sequence[Mapping[str, float]] = (),
+) -> Path:
+    """Write report.html, its plots (PNG) and report.json to `folder`; return the path of report.html.
+
+    `times` is as `RunFolder.times` returns it.
+    """
     folder.mkdir(exist_ok=True)
-    summary = _summary(job, records, test)
+    summary = _summary(job, records, test) | {
+        "seconds": sum(each["seconds"] for each in times),
+        "seconds_per_cycle": statistics.median(each["seconds"] for each in times) if times else None,
+        "task_seconds": sum(each["training"] for each in times),
+    }
     plots = {
         "loss.png": _plot_loss(records, summary["metric"]),
         "miners.png": _plot_miners(records),
@@ -65,6 +82,7 @@ def write_report(folder: Path, job: TrainingJob, records: Sequence[Record], test
     for name, figure in plots.items():
         figure.savefig(folder / name, dpi=120)
     environment = Environment(loader=PackageLoader("traincert.trainer"), autoescape=True)
+    environment.filters["duration"] = lambda seconds: str(timedelta(seconds=round(seconds)))
     environment.filters["number"] = lambda value: "no number" if value is None else f"{value:.4f}"
     template = environment.get_template("report.html")
     write_file(folder / "report.json", json.dumps(summary, indent=2, allow_nan=False).encode() + b"\n", 0o644)
@@ -80,24 +98,23 @@ def _metric(record: Record) -> float:
     return math.nan if record["metric"] is None else float(record["metric"])
 
 
-def _finite(number: float) -> float | None:
-    """Return the number, or None, JSON's null, for NaN and infinity."""
-    return number if math.isfinite(number) else None
-
-
 def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> dict[str, Any]:
     tasks = [task for record in records for task in record["tasks"]]
     sent = [task for task in tasks if task["update_hash"]]
     size = sum(task["update_size"] for task in sent)
     return {
         "cycles": len(records) - 1,
-        "metric": job.metric.partition(":")[2],
-        "held_out_loss_first": _finite(_loss(records[0])),
-        "held_out_loss": _finite(_loss(records[-1])),
+        "metric": job.metric_names[0],
+        "held_out_loss_first": finite(_loss(records[0])),
+        "held_out_loss": finite(_loss(records[-1])),
         "held_out_metric": records[-1]["metric"],
-        "test_loss": _finite(nats(test.loss, job.loss_offset)),
-        "test_metric": _finite(test.metric),
+        "test_loss": finite(nats(test.loss, job.loss_offset)),
+        "test_metric": finite(test.metric),
         "target_metric": job.target_metric,
+        "more_metrics": {
+            name: {"held_out": held_out, "test": finite(tested)}
+            for name, held_out, tested in zip(job.metric_names[1:], records[-1]["more_metrics"], test.more, strict=True)
+        },
         "model": records[-1]["model_after"],
         "dataset_root": records[-1]["dataset_root"],
         "updates": len(sent),

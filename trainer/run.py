@@ -1,6 +1,7 @@
 """Run a job in a run folder: from its beginning, or from where it was interrupted, to its end."""
 
 import hashlib
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,18 +40,26 @@ class Finished:
     """The final model's loss and metric on the test examples."""
     path: Path
     """The path of the report (HTML)."""
+    stopped: str
+    """Why the run ended before its last cycle; empty if it did not."""
 
 
-def run_job(job: TrainingJob, folder: Path, miners: int, workers: int, view: View) -> Finished:
-    """Run all cycles of the job, and write the report.
+def run_job(
+    job: TrainingJob, folder: Path, miners: int, workers: int, view: View, *, cycles: int | None = None
+) -> Finished:
+    """Run all cycles of the job, and write the report. With `cycles`, do that many in all, whatever the job says.
 
-    If it is killed at any moment, another call continues the run and gives the same hashes.
+    If it is killed at any moment, another call continues the run and gives the same hashes. A finished run can go on
+    with more `cycles`, at the last cycle's learning rate; the job's early_stop does not count then.
 
     Raises TrainerError if the run cannot be finished, also if a cycle trained nothing: all updates were refused, none
     because it improves nothing. That cycle is not saved: another call does it again.
     """
+    total = job.cycles if cycles is None else cycles
     ids = [hashlib.sha256(b"miner" + number.to_bytes(8, "little")).digest() for number in range(miners)]
     with RunFolder(folder, job) as run:
+        if cycles is not None and run.cycles > cycles:
+            raise RunError(f"{folder} already has {run.cycles} cycles: give as many or more, not {cycles}")
         view.step("preparing the data")
         dataset = run.dataset()
         view.step(f"starting {workers} worker processes")
@@ -60,21 +69,33 @@ def run_job(job: TrainingJob, folder: Path, miners: int, workers: int, view: Vie
         ):
             if not run.records:
                 run.begin(trainer.start(), dataset)
-            with TensorBoard(folder / "tensorboard", run.records) as board:
+            with TensorBoard(folder / "tensorboard", job, run.records) as board:
                 for record in run.records[1:]:
                     view.cycle(record)
                 state = run.load()
-                while run.cycles < job.cycles:
-                    view.step(f"cycle {run.cycles + 1} of {job.cycles}")
+                while run.cycles < total and not (cycles is None and _stopped(run)):
+                    view.step(f"cycle {run.cycles + 1} of {total}")
+                    begin = time.perf_counter()
                     result = trainer.run_cycle(state, ids, seed=run.seed(), on_update=view.update)
                     _check_trained(result)
                     run.save(run.next_record(result))
                     state = result.after
+                    run.save_time(state.cycle, time.perf_counter() - begin, sum(task.seconds for task in result.tasks))
                     board.add(run.records[-1])
                     view.cycle(run.records[-1])
             view.step("testing")
             test = trainer.test(state.model)
-        return Finished(run.head, test, write_report(folder / "report", job, run.records, test))
+        path = write_report(folder / "report", job, run.records, test, run.times())
+        return Finished(run.head, test, path, _stopped(run) if run.cycles < total else "")
+
+
+def _stopped(run: RunFolder) -> str:
+    """Return why the run has ended early, by the job's early_stop, or an empty string."""
+    if not run.job.early_stop or run.cycles - run.best_cycle < run.job.early_stop:
+        return ""
+    return (
+        f"no lower validation loss in {run.cycles - run.best_cycle} cycles; the best model is of cycle {run.best_cycle}"
+    )
 
 
 def _check_trained(result: CycleResult) -> None:

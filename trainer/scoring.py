@@ -51,6 +51,7 @@ class Evaluation:
 
     loss: int  # mean, nano-nats, with the job's loss_offset
     metric: float  # the job's metric
+    more: tuple[float, ...] = ()  # the job's more_metrics
 
 
 class Scorer:
@@ -89,25 +90,25 @@ class Scorer:
         """Return a state's loss, as `losses` does, and its metric, of the outputs for all examples at once."""
         ((loss, outputs),) = self._measure_all([state], examples, keep_outputs=True)
         with torch.inference_mode():
-            metric = self._functions.metric(self._concatenated(outputs), examples.batch(slice(None)).target)
-        return Evaluation(loss, metric)
+            metric, *more = self._functions.metrics(self._concatenated(outputs), examples.batch(slice(None)).target)
+        return Evaluation(loss, metric, tuple(more))
 
     def _measure_all(
         self, states: Iterable[State], examples: Examples, *, keep_outputs: bool
     ) -> Iterator[tuple[int, list[Any]]]:
-        batches = _batches(examples)
+        batches = _batches(len(examples))
         left = iter(states)
         while group := list(itertools.islice(left, self._threads)):
             pairs = itertools.product(group, batches)
-            measured = list(self._pool.map(lambda pair: self._measure(*pair, keep_outputs=keep_outputs), pairs))
+            measured = list(self._pool.map(lambda pair: self._measure(examples, keep_outputs, *pair), pairs))
             for start in range(0, len(measured), len(batches)):
                 losses, weights, outputs = zip(*measured[start : start + len(batches)], strict=True)
                 weight = math.fsum(weights)
                 loss = math.fsum(losses) / weight if weight else math.nan
                 yield nano_nats(loss, self._job.loss_offset), list(outputs)
 
-    def _measure(self, state: State, batch: Examples, *, keep_outputs: bool) -> tuple[float, float, Any]:
-        """Return the batch's loss (nats), summed up, its weight, and the model's outputs on the CPU, or None."""
+    def _measure(self, examples: Examples, keep_outputs: bool, state: State, rows: slice) -> tuple[float, float, Any]:
+        """Return a batch's loss (nats), summed up, its weight, and the model's outputs on the CPU, or None."""
         mine = self._models
         if not hasattr(mine, "model"):
             mine.model = build_model(self._job).to(self._job.device).eval()
@@ -115,10 +116,10 @@ class Scorer:
         if mine.state is not state:
             set_state(mine.model, state)
             mine.state = state
-        inputs, target = batch.batch(slice(None), self._job.device)
+        inputs, target = examples.batch(rows, self._job.device)
         with torch.inference_mode():
             outputs = self._functions.outputs(mine.model, inputs)
-            total, weight = self._functions.total_loss(outputs, target)
+            total, weight = self._functions.total_loss(outputs, target, len(inputs[0]))
         return total, weight, _to_cpu(outputs) if keep_outputs else None
 
     def _concatenated(self, outputs: Sequence[Any]) -> Any:
@@ -129,15 +130,10 @@ class Scorer:
             return tree_unflatten([torch.cat(column) for column in zip(*leaves, strict=True)], structure)
 
 
-def _batches(examples: Examples) -> list[Examples]:
+def _batches(count: int) -> list[slice]:
     # At least four batches, which threads can share. The number of CPUs must not change the batches, and so the bits.
-    size = min(128, math.ceil(len(examples) / 4))
-    return [
-        Examples(
-            tuple(column[start : start + size] for column in examples.inputs), examples.target[start : start + size]
-        )
-        for start in range(0, len(examples), size)
-    ]
+    size = min(128, math.ceil(count / 4))
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _to_cpu(outputs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -17,7 +18,7 @@ from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State, set_state, state_of
 from traincert.trainer.tasks import Task
 from traincert.trainer.updates import Update, change, encode_update
-from traincert.trainer.usercode import Functions, takes
+from traincert.trainer.usercode import Functions, blaming, takes
 
 _RESIDUAL = "residual"
 _OPTIMIZER = "optimizer."
@@ -36,17 +37,51 @@ def check_device(job: TrainingJob) -> None:
         raise JobError("device = 'cuda': PyTorch finds no such device here; must be 'cpu'")
 
 
-def build_optimizer(job: TrainingJob, trained: Sequence[nn.Parameter], cycle: int) -> torch.optim.Optimizer:
-    """Return the job's optimizer of the parameters `trained`, with the learning rate of `cycle` (from 0).
+def build_optimizer(job: TrainingJob, trained: Sequence[tuple[str, nn.Parameter]], cycle: int) -> torch.optim.Optimizer:
+    """Return the job's optimizer of the parameters `trained` and their names, with the learning rates of `cycle`.
 
-    Raises JobError if the optimizer does not take the job's options.
+    Cycles are counted from 0. Raises JobError if the optimizer does not take the job's options, or if a parameter is in
+    two groups.
     """
     kind = getattr(torch.optim, job.optimizer)
+    share = job.learning_rate_at(cycle) / job.learning_rate
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        groups.setdefault(_group(job, name), []).append(parameter)
     try:
-        optimizer: torch.optim.Optimizer = kind(trained, lr=job.learning_rate_at(cycle), **job.optimizer_options)
+        optimizer: torch.optim.Optimizer = kind(
+            [{"params": parameters, **job.parameter_groups.get(group, {})} for group, parameters in groups.items()],
+            lr=job.learning_rate,
+            **job.optimizer_options,
+        )
     except (TypeError, ValueError) as error:
         raise JobError(f"optimizer_options = {job.optimizer_options}: {error}; it takes {takes(kind)}") from None
+    for group, options in job.parameter_groups.items():
+        if strange := options.keys() - optimizer.defaults.keys():
+            raise JobError(
+                f"parameter_groups.{group!r}: {job.optimizer} has no option {min(strange)!r} for a group; it has "
+                f"{', '.join(optimizer.defaults)}"
+            )
+    for each in optimizer.param_groups:
+        each["lr"] *= share
     return optimizer
+
+
+def check_optimizer(job: TrainingJob, model: nn.Module) -> None:
+    """Raise JobError if the optimizer of the job's model cannot be built, or a group has no parameter."""
+    trainable = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    build_optimizer(job, trainable, 0)
+    if unused := job.parameter_groups.keys() - {_group(job, name) for name, _ in trainable}:
+        names = ", ".join(name for name, _ in trainable)[:300]
+        raise JobError(f"parameter_groups.{min(unused)!r}: no trainable parameter has such a name; there are {names}")
+
+
+def _group(job: TrainingJob, name: str) -> str:
+    """Return the pattern of the group that a parameter is in, or an empty string."""
+    matching = [pattern for pattern in job.parameter_groups if fnmatchcase(name, pattern)]
+    if len(matching) > 1:
+        raise JobError(f"parameter_groups: {matching[0]!r} and {matching[1]!r} both match {name}: must be one of them")
+    return matching[0] if matching else ""
 
 
 @deterministic()
@@ -66,7 +101,8 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         set_state(model, begin)
         model.to(job.device).train()
         trained, cut = _freeze_all_but(model, layout, segment)
-        optimizer = build_optimizer(job, trained, task.cycle)
+        names = [piece.name for piece in layout.pieces(segment)]
+        optimizer = build_optimizer(job, list(zip(names, trained, strict=True)), task.cycle)
         begins = accumulate((leaf.numel() for leaf in trained[:-1]), initial=segment.start)
         leaves = dict(zip(begins, trained, strict=True))
         if job.keep_optimizer_state:
@@ -77,7 +113,10 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
             with _joined(model, cut):
                 # There is nothing to learn if all of the batch is masked, or it uses none of the segment's parameters.
                 functions.backward(functions.mean_loss(functions.outputs(model, inputs), target))
-            optimizer.step()
+            with blaming("optimizer", job.optimizer):
+                if job.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(trained, job.clip_norm)
+                optimizer.step()
         after = dict(state_of(model))
     kept = dict(memory)
     if job.keep_optimizer_state:

@@ -115,7 +115,7 @@ def shown(value: Any) -> str:
 
 
 class Functions:
-    """Calls a job's model, loss and metric. What goes wrong in them is a JobError."""
+    """Calls a job's model, loss and metrics. What goes wrong in them is a JobError."""
 
     def __init__(self, job: TrainingJob) -> None:
         """Import the functions. Raises JobError if one does not exist."""
@@ -126,14 +126,15 @@ class Functions:
                 f"loss = {job.loss!r}: is a class; must be a function of the model's outputs and the target, such as "
                 "'torch.nn.functional:cross_entropy'"
             )
-        self._metric = resolve(job.metric, "metric")
+        self._metrics = [("metric", job.metric, resolve(job.metric, "metric"))]
+        self._metrics += [("more_metrics", each, resolve(each, "more_metrics")) for each in job.more_metrics]
 
     def outputs(self, model: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
         """Return the model's outputs."""
         with blaming("model", self._job.model, f"its inputs were {shown(tuple(inputs))}"):
             return model(*inputs)
 
-    def mean_loss(self, outputs: Any, target: torch.Tensor) -> torch.Tensor:
+    def mean_loss(self, outputs: Any, target: Any) -> torch.Tensor:
         """Return the mean loss of a batch, a scalar. It is 0 if all of the batch has no weight."""
         found = self._found(outputs, target)
         if not isinstance(found, tuple):
@@ -141,10 +142,10 @@ class Functions:
         total, weight = found
         return total / weight if weight else torch.zeros(())
 
-    def total_loss(self, outputs: Any, target: torch.Tensor) -> tuple[float, float]:
-        """Return the sum of a batch's losses, and its weight. A mean has the weight of the batch's examples."""
+    def total_loss(self, outputs: Any, target: Any, count: int) -> tuple[float, float]:
+        """Return the sum of a batch's losses, and its weight. A mean has the weight of the batch's `count` examples."""
         found = self._found(outputs, target)
-        total, weight = found if isinstance(found, tuple) else (float(found) * len(target), len(target))
+        total, weight = found if isinstance(found, tuple) else (float(found) * count, count)
         return float(total), float(weight)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -153,12 +154,15 @@ class Functions:
             with blaming("model", self._job.model, "in the backward pass"):
                 loss.backward()  # type: ignore[no-untyped-call]
 
-    def metric(self, outputs: Any, target: torch.Tensor) -> float:
-        """Return the metric of all examples' outputs and targets."""
-        with blaming("metric", self._job.metric, self._got(outputs, target)):
-            return float(self._metric(outputs, target))
+    def metrics(self, outputs: Any, target: Any) -> list[float]:
+        """Return the job's metric and its more_metrics, of all examples' outputs and targets."""
+        found = []
+        for key, reference, function in self._metrics:
+            with blaming(key, reference, self._got(outputs, target)):
+                found.append(float(function(outputs, target)))
+        return found
 
-    def _found(self, outputs: Any, target: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]:
+    def _found(self, outputs: Any, target: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]:
         """Return what the loss function returns: a mean, or a sum and its weight."""
         with blaming("loss", self._job.loss, self._got(outputs, target)):
             found: torch.Tensor | tuple[torch.Tensor, torch.Tensor | float] = self._loss(outputs, target)
@@ -170,5 +174,5 @@ class Functions:
             )
         return found
 
-    def _got(self, outputs: Any, target: torch.Tensor) -> str:
+    def _got(self, outputs: Any, target: Any) -> str:
         return f"it got the outputs {shown(outputs)} and the target {shown(target)}"

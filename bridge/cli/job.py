@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -39,7 +40,19 @@ def job_show(job: str) -> None:
 @click.option(
     "--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Number of worker processes."
 )
-def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
+@click.option(
+    "--cycles",
+    type=click.IntRange(1, 1_000_000),
+    help="Do this many cycles in all. A finished run goes on, with the learning rate of its last cycle, and without "
+    "early_stop.  [default: as the job says]",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Begin with the last model of this run folder, instead of the job's initial model.",
+)
+def job_run(job: str, out: Path | None, miners: int, workers: int, cycles: int | None, source: Path | None) -> None:
     """Train a job, without a chain. A run that was interrupted goes on where it ended.
 
     JOB is a TOML file, or the name of a job that comes with traincert: digits, fashion or text.
@@ -48,18 +61,26 @@ def job_run(job: str, out: Path | None, miners: int, workers: int) -> None:
     from traincert.trainer.job import TrainingJob
 
     training_job = TrainingJob.named(job)
+    if source and training_job.initial_model:
+        raise click.UsageError(f"--from: {job} has an initial_model: give one of them.")
     out = out or Path("runs", Path(job).stem)
     with JobView() as view:
         view.step("importing PyTorch")
-        from traincert.trainer.run import run_job  # takes seconds
+        from traincert.trainer.records import RunFolder  # takes seconds
+        from traincert.trainer.run import run_job
         from traincert.trainer.scoring import nats
 
+        if source:
+            with RunFolder(source) as run:
+                training_job = replace(training_job, initial_model=str(run.last_model().absolute()))
         try:
-            report = run_job(training_job, out, miners, workers, view)
+            report = run_job(training_job, out, miners, workers, view, cycles=cycles)
         except JobError as error:
             raise JobError(f"{job}: {error}") from error
     console = stdout_console()
-    metric = training_job.metric.partition(":")[2]
+    if report.stopped:
+        console.print(f"the run ended early: {report.stopped}", soft_wrap=True)
+    metric = training_job.metric_names[0]
     target = "" if training_job.target_metric is None else f" (target: {training_job.target_metric})"
     console.print(
         f"test {metric} {report.test.metric:.4f}{target}, "
@@ -86,11 +107,11 @@ def job_export(folder: Path, out: Path, cycle: int | None, best: bool) -> None:
     """Write a run's model to a file that PyTorch loads without traincert."""
     if best and cycle is not None:
         raise click.UsageError("--best and --cycle: give one of them.")
-    from traincert.trainer.export import best_cycle, export_model
+    from traincert.trainer.export import export_model
     from traincert.trainer.records import RunFolder
 
     with RunFolder(folder) as run:
-        chosen = best_cycle(run) if best else run.cycles if cycle is None else cycle
+        chosen = run.best_cycle if best else run.cycles if cycle is None else cycle
         export_model(run, chosen, out)
     load = "torch.load" if out.suffix == ".pt" else "safetensors.torch.load_file"
     console = stdout_console()

@@ -314,6 +314,58 @@ def test_a_target_that_is_missed_is_a_failure(tmp_path: Path) -> None:
     assert (tmp_path / "run/report/report.html").is_file()
 
 
+def test_a_run_ends_early_and_goes_on_with_more_cycles(tmp_path: Path) -> None:
+    """At this learning rate no update lowers the loss."""
+    job, folder = tmp_path / "job.toml", tmp_path / "run"
+    job.write_text(
+        JOB.replace("learning_rate = 0.05", "learning_rate = 50.0\nmax_update_norm = 1e9\nearly_stop = 2"),
+        encoding="utf-8",
+    )
+    answer = traincert("job", "run", job, "--out", folder)
+    assert answer.returncode == 0, answer.stderr
+    stopped = "the run ended early: no lower validation loss in 2 cycles; the best model is of cycle 0\n"
+    assert answer.stdout.startswith(stopped)
+    first = records(folder)
+    assert len(first) == 3
+    assert traincert("job", "run", job, "--out", folder).stdout == answer.stdout  # it is not run again
+    answer = traincert("job", "run", job, "--out", folder, "--cycles", CYCLES + 1)
+    assert answer.returncode == 0, answer.stderr
+    assert "ended early" not in answer.stdout
+    assert (len(records(folder)), records(folder)[:3]) == (CYCLES + 2, first)
+    assert traincert("job", "replay", folder).returncode == 0  # cycles after the job's last one, too
+    answer = traincert("job", "run", job, "--out", folder, "--cycles", 1)
+    assert answer.returncode == 1
+    assert f"{folder} already has {CYCLES + 1} cycles: give as many or more, not 1" in answer.stderr
+    times = [json.loads(line) for line in (folder / "times.jsonl").read_text().splitlines()]
+    assert [each["cycle"] for each in times] == list(range(1, CYCLES + 2))
+    report = json.loads((folder / "report/report.json").read_text())
+    assert 0 < report["task_seconds"] < 2 * report["seconds"]
+
+
+def test_a_changed_job_starts_from_the_old_model(finished: tuple[Path, str], tmp_path: Path) -> None:
+    job, folder = tmp_path / "job.toml", tmp_path / "run"
+    job.write_text(JOB.replace(f"cycles = {CYCLES}", "cycles = 1").replace("0.05", "0.01"), encoding="utf-8")
+    old = records(finished[0])[-1]
+    answer = traincert("job", "run", job, "--out", finished[0])
+    assert answer.returncode == 1
+    assert f"(cycles was {CYCLES}, is 1, learning_rate was 0.05, is 0.01): choose another folder" in answer.stderr
+    for _ in range(2):  # the second call finds that the run is over
+        answer = traincert("job", "run", job, "--out", folder, "--from", finished[0])
+        assert answer.returncode == 0, answer.stderr
+        first, second = records(folder)
+        assert first["model_after"] == second["model_before"] == old["model_after"]
+        assert first["loss_after"] == old["loss_after"]
+    own = tmp_path / "own.toml"
+    own.write_text(job.read_text() + 'initial_model = "model.safetensors"\n', encoding="utf-8")
+    answer = traincert("job", "run", own, "--out", tmp_path / "other", "--from", finished[0])
+    assert answer.returncode == 2
+    assert "has an initial_model: give one of them" in answer.stderr
+    (tmp_path / "empty").mkdir()
+    answer = traincert("job", "run", job, "--out", tmp_path / "other", "--from", tmp_path / "empty")
+    assert answer.returncode == 1
+    assert "has no job.toml: it is not a run folder" in answer.stderr
+
+
 USERS = """
     import numpy as np
     from torch import nn

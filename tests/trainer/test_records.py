@@ -13,7 +13,7 @@ import pytest
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.errors import IntegrityError, RunError
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import RunFolder, record_hash
+from traincert.trainer.records import VERSION, RunFolder, record_hash
 from traincert.trainer.replay import replay_tasks
 from traincert.trainer.report import TensorBoard, write_report
 from traincert.trainer.scoring import MAX_NANO_NATS, Evaluation
@@ -76,7 +76,9 @@ def test_the_number_of_miners_may_change_between_resumes(go_on: Callable[..., Pa
 
 def test_a_run_of_another_job_is_refused(go_on: Callable[..., Path], small: TrainingJob) -> None:
     folder = go_on(0)
-    said = r"\(cycles was 20, is 21, learning_rate was 0.05, is 0.06\): choose another folder$"
+    said = (
+        r"\(cycles was 20, is 21, learning_rate was 0.05, is 0.06\): choose another folder; `traincert job run --from "
+    )
     with pytest.raises(RunError, match=f"^{folder} is a run of another job {said}"):
         RunFolder(folder, replace(small, learning_rate=0.06, cycles=21))
     with RunFolder(folder, small):
@@ -142,7 +144,7 @@ def test_a_last_record_that_is_none_is_an_error_that_names_it(go_on: Callable[..
         RunFolder(folder)
 
 
-@pytest.mark.parametrize("version", ["3", None])
+@pytest.mark.parametrize("version", ["99", None])
 def test_a_run_of_another_format_is_refused_by_a_line_that_says_what_to_do(
     go_on: Callable[..., Path], version: str | None
 ) -> None:
@@ -152,7 +154,9 @@ def test_a_run_of_another_format_is_refused_by_a_line_that_says_what_to_do(
         path.write_text(version)
     else:
         path.unlink()
-    with pytest.raises(RunError, match=rf"^{path}: the run's format is (3|none), this traincert reads 2: go on with "):
+    with pytest.raises(
+        RunError, match=rf"^{path}: the run's format is (99|none), this traincert reads {VERSION}: go on with "
+    ):
         RunFolder(folder)
 
 
@@ -197,7 +201,7 @@ def test_a_report_of_a_run_without_cycles_can_be_written(
     folder = go_on(0)
     with RunFolder(folder) as run:
         path = write_report(tmp_path / "report", small, run.records, run.load().evaluation)
-        with TensorBoard(tmp_path / "tensorboard", run.records):
+        with TensorBoard(tmp_path / "tensorboard", small, run.records):
             pass
     assert "Training report" in path.read_text()
     assert json.loads((path.parent / "report.json").read_text())["times_smaller_than_float32"] is None
@@ -217,6 +221,7 @@ def test_a_report_of_numbers_that_are_none_is_json(small: TrainingJob, tmp_path:
         "loss_after": MAX_NANO_NATS,
         "loss_offset": 2.0,
         "metric": None,
+        "more_metrics": [],
         "model_after": "00",
         "dataset_root": "00",
         "tasks": [],

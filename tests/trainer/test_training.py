@@ -18,7 +18,7 @@ from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.segments import Layout, Segment, cut_segments
 from traincert.trainer.state import State, initial_state, state_from_bytes, state_hash
 from traincert.trainer.tasks import Task
-from traincert.trainer.training import Trained, build_optimizer, train_task
+from traincert.trainer.training import Trained, check_optimizer, train_task
 from traincert.trainer.updates import read_update
 
 WriteJob = Callable[..., Path]
@@ -210,7 +210,49 @@ def test_options_that_the_optimizer_does_not_take_are_named(
 ) -> None:
     wrong = replace(job, optimizer_options=options)
     with pytest.raises(JobError, match=rf"^optimizer_options = .*{words}"):
-        build_optimizer(wrong, list(build_model(job).parameters()), 0)
+        check_optimizer(wrong, build_model(job))
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        (
+            {"3.*": {"lr": 0.1}},
+            r"parameter_groups.'3.\*': no trainable parameter has such a name; there are 0.weight, ",
+        ),
+        ({"0.*": {}, "*.bias": {}}, r"parameter_groups: '0.\*' and '\*.bias' both match 0.bias: must be one of them"),
+        ({"*.bias": {"weight_decai": 0}}, r"parameter_groups.'\*.bias': SGD has no option 'weight_decai' for a group"),
+    ],
+)
+def test_groups_that_cannot_be_right_are_named(
+    job: TrainingJob, groups: dict[str, dict[str, float]], words: str
+) -> None:
+    with pytest.raises(JobError, match=f"^{words}"):
+        check_optimizer(replace(job, parameter_groups=groups), build_model(job))
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_groups_have_their_own_options(job: TrainingJob, shard: Examples, segments: int) -> None:
+    """A learning rate of a tenth gives a first step of a tenth, also while the schedule lowers it."""
+    one = replace(job, segments=segments, local_steps=1, optimizer_options={}, warmup_cycles=1)
+    grouped = replace(one, parameter_groups={"0.*": {"lr": one.learning_rate / 10}, "2.bias": {"lr": 0.0}})
+    initial = initial_state(job)
+    for number in range(segments):
+        plain, changed = (trained_model(each, shard, number) for each in (one, grouped))
+        assert any(not torch.equal(plain[name], initial[name]) for name in initial)
+        for name, share in {"0.weight": 0.1, "0.bias": 0.1, "2.weight": 1.0, "2.bias": 0.0}.items():
+            expected = (plain[name] - initial[name]) * share
+            torch.testing.assert_close(changed[name] - initial[name], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_gradient_is_clipped_to_the_norm(job: TrainingJob, shard: Examples) -> None:
+    """Plain SGD's first step is the gradient times the learning rate."""
+    one = replace(job, segments=1, local_steps=1, optimizer_options={}, clip_norm=0.01)
+    move = state_from_bytes(train(one, shard).update)["move"]
+    assert float(move.norm()) == pytest.approx(0.01 * job.learning_rate, rel=1e-3)
+    loose = replace(one, clip_norm=1e6)
+    free = replace(one, clip_norm=None)
+    assert train(loose, shard).update == train(free, shard).update
 
 
 def test_what_does_not_travel_is_kept(job: TrainingJob, shard: Examples) -> None:

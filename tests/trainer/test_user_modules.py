@@ -1,5 +1,7 @@
 """Models, datasets, losses and metrics from a module beside the job's file: whatever PyTorch can train."""
 
+import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset, read_examples
+from traincert.trainer.records import RunFolder
+from traincert.trainer.report import write_report
 from traincert.trainer.state import set_state, state_hash
 from traincert.trainer.updates import Reason
 from users_models import MODELS, MODULE, run
@@ -191,6 +195,83 @@ def test_everything_may_be_the_users_own_and_workers_find_it(
         assert results[-1].loss_after < results[0].loss_before / 3
         assert results[-1].metric > trainer.start().evaluation.metric
         assert trainer.test(results[-1].after.model).loss < results[0].loss_before / 3
+
+
+SEVERAL = """
+    import numpy as np
+    from torch import nn
+    from torch.nn.functional import cross_entropy, mse_loss
+    from traincert.trainer import RawDataset
+
+    def dataset():
+        def train():
+            x = np.random.normal(size=(400, 4)).astype(np.float32)
+            yield {"x": x, "sign": (x.sum(1) > 0).astype(np.int64), "sum": x.sum(1), "first": x[:, 0]}
+        return RawDataset(train)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classes, self.numbers = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return {"logits": self.classes(x), "numbers": self.numbers(x).unbind(1)}
+
+    def loss(outputs, target):
+        sign, total, first = target
+        found, other = outputs["numbers"]
+        return cross_entropy(outputs["logits"], sign) + mse_loss(found, total) + mse_loss(other, first)
+
+    def accuracy(outputs, target):
+        return (outputs["logits"].argmax(1) == target[0]).double().mean()
+
+    def error_of_sum(outputs, target):
+        return (outputs["numbers"][0] - target[1]).abs().max()  # not a mean of batches
+
+    def none(outputs, target):
+        return float("nan")
+"""
+
+
+def test_outputs_targets_and_metrics_may_be_several(
+    write_job: WriteJob, make_trainer: MakeTrainer, miners: list[bytes], tmp_path: Path
+) -> None:
+    path = write_job(
+        SEVERAL,
+        dataset='"{module}:dataset"',
+        inputs='["x"]',
+        target='["sign", "sum", "first"]',
+        normalize="{}",
+        validation_examples="100",
+        test_examples="100",
+        model='"{module}:Model"',
+        model_options=None,
+        segments="2",
+        loss='"{module}:loss"',
+        metric='"{module}:accuracy"',
+        more_metrics='["{module}:error_of_sum", "{module}:none"]',
+        local_steps="50",
+    )
+    job = TrainingJob.load(path)
+    with RunFolder(tmp_path / "run", job) as folder, make_trainer(job, tmp_path / "run") as trainer:
+        folder.begin(trainer.start(), trainer.dataset)
+        before = folder.load().evaluation
+        folder.save(folder.next_record(trainer.run_cycle(folder.load(), miners, seed=b"")))
+        after = folder.load().evaluation
+        validation, state = trainer.validation, folder.load().model
+        report = write_report(tmp_path / "report", job, folder.records, trainer.test(state))
+    assert after.loss < before.loss
+    model = build_model(job)
+    set_state(model, state)
+    with torch.no_grad():
+        outputs = model(*validation.inputs)
+    assert after.metric == pytest.approx(float((outputs["logits"].argmax(1) == validation.target[0]).double().mean()))
+    error, nothing = after.more
+    assert error == pytest.approx(float((outputs["numbers"][0] - validation.target[1]).abs().max()), rel=1e-5)
+    assert math.isnan(nothing)
+    found = json.loads((report.parent / "report.json").read_text())["more_metrics"]
+    assert found["error_of_sum"]["held_out"] == error
+    assert found["none"] == {"held_out": None, "test": None}
 
 
 def test_a_module_beside_the_job_hides_nobodys(write_job: WriteJob, tmp_path: Path) -> None:
