@@ -96,7 +96,13 @@ class TrainingJob:
     """How many examples are kept for the final test. Neither training nor scoring uses them.
     Must be 0 if the dataset has its own test split."""
     shards: Annotated[int, Field(ge=1, le=4096)]
-    """How many shards the training examples are cut into. Shards have equal size, ± 1 example."""
+    """How many shards the training examples are cut into. Shards are random, and have equal size, ± 1 example."""
+    shard_by: str = ""
+    """A column that decides an example's shard instead, for example the hospital it is from. It may be in `drop`.
+    All examples of one value are in one shard, and shards are as equal in size as that allows."""
+    shard_alpha: Annotated[float, Field(ge=0.01, le=1e6)] | None = None
+    """With `shard_by`: spread the examples of each value over all shards, by shares from a Dirichlet distribution with
+    this parameter. 0.1: most of a value is in one or two shards. 100: all shards are nearly alike."""
 
     model: Reference
     """A function that returns a torch.nn.Module."""
@@ -192,6 +198,10 @@ class TrainingJob:
         for name, value in self.missing.items():
             if isinstance(value, str) and value != "mean" and name not in (*self.hash, *self.encode):
                 raise ValueError(f"missing: {name!r} is in neither hash nor encode: should be a number or 'mean'")
+        if self.shard_by and self.shard_by not in (*named, *self.drop):
+            raise ValueError(f"shard_by: {self.shard_by!r} is neither in inputs, nor the target, nor in drop")
+        if self.shard_alpha is not None and not self.shard_by:
+            raise ValueError("shard_alpha needs shard_by")
         if self.warmup_cycles >= self.cycles:
             raise ValueError(f"warmup_cycles = {self.warmup_cycles}: should be less than cycles = {self.cycles}")
 

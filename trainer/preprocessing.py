@@ -27,6 +27,7 @@ from traincert.trainer.datasets import Array, Chunk, RawDataset
 from traincert.trainer.determinism import seeded
 from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.sharding import cut_shards
 from traincert.trainer.store import read_blob, sync_folder, verify_blob, write_blob, write_file
 from traincert.trainer.usercode import blaming, call
 
@@ -67,6 +68,8 @@ _FIELDS = [
     "validation_examples",
     "test_examples",
     "shards",
+    "shard_by",
+    "shard_alpha",
 ]
 
 
@@ -251,7 +254,7 @@ class _Preparation:
         statistics = self._statistics(count, train)
 
         shard_folder, held_out_folder = directory / "shards", directory / "held-out"
-        cuts = np.array_split(train, job.shards)
+        cuts = cut_shards(job, train, self._codes(count) if job.shard_by else None)
         folders = [shard_folder] * job.shards + [held_out_folder] * (1 + bool(job.test_examples))
         cuts += [validation] + ([test] if job.test_examples else [])
         stored = self._store(self.raw.train, count, cuts, folders, statistics)
@@ -337,6 +340,25 @@ class _Preparation:
         if not count:
             raise JobError(f"dataset = {self.job.dataset!r}: its {name} split is empty")
         return count
+
+    def _codes(self, count: int) -> npt.NDArray[np.int64]:
+        """Return a number for each value of the column `shard_by`, for all examples, (count,)."""
+        name = self.job.shard_by
+        known: dict[Any, int] = {}
+        codes: list[int] = []
+        for chunk in self._raw_chunks(self.raw.train):
+            column = chunk[name]
+            if column.size != len(column):
+                raise JobError(
+                    f"shard_by = {name!r}: the column is of {column.shape[1:]}; must be one value an example"
+                )
+            if (holes := _any(_holes(column))).any():
+                row = len(codes) + int(np.flatnonzero(holes)[0])
+                raise JobError(f"shard_by = {name!r}: the column has no value in row {row}; mend the data")
+            codes += [known.setdefault(value, len(known)) for value in column.reshape(-1).tolist()]
+        if len(codes) != count:
+            self._refuse_other_count(count, str(len(codes)))
+        return np.array(codes)
 
     def _filled(self, name: str, array: Array) -> Array:
         """Return a column with its missing values replaced, if the job says by what."""

@@ -4,12 +4,15 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +105,61 @@ def test_the_columns_of_an_example_stay_together(write_job: WriteJob, tmp_path: 
     assert torch.equal(torch.cat([part.target for part in parts]), places % 3)
     hashes = torch.cat([part.inputs[1] for part in parts])
     assert all(len(set(hashes[places % 40 == person].tolist())) == 1 for person in range(40))
+
+
+def by_shard(dataset: Dataset) -> list[list[int]]:
+    """The numbers of the examples in each shard, which are also in the column `place`."""
+    return [part.inputs[2].tolist() for part in everything(dataset)[:-2]]
+
+
+@pytest.mark.parametrize(("column", "value_of"), [("person", lambda place: place % 40), ("email", lambda place: place)])
+def test_shards_by_a_column_have_its_values_whole(
+    write_job: WriteJob, tmp_path: Path, column: str, value_of: Callable[[int], int]
+) -> None:
+    random = prepare_dataset(table_job(write_job), tmp_path / "random")
+    ours = prepare_dataset(table_job(write_job, shard_by=f'"{column}"'), tmp_path / "ours")
+    assert (ours.validation, ours.test) == (random.validation, random.test)
+    values = [{value_of(place) for place in shard} for shard in by_shard(ours)]
+    assert sum(map(len, values)) == len(set.union(*values))
+    assert sorted(chain.from_iterable(by_shard(ours))) == sorted(chain.from_iterable(by_shard(random)))
+    sizes = [len(shard) for shard in by_shard(ours)]
+    assert max(sizes) - min(sizes) <= (1 if column == "email" else 5)
+
+
+def test_shards_by_shares_are_less_alike_the_smaller_alpha_is(write_job: WriteJob, tmp_path: Path) -> None:
+    most = []
+    for alpha in (0.1, 1.0, 1000.0):
+        job = table_job(write_job, shard_by='"label"', shard_alpha=str(alpha))
+        shards = by_shard(prepare_dataset(job, tmp_path / str(alpha)))
+        again = by_shard(prepare_dataset(job, tmp_path / f"{alpha} again"))
+        assert shards == again
+        assert sum(map(len, shards)) == 150
+        assert all(shards)
+        labels = [[place % 3 for place in shard] for shard in shards]
+        most.append(sum(max(Counter(shard).values()) for shard in labels) / 150)  # 1: each shard has one label
+    assert most[0] > most[1] > most[2]
+    assert most[0] > 0.75
+    assert most[2] < 0.4
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"shard_by": '"label"'}, "shard_by = 'label': the column has 3 values; must have at least one for each of 4"),
+        ({"shard_by": '"hospital"'}, "shard_by: 'hospital' is neither in inputs, nor the target, nor in drop"),
+        ({"shard_alpha": "1.0"}, "shard_alpha needs shard_by"),
+        ({"shard_by": '"numbers"'}, "shard_by = 'numbers': the column is of (4,); must be one value an example"),
+        (
+            {"shard_by": '"label"', "shard_alpha": "0.01", "shards": "20"},
+            "shard_alpha = 0.01: in 100 draws a shard stayed empty; must be greater, or shards less",
+        ),
+    ],
+)
+def test_shards_that_cannot_be_cut_are_named(
+    write_job: WriteJob, tmp_path: Path, changed: dict[str, str | None], words: str
+) -> None:
+    with pytest.raises(JobError, match=re.escape(words)):
+        prepare_dataset(table_job(write_job, **changed), tmp_path / "data")
 
 
 def test_statistics_are_those_of_the_training_split_alone(write_job: WriteJob, tmp_path: Path) -> None:
@@ -230,7 +288,7 @@ def test_a_test_split_of_the_datasets_own_is_kept_apart(write_job: WriteJob, tmp
 
 def test_the_root_is_frozen(dataset: Dataset) -> None:
     """It is in certificates: anybody who prepares the same job must find the same."""
-    assert dataset.root.hex() == "96019110eb9b8fca2cf701c6f8668c56f400db041d07adaf17a32205c9c9eb5f"
+    assert dataset.root.hex() == "8e6a601299516f5e118f12dfbf5e4342e8dd54ec13cfb55fffcbcef4acf3df85"
 
 
 def test_the_root_is_a_function_of_the_job(job: TrainingJob, dataset: Dataset, tmp_path: Path) -> None:
