@@ -18,7 +18,7 @@ ORDER = {
     "trainer": (
         "errors determinism job usercode store datasets sharding preprocessing models state segments tasks updates "
         "training scoring aggregation engines.orders engines.executor engines.local cycle records export replay report "
-        "run"
+        "compare run"
     ),
     "bridge": (
         "errors consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from traincert.lazy import importer
 
 if TYPE_CHECKING:
+    from traincert.trainer.compare import Compared, differences, plot_runs, read_run
     from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult, Trainer
     from traincert.trainer.datasets import Chunk, RawDataset
     from traincert.trainer.engines.local import LocalEngine
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Chunk",
+    "Compared",
     "Contribution",
     "CycleResult",
     "Dataset",
@@ -42,8 +44,11 @@ __all__ = [
     "TrainerError",
     "TrainingJob",
     "UpdateError",
+    "differences",
     "export_model",
+    "plot_runs",
     "prepare_dataset",
+    "read_run",
     "replay_tasks",
     "run_job",
 ]
@@ -53,6 +58,7 @@ __getattr__ = importer(
     {
         "Checkpoint": "cycle",
         "Chunk": "datasets",
+        "Compared": "compare",
         "Contribution": "scoring",
         "CycleResult": "cycle",
         "Dataset": "preprocessing",
@@ -74,8 +80,11 @@ __getattr__ = importer(
         "TrainerError": "errors",
         "TrainingJob": "job",
         "UpdateError": "updates",
+        "differences": "compare",
         "export_model": "export",
+        "plot_runs": "compare",
         "prepare_dataset": "preprocessing",
+        "read_run": "compare",
         "replay_tasks": "replay",
         "run_job": "run",
     },

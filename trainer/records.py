@@ -89,6 +89,12 @@ class RunFolder:
         return max(0, len(self.records) - 1)
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What makes the job, as `TrainingJob.identity` had it when the run was last opened with its job."""
+        identity: dict[str, str] = _read_identity(self.folder / "identity.json")["identity"]
+        return identity
+
+    @property
     def best_cycle(self) -> int:
         """The cycle after which the validation loss was lowest; the first of several. 0 is the initial model."""
         losses = [record["loss_after"] for record in self.records]
@@ -148,7 +154,7 @@ class RunFolder:
             model=load_state(self.store, bytes.fromhex(last["model_after"])),
             model_hash=bytes.fromhex(last["model_after"]),
             evaluation=Evaluation(
-                last["loss_after"], _number(last["metric"]), tuple(map(_number, last["more_metrics"]))
+                last["loss_after"], number_of(last["metric"]), tuple(map(number_of, last["more_metrics"]))
             ),
             best_loss=min(record["loss_after"] for record in self.records),
             velocity=load_state(self.store, bytes.fromhex(last["velocity"]))["velocity"],
@@ -231,7 +237,8 @@ def finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _number(recorded: float | None) -> float:
+def number_of(recorded: float | None) -> float:
+    """Return a recorded number; NaN for None."""
     return math.nan if recorded is None else recorded
 
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import Record, finite
+from traincert.trainer.records import Record, finite, number_of
 from traincert.trainer.scoring import Evaluation, nats
 from traincert.trainer.store import write_file
 
@@ -42,7 +42,7 @@ class TensorBoard:
 
     def add(self, record: Record) -> None:
         """Write one record."""
-        scalars = {"held-out/loss (nats)": _loss(record), "held-out/metric": record["metric"]}
+        scalars = {"held-out/loss (nats)": loss_of(record), "held-out/metric": record["metric"]}
         scalars |= {f"held-out/{name}": each for name, each in zip(self._more, record["more_metrics"], strict=True)}
         if record["cycle"]:
             tasks = record["tasks"]
@@ -53,7 +53,7 @@ class TensorBoard:
                 "updates/params trained": sum(task["params"] for task in tasks if not task["refusal"]),
             }
         for name, value in scalars.items():
-            self._writer.add_scalar(name, math.nan if value is None else value, record["cycle"])
+            self._writer.add_scalar(name, number_of(value), record["cycle"])
         self._writer.flush()
 
 
@@ -90,12 +90,9 @@ def write_report(
     return folder / "report.html"
 
 
-def _loss(record: Record) -> float:
+def loss_of(record: Record) -> float:
+    """Return the validation loss in a record, nats without the job's loss_offset; NaN if it was no number."""
     return nats(record["loss_after"], record["loss_offset"])
-
-
-def _metric(record: Record) -> float:
-    return math.nan if record["metric"] is None else float(record["metric"])
 
 
 def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> dict[str, Any]:
@@ -105,8 +102,8 @@ def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> d
     return {
         "cycles": len(records) - 1,
         "metric": job.metric_names[0],
-        "held_out_loss_first": finite(_loss(records[0])),
-        "held_out_loss": finite(_loss(records[-1])),
+        "held_out_loss_first": finite(loss_of(records[0])),
+        "held_out_loss": finite(loss_of(records[-1])),
         "held_out_metric": records[-1]["metric"],
         "test_loss": finite(nats(test.loss, job.loss_offset)),
         "test_metric": finite(test.metric),
@@ -125,9 +122,9 @@ def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> d
 
 
 def _plot_loss(records: Sequence[Record], name: str) -> Figure:
-    figure, axis = _figure(f"Held-out loss and {name} of the model", "loss (nats)")
+    figure, axis = new_figure(f"Held-out loss and {name} of the model", "loss (nats)")
     cycles = [record["cycle"] for record in records]
-    losses = [_loss(record) for record in records]
+    losses = [loss_of(record) for record in records]
     axis.plot(cycles, losses, color="C0", label="loss")
     if min((loss for loss in losses if math.isfinite(loss)), default=0) > 0:
         axis.set_yscale("log")
@@ -135,7 +132,9 @@ def _plot_loss(records: Sequence[Record], name: str) -> Figure:
         axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     axis.grid(axis="y", which="both", alpha=0.2)
     metric = axis.twinx()
-    metric.plot(cycles, [_metric(record) for record in records], color="C1", linestyle="--", label=f"{name} (right)")
+    metric.plot(
+        cycles, [number_of(record["metric"]) for record in records], color="C1", linestyle="--", label=f"{name} (right)"
+    )
     metric.set_ylabel(name)
     handles, labels = axis.get_legend_handles_labels()
     more_handles, more_labels = metric.get_legend_handles_labels()
@@ -144,7 +143,7 @@ def _plot_loss(records: Sequence[Record], name: str) -> Figure:
 
 
 def _plot_miners(records: Sequence[Record]) -> Figure:
-    figure, axis = _figure("Contribution of each miner", "weight, summed up")
+    figure, axis = new_figure("Contribution of each miner", "weight, summed up")
     totals: dict[str, int] = defaultdict(int)
     lines: dict[str, list[int]] = defaultdict(list)
     miners = sorted({task["miner"] for record in records for task in record["tasks"]})
@@ -162,7 +161,7 @@ def _plot_miners(records: Sequence[Record]) -> Figure:
 
 
 def _plot_segments(records: Sequence[Record]) -> Figure:
-    figure, axis = _figure(
+    figure, axis = new_figure(
         "Mean loss reduction of an update, by segment (each at its share of the mean)", "mean loss reduction (nats)"
     )
     for segment in sorted({task["segment"] for record in records for task in record["tasks"]}):
@@ -180,7 +179,8 @@ def _plot_segments(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _figure(title: str, label: str) -> tuple[Figure, Any]:
+def new_figure(title: str, label: str) -> tuple[Figure, Any]:
+    """Return a figure over cycles, and its axis. `label` is that of the y-axis."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.add_subplot()
     axis.set_title(title)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from traincert.bridge.cli.view import JobView, stdout_console
+from traincert.bridge.cli.view import JobView, compared_table, differences_table, stdout_console
 from traincert.bridge.errors import BridgeError
 
 
@@ -91,6 +91,33 @@ def job_run(job: str, out: Path | None, miners: int, workers: int, cycles: int |
     console.print(f"report: {report.path}\nTensorBoard: tensorboard --logdir {shlex.quote(str(out))}", soft_wrap=True)
     if training_job.target_metric is not None and not report.test.metric >= training_job.target_metric:
         raise BridgeError(f"test {metric} {report.test.metric:.4f} misses target_metric = {training_job.target_metric}")
+
+
+@job.command("compare")
+@click.argument("folders", metavar="RUN...", nargs=-1, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("compare.png"),
+    show_default=True,
+    help="The picture of all losses (PNG).",
+)
+def job_compare(folders: tuple[Path, ...], out: Path) -> None:
+    """Compare runs: their results, what differs between their jobs, and their losses in one picture."""
+    if len(folders) < 2:
+        raise click.UsageError("give two run folders or more.")
+    from traincert.trainer.compare import differences, plot_runs, read_run
+
+    runs = [read_run(folder) for folder in folders]
+    console = stdout_console()
+    console.print(compared_table(runs))
+    if different := differences(runs):
+        console.print()
+        console.print(differences_table([run.name for run in runs], different))
+    else:
+        console.print("\nthe jobs are equal")
+    plot_runs(runs, out)
+    console.print(f"\n{out}", soft_wrap=True)
 
 
 @job.command("export")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from traincert.bridge.consensus.certificate import Certificate
     from traincert.bridge.coordinator import ClosedSlot
     from traincert.regtest.lasting import NodeStatus
+    from traincert.trainer.compare import Compared
 
 PIPE_WIDTH = 180  # columns where the output is not a terminal: wide enough that no line is folded
 
@@ -148,6 +149,31 @@ class JobView(_LiveTable):
             f"cycle {record['cycle']}: {updates} updates{f' ({reasons})' if reasons else ''}, {size} bytes, "
             f"loss {loss}, metric {metric}, model {record['model_after'][:16]}",
         )
+
+
+def compared_table(runs: Iterable[Compared]) -> Table:
+    """Return a table with a row for each run. Losses are in nats."""
+    table = Table(box=None)
+    table.add_column("run", overflow="fold")
+    for name in ("cycles", "held-out loss", "lowest (cycle)", "metric", "test loss", "test metric", "bytes", "time"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        numbers = (run.loss, run.best_loss, run.metric, run.test_loss, run.test_metric)
+        loss, best, *others = ("-" if number != number else f"{number:.4f}" for number in numbers)
+        time = str(timedelta(seconds=round(run.seconds)))
+        row = (str(run.cycles), loss, f"{best} ({run.best_cycle})", *others, f"{run.update_bytes:,}", time)
+        table.add_row(run.name, *row)
+    return table
+
+
+def differences_table(names: Sequence[str], different: Mapping[str, Sequence[str]]) -> Table:
+    """Return a table with a row for each key of the jobs that differs, and a column for each run."""
+    table = Table(box=None)
+    for name in ("key", *names):
+        table.add_column(name, overflow="fold")
+    for key, values in different.items():
+        table.add_row(key, *(value or "-" for value in values))
+    return table
 
 
 def _in_round(certificate: Certificate) -> str:

@@ -366,6 +366,30 @@ def test_a_changed_job_starts_from_the_old_model(finished: tuple[Path, str], tmp
     assert "has no job.toml: it is not a run folder" in answer.stderr
 
 
+def test_runs_are_compared(finished: tuple[Path, str], tmp_path: Path) -> None:
+    other, picture = tmp_path / "other", tmp_path / "compare.png"
+    slower = tmp_path / "slower.toml"
+    slower.write_text(JOB.replace(f"cycles = {CYCLES}", "cycles = 2").replace("0.05", "0.01"), encoding="utf-8")
+    assert traincert("job", "run", slower, "--out", other).returncode == 0
+    answer = traincert("job", "compare", finished[0], other, "--out", picture)
+    assert answer.returncode == 0, answer.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in answer.stdout.splitlines() if line.strip()}
+    last, scored = records(finished[0])[-1], re.search(r"test accuracy (0\.\d+), test loss (\d\.\d+)", finished[1])
+    assert scored
+    assert rows[str(finished[0])][:2] == [str(CYCLES), f"{last['loss_after'] / 1e9:.4f}"]
+    assert rows[str(finished[0])][5:7] == [scored[2], scored[1]]
+    assert rows["cycles"] == [str(CYCLES), "2"]
+    assert rows["learning_rate"] == ["0.05", "0.01"]
+    assert set(rows) == {"run", str(finished[0]), str(other), "key", "cycles", "learning_rate", str(picture)}
+    assert matplotlib.image.imread(picture).size
+    answer = traincert("job", "compare", finished[0], finished[0], "--out", picture)
+    assert "the jobs are equal" in answer.stdout
+    for wrong, said in (([finished[0]], "give two run folders or more"), ([finished[0], tmp_path], "has no job.toml")):
+        answer = traincert("job", "compare", *wrong, "--out", picture)
+        assert answer.returncode in (1, 2)
+        assert said in answer.stderr
+
+
 USERS = """
     import numpy as np
     from torch import nn
