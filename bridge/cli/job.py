@@ -5,11 +5,15 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from traincert.bridge.cli.view import JobView, compared_table, differences_table, stdout_console
 from traincert.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from traincert.trainer.records import RunFolder
 
 
 @click.group()
@@ -130,20 +134,59 @@ def job_compare(folders: tuple[Path, ...], out: Path) -> None:
 )
 @click.option("--cycle", type=click.IntRange(0), help="The model after this cycle.  [default: the last]")
 @click.option("--best", is_flag=True, help="The model with the lowest validation loss.")
-def job_export(folder: Path, out: Path, cycle: int | None, best: bool) -> None:
-    """Write a run's model to a file that PyTorch loads without traincert."""
-    if best and cycle is not None:
-        raise click.UsageError("--best and --cycle: give one of them.")
+@click.option(
+    "--height",
+    type=click.IntRange(1),
+    help="The model that the certificate of this block names. Every rule is checked on the chain first.",
+)
+@click.option(
+    "--datadir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="With --height: the data directory of a running node.",
+)
+def job_export(
+    folder: Path, out: Path, cycle: int | None, best: bool, height: int | None, datadir: Path | None
+) -> None:
+    """Write a run's model to a file that PyTorch loads without traincert.
+
+    The run of a chain is in the folder `run` of its deployment, for example demo/run.
+    """
+    if (cycle is not None) + best + (height is not None) > 1:
+        raise click.UsageError("--cycle, --best and --height: give one of them.")
+    if (height is None) != (datadir is None):
+        raise click.UsageError("--height and --datadir: give both or neither.")
     from traincert.trainer.export import export_model
     from traincert.trainer.records import RunFolder
 
     with RunFolder(folder) as run:
-        chosen = run.best_cycle if best else run.cycles if cycle is None else cycle
+        if height is not None and datadir is not None:
+            chosen = _certified_cycle(run, datadir, height)
+        else:
+            chosen = run.best_cycle if best else run.cycles if cycle is None else cycle
         export_model(run, chosen, out)
     load = "torch.load" if out.suffix == ".pt" else "safetensors.torch.load_file"
     console = stdout_console()
     console.print(f"{out}: the model after cycle {chosen}", soft_wrap=True)
     console.print(f"model.load_state_dict({load}({str(out)!r}))", soft_wrap=True, markup=False)
+
+
+def _certified_cycle(run: RunFolder, datadir: Path, height: int) -> int:
+    """Return the cycle that the block at a height certifies. Raises BridgeError if it certifies none of this run."""
+    from traincert.bridge.chain import read_chain, read_params
+    from traincert.bridge.rpc import NodeClient
+
+    with NodeClient.from_datadir(datadir) as client:
+        chain = {block.certificate.height: block.certificate for block in read_chain(client, read_params(client))}
+    if height not in chain:
+        heights = f"{min(chain)} to {max(chain)}" if chain else "none"
+        raise BridgeError(f"{datadir}: block {height} has no certificate; certificates are in blocks: {heights}")
+    certificate = chain[height]
+    if certificate.record not in run.hashes:
+        raise BridgeError(f"{run.folder} has no record {certificate.record.hex()}, which block {height} certifies")
+    cycle = run.hashes.index(certificate.record)
+    if run.records[cycle]["model_after"] != certificate.model_after.hex():
+        raise BridgeError(f"block {height} certifies another model than its record names")
+    return cycle
 
 
 @job.command("replay")

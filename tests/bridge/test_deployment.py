@@ -11,14 +11,17 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from traincert.bridge.chain import read_chain
+from traincert.bridge.chain import CertifiedBlock, read_chain
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.deployment import JOB, network_params
 from traincert.bridge.keys import load_network_keys
 from traincert.bridge.rpc import NodeClient
 from traincert.regtest import Network
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.models import build_model
+from traincert.trainer.state import state_hash, state_of
 
 TRAINCERT = str(Path(sys.executable).parent / "traincert")
 
@@ -65,6 +68,31 @@ def test_a_coordinator_that_was_killed_goes_on(network: tuple[Path, Network, Tra
     assert {block.certificate.round for block in chain} == {0}
     records = [directory / f"run/cycles/{block.certificate.height:08}.json" for block in chain]
     assert [block.certificate.record for block in chain] == [sha256(path.read_bytes()).digest() for path in records]
+    check_export(directory, chain)
+
+
+def check_export(directory: Path, chain: list[CertifiedBlock]) -> None:
+    """Any block's model is exported, and is the one that its certificate names."""
+
+    def export(height: int, run: Path = directory / "run") -> subprocess.CompletedProcess[str]:
+        command = [TRAINCERT, "job", "export", str(run), "--height", str(height), "--datadir", str(directory / "node1")]
+        command += ["--out", str(directory / "model.safetensors")]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    for height in (1, 7, 12):
+        assert export(height).returncode == 0
+        model = build_model(TrainingJob.named(JOB))
+        model.load_state_dict(load_file(directory / "model.safetensors"))
+        assert state_hash(state_of(model)) == chain[height - 1].certificate.model_after
+    answer = export(13)
+    assert answer.returncode == 1
+    assert "block 13 has no certificate; certificates are in blocks: 1 to 12" in answer.stderr
+    shutil.copytree(directory / "run", directory / "other")
+    for path in sorted((directory / "other/cycles").iterdir())[5:]:
+        path.unlink()
+    answer = export(7, directory / "other")
+    assert answer.returncode == 1
+    assert f"other has no record {chain[6].certificate.record.hex()}, which block 7 certifies" in answer.stderr
 
 
 def test_a_last_record_that_the_chain_does_not_commit_to_is_told(
