@@ -19,6 +19,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / "bitcoind-patch").glob("*.md"),
 ]
+TRAINCERT = str(Path(sys.executable).parent / "traincert")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -32,7 +33,7 @@ def block(page: Path, after: str) -> str:
 
 def train(job: str, folder: Path) -> float:
     """Run a job and return its test accuracy."""
-    command = [str(Path(sys.executable).parent / "traincert"), "job", "run", job]
+    command = [TRAINCERT, "job", "run", job]
     answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     return float(answer.stdout.split("test accuracy ")[1].split(" ")[0].rstrip(","))
@@ -43,6 +44,12 @@ def test_the_readmes_own_job_learns(tmp_path: Path) -> None:
     (tmp_path / "wine.toml").write_text(block(README, "in `wine.toml`:"))
     assert train("wine.toml", tmp_path) >= 0.9
     assert (tmp_path / "runs/wine/report/report.html").is_file()
+    command = [TRAINCERT, "job", "export", "runs/wine", "--best", "--out", "wine.pt"]
+    assert " ".join(["traincert", *command[1:]]) in README.read_text()
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    use = block(README, "`wine.json` has the training data's means and deviations:")
+    answer = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert answer.stdout == "tensor(0)\n"  # the sample is nearly the data's second, which is of class 0
 
 
 def test_the_docs_job_reaches_its_target(tmp_path: Path) -> None:

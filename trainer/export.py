@@ -1,6 +1,7 @@
 """Write a run's model as a checkpoint that plain PyTorch loads."""
 
 import io
+import json
 from pathlib import Path
 
 import safetensors.torch
@@ -16,7 +17,9 @@ from traincert.trainer.store import write_file
 def export_model(run: RunFolder, cycle: int, path: Path) -> None:
     """Write the model after a cycle, as `model.state_dict()` has it, to `path`: .pt or .safetensors.
 
-    The file has tied parameters under all of their names, and the buffers.
+    The file has tied parameters under all of their names, and the buffers. If the job prepares its data, a JSON file
+    beside it, with the same name and the ending .json, says how: by column the mean and the deviation (`normalize`),
+    the values in the order of their codes (`encode`), and what replaces a missing value (`missing`).
 
     Raises RunError if the run has no such cycle, its store no longer has the model, or the name ends otherwise;
     IntegrityError if the model's file is damaged, and JobError if the job's model cannot be built.
@@ -38,3 +41,14 @@ def export_model(run: RunFolder, cycle: int, path: Path) -> None:
     else:  # this format has no shared tensors
         data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
     write_file(path, data, 0o644)
+    if run.job.normalize or run.job.encode or run.job.missing:
+        manifest = run.dataset().manifest()
+        prepared = {
+            "normalize": {
+                name: {"mean": mean, "deviation": deviation}
+                for name, (mean, deviation) in manifest["statistics"].items()
+            },
+            "encode": manifest["codes"],
+            "missing": manifest["fills"],
+        }
+        write_file(path.with_suffix(".json"), json.dumps(prepared, indent=1).encode() + b"\n", 0o644)

@@ -116,6 +116,11 @@ class Dataset:
         """The folder of the shards."""
         return self.directory / "shards"
 
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest. Raises IntegrityError if its file is missing or damaged."""
+        manifest: dict[str, Any] = json.loads(read_blob(self.directory, self.root))
+        return manifest
+
     @property
     def held_out_folder(self) -> Path:
         """The folder of the validation and the test split."""
@@ -262,6 +267,8 @@ class _Preparation:
             stored += self._store(self.raw.test, test_count, [np.arange(test_count)], [held_out_folder], statistics)
         return facts | {
             "statistics": {name: [each.tolist() for each in pair] for name, pair in statistics.items()},
+            "codes": {name: sorted(self.values[name]) for name in job.encode},
+            "fills": {name: fill.tolist() for name, fill in self.fills.items()},
             "shards": [digest.hex() for digest in stored[: job.shards]],
             "validation": stored[job.shards].hex(),
             "test": stored[job.shards + 1].hex(),

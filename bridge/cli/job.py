@@ -149,6 +149,8 @@ def job_export(
 ) -> None:
     """Write a run's model to a file that PyTorch loads without traincert.
 
+    A JSON file beside it says how the job prepares its data: means, deviations, codes.
+
     The run of a chain is in the folder `run` of its deployment, for example demo/run.
     """
     if (cycle is not None) + best + (height is not None) > 1:
