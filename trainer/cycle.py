@@ -1,7 +1,6 @@
 """One cycle: assign tasks, train, check and score the updates, aggregate them into the next model."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -222,13 +221,11 @@ class Trainer:
             except UpdateError as error:
                 readable.append(error)
         examples = self._score_examples(seed)
-        sent = Counter(
-            order.segment for order, update in zip(orders, readable, strict=True) if isinstance(update, Update)
-        )
-        # Score each of a segment's n updates at 1/n of its size, its part in their mean. At full size, the noise of one
-        # miner's few examples can raise the loss although the mean, in which noise averages out, lowers it.
+        # Score each of n updates at 1/n of its size. At full size, the noise of one miner's few examples can raise the
+        # loss, although the mean of all, in which noise averages out, lowers it.
+        share = 1 / max(1, sum(isinstance(update, Update) for update in readable))
         candidates = (
-            update.scaled(1 / sent[order.segment]).applied(self.layout, order.segment, before.model)
+            update.scaled(share).applied(self.layout, order.segment, before.model)
             for order, update in zip(orders, readable, strict=True)
             if isinstance(update, Update)
         )

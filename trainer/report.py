@@ -162,7 +162,8 @@ def _plot_miners(records: Sequence[Record]) -> Figure:
 
 def _plot_segments(records: Sequence[Record]) -> Figure:
     figure, axis = new_figure(
-        "Mean loss reduction of an update, by segment (each at its share of the mean)", "mean loss reduction (nats)"
+        "Mean loss reduction of an update, by segment (n updates, each at 1/n of its size)",
+        "mean loss reduction (nats)",
     )
     for segment in sorted({task["segment"] for record in records for task in record["tasks"]}):
         points = []

@@ -368,7 +368,7 @@ def test_a_damaged_validation_split_is_an_error_that_names_it(
         ({"optimizer_options": {"beta": 1}}, "optimizer_options = {'beta': 1}: "),
         ({"model_options": {"width": 1}}, r"model_options = {'width': 1}: mlp\(\) got an unexpected"),
         ({"model": "traincert.trainer.models:mpl"}, "has no function 'mpl'; did you mean 'mlp'"),
-        ({"model": "traincert.trainer.job:_hint", "model_options": {"name": "", "known": []}}, "returned str, not a"),
+        ({"model": "builtins:str", "model_options": {}}, "returned str, not a"),
         ({"segments": 4096}, "segments = 4096: must be at most"),
         ({"loss": "traincert.trainer.models:entropy"}, "has no function 'entropy'"),
         ({"metric": "traincert.trainer.models:recall"}, "has no function 'recall'"),
