@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from traincert.trainer.determinism import deterministic
+from traincert.trainer.examples import Examples
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Examples
 from traincert.trainer.scoring import Evaluation, nano_nats
 from traincert.trainer.state import State, set_state
 from traincert.trainer.usercode import resolve

@@ -16,9 +16,9 @@ MAY_IMPORT = {"trainer": {"trainer"}, "regtest": {"regtest"}, "bridge": {"bridge
 # In the order in which data meets them: a file imports only from those before it.
 ORDER = {
     "trainer": (
-        "errors determinism job usercode store datasets sharding preprocessing models state segments tasks updates "
-        "training scoring aggregation engines.orders engines.executor engines.local cycle records export replay report "
-        "compare run"
+        "errors determinism job usercode store datasets examples sharding preprocessing models state segments tasks "
+        "updates training scoring aggregation engines.orders engines.executor engines.local cycle records export "
+        "replay report compare run"
     ),
     "bridge": (
         "errors consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from traincert.trainer.datasets import Chunk, RawDataset
     from traincert.trainer.engines.local import LocalEngine
     from traincert.trainer.errors import EngineError, IntegrityError, JobError, RunError, TrainerError
+    from traincert.trainer.examples import Dataset
     from traincert.trainer.export import export_model
     from traincert.trainer.job import TrainingJob
-    from traincert.trainer.preprocessing import Dataset, prepare_dataset
+    from traincert.trainer.preprocessing import prepare_dataset
     from traincert.trainer.records import Record, RunFolder
     from traincert.trainer.replay import Replayed, replay_tasks
     from traincert.trainer.run import Finished, run_job
@@ -61,7 +62,7 @@ __getattr__ = importer(
         "Compared": "compare",
         "Contribution": "scoring",
         "CycleResult": "cycle",
-        "Dataset": "preprocessing",
+        "Dataset": "examples",
         "EngineError": "errors",
         "Evaluation": "scoring",
         "Finished": "run",

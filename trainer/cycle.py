@@ -13,8 +13,8 @@ import torch
 from traincert.trainer.aggregation import Accepted, aggregate
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Answer, Order
+from traincert.trainer.examples import Dataset, Examples, read_examples
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.scoring import Contribution, Evaluation, Refusal, Scorer, score
 from traincert.trainer.segments import Layout, cut_segments
 from traincert.trainer.state import State, initial_state, save_state

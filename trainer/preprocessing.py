@@ -10,45 +10,33 @@ import logging
 import math
 import os
 import stat
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
-from torch.utils._pytree import tree_map
 
 from traincert.trainer.datasets import Array, Chunk, RawDataset
 from traincert.trainer.determinism import seeded
 from traincert.trainer.errors import IntegrityError, JobError
+from traincert.trainer.examples import (
+    DTYPES,
+    PREPARED,
+    VERSION,
+    Column,
+    ColumnFile,
+    Dataset,
+    read_dataset,
+    read_prepared,
+    remove_temporary,
+)
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.sharding import cut_shards
-from traincert.trainer.store import read_blob, sync_folder, verify_blob, write_blob, write_file
+from traincert.trainer.store import write_blob, write_file
 from traincert.trainer.usercode import blaming, call
-
-# The dtypes that a prepared column may have: numpy's, and safetensors' name.
-_DTYPES = {
-    np.dtype(name): short
-    for name, short in {
-        "float64": "F64",
-        "float32": "F32",
-        "float16": "F16",
-        "int64": "I64",
-        "int32": "I32",
-        "int16": "I16",
-        "int8": "I8",
-        "uint8": "U8",
-        "bool": "BOOL",
-    }.items()
-}
-_PREPARED = "prepared.json"
-VERSION = 1
-"""Version of the format of prepared.json."""
 
 _LOG = logging.getLogger(__name__)
 _KEY_BYTES = 32
@@ -73,71 +61,6 @@ _FIELDS = [
 ]
 
 
-class Examples(NamedTuple):
-    """A shard, the validation split or the test split.
-
-    The tensors may be memory-mapped. `batch` copies them.
-    """
-
-    inputs: tuple[torch.Tensor, ...]  # each (N, ...)
-    target: Any  # (N, ...); a tuple of tensors if the job names several columns
-
-    def __len__(self) -> int:
-        """Return the number of examples, N."""
-        return len(self.inputs[0])
-
-    def batch(self, index: torch.Tensor | slice, device: str = "cpu") -> "Examples":
-        """Return a copy, on `device`, of the examples that `index` selects."""
-
-        def take(tensor: torch.Tensor) -> torch.Tensor:
-            # Copy: tensors inside a file start at any address, and the bits of vectorized sums may depend on alignment.
-            return (tensor[index].clone() if isinstance(index, slice) else tensor[index]).to(device)
-
-        return tree_map(take, self)  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A job's prepared data in a directory. Hashes are 32 raw bytes; in hex they are the files' names."""
-
-    job: TrainingJob
-    directory: Path
-    shards: tuple[bytes, ...]
-    """The shards' files in `shard_folder`, the only folder that miners see."""
-    validation: bytes
-    """The validation split's file in `held_out_folder`."""
-    test: bytes
-    """The test split's file in `held_out_folder`."""
-    root: bytes
-    """SHA-256 of the manifest (JSON): how the data was prepared, and the hashes above."""
-
-    @property
-    def shard_folder(self) -> Path:
-        """The folder of the shards."""
-        return self.directory / "shards"
-
-    def manifest(self) -> dict[str, Any]:
-        """Return the manifest. Raises IntegrityError if its file is missing or damaged."""
-        manifest: dict[str, Any] = json.loads(read_blob(self.directory, self.root))
-        return manifest
-
-    @property
-    def held_out_folder(self) -> Path:
-        """The folder of the validation and the test split."""
-        return self.directory / "held-out"
-
-
-def read_examples(job: TrainingJob, directory: Path, digest: bytes) -> Examples:
-    """Check the file of a shard or split against its hash (32 bytes), and map it into memory.
-
-    Raises IntegrityError if the file is missing or damaged.
-    """
-    path = verify_blob(directory, digest)
-    with safe_open(path, framework="pt") as file:
-        targets = tuple(map(file.get_tensor, job.target))
-        return Examples(tuple(map(file.get_tensor, job.inputs)), targets[0] if len(targets) == 1 else targets)
-
-
 def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
     """Preprocess the job's data and store it in `directory`, which is made if it does not exist.
 
@@ -148,72 +71,22 @@ def prepare_dataset(job: TrainingJob, directory: Path) -> Dataset:
     """
     for folder in (directory, directory / "shards", directory / "held-out"):
         folder.mkdir(parents=True, exist_ok=True)
-        _clean(folder)  # remove the temporary files of a killed process
+        remove_temporary(folder)  # remove the temporary files of a killed process
     key = _hash_key(Path(job.hash_key)) if job.hash_key else b""
     facts = {name: getattr(job, name) for name in _FIELDS} | {"hash_key": hashlib.sha256(key).hexdigest()}
     source = job.identity().get(f"module {job.dataset.partition(':')[0]}")
     preparation = json.dumps(facts | {"source": source}, sort_keys=True, default=str)
-    prepared = _read_prepared(directory / _PREPARED)
+    prepared = read_prepared(directory / PREPARED)
     if prepared.get("preparation") == preparation:
         try:
-            return _read_manifest(job, directory, bytes.fromhex(prepared["root"]))
+            return read_dataset(job, directory, bytes.fromhex(prepared["root"]))
         except IntegrityError:
             pass  # a file is missing or damaged: prepare all of them again
     manifest = _Preparation(job, key).run(directory, facts)
     root = write_blob(directory, json.dumps(manifest, sort_keys=True, default=str).encode())
     done = {"version": VERSION, "preparation": preparation, "root": root.hex()}
-    write_file(directory / _PREPARED, json.dumps(done).encode())
-    return _read_manifest(job, directory, root)
-
-
-def stored_dataset(job: TrainingJob, directory: Path) -> Dataset:
-    """Return the data that is in `directory`, which was prepared before. The files that the job names need not exist.
-
-    Raises JobError if it was not, and IntegrityError if a file is missing.
-    """
-    prepared = _read_prepared(directory / _PREPARED)
-    if "root" not in prepared:
-        raise JobError(f"{directory}: no data was prepared here")
-    return _read_manifest(job, directory, bytes.fromhex(prepared["root"]))
-
-
-def _read_prepared(path: Path) -> dict[str, Any]:
-    """Read prepared.json. A missing or damaged file gives {}. Raises JobError if it has another format."""
-    try:
-        prepared = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(prepared, dict) or prepared.get("version") != VERSION:
-        found = prepared.get("version") if isinstance(prepared, dict) else None
-        raise JobError(
-            f"{path} has format {found}, this traincert reads format {VERSION}: go on with the traincert that made it, "
-            "or prepare the data in another folder"
-        )
-    return prepared
-
-
-def _read_manifest(job: TrainingJob, directory: Path, root: bytes) -> Dataset:
-    manifest = json.loads(read_blob(directory, root))
-    shards = tuple(map(bytes.fromhex, manifest["shards"]))
-    dataset = Dataset(
-        job, directory, shards, bytes.fromhex(manifest["validation"]), bytes.fromhex(manifest["test"]), root
-    )
-    for folder, digest in [
-        *((dataset.shard_folder, shard) for shard in shards),
-        (dataset.held_out_folder, dataset.validation),
-        (dataset.held_out_folder, dataset.test),
-    ]:
-        if not (folder / digest.hex()).is_file():
-            raise IntegrityError(f"{folder / digest.hex()}: no such file")
-    return dataset
-
-
-@dataclass(frozen=True)
-class _Column:
-    """The dtype and shape that a column must have in every chunk."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]  # of one example
+    write_file(directory / PREPARED, json.dumps(done).encode())
+    return read_dataset(job, directory, root)
 
 
 class _Preparation:
@@ -228,7 +101,7 @@ class _Preparation:
             raise JobError(f"dataset = {job.dataset!r}: returned {type(raw).__name__}, not a datasets.RawDataset")
         self.raw = raw
         self.names = job.columns
-        self.columns: dict[str, _Column] = {}
+        self.columns: dict[str, Column] = {}
         self.values: dict[str, set[Any]] = {name: set() for name in (*job.hash, *job.encode)}
         """The values of each column to hash or encode."""
         self.fills: dict[str, Array] = {name: np.asarray(fill) for name, fill in job.missing.items() if fill != "mean"}
@@ -428,14 +301,14 @@ class _Preparation:
                 raise JobError(
                     f"{where} has a column {name!r} of {type(array).__name__}, not a numpy array or a tensor"
                 )
-            column = self.columns.setdefault(name, _Column(array.dtype, array.shape[1:]))
+            column = self.columns.setdefault(name, Column(array.dtype, array.shape[1:]))
             same_kind = array.dtype == column.dtype or name in self.values  # the width of strings may differ
             if not same_kind or array.shape[1:] != column.shape:
                 raise JobError(f"{where} has a column {name!r} of different types or shapes in its chunks")
-            if array.dtype not in _DTYPES and name not in self.values:
+            if array.dtype not in DTYPES and name not in self.values:
                 numeric = array.dtype.kind in "biufc"
                 how = (
-                    f"convert it to one of {', '.join(map(str, _DTYPES))}"
+                    f"convert it to one of {', '.join(map(str, DTYPES))}"
                     if numeric
                     else "encode it, hash it or drop it"
                 )
@@ -484,7 +357,7 @@ class _Preparation:
         for number, cut in enumerate(cuts):
             cut_of[cut], place_of[cut] = number, np.arange(len(cut))
         try:
-            files = [_File(folder, len(cut), self._stored()) for folder, cut in zip(folders, cuts, strict=True)]
+            files = [ColumnFile(folder, len(cut), self._stored()) for folder, cut in zip(folders, cuts, strict=True)]
             for start, chunk in self._chunks(split, count):
                 ready = {name: self._prepare(name, array, statistics) for name, array in chunk.items()}
                 here = slice(start, start + len(ready[self.names[0]]))
@@ -495,10 +368,10 @@ class _Preparation:
             return [file.finish() for file in files]
         except BaseException:
             for folder in set(folders):
-                _clean(folder)
+                remove_temporary(folder)
             raise
 
-    def _stored(self) -> dict[str, _Column]:
+    def _stored(self) -> dict[str, Column]:
         """Return the columns' dtypes and shapes after preprocessing."""
 
         def dtype(name: str) -> np.dtype[Any]:
@@ -506,7 +379,7 @@ class _Preparation:
                 return np.dtype(np.int64)
             return np.dtype(np.float32) if name in self.job.normalize else self.columns[name].dtype
 
-        return {name: _Column(dtype(name), self.columns[name].shape) for name in self.names}
+        return {name: Column(dtype(name), self.columns[name].shape) for name in self.names}
 
     def _prepare(self, name: str, array: Array, statistics: dict[str, tuple[Array, Array]]) -> Array:
         if name in self.job.hash:
@@ -519,57 +392,6 @@ class _Preparation:
             mean, deviation = statistics[name]
             return ((array - mean) / deviation).astype(np.float32)
         return array
-
-
-def _clean(folder: Path) -> None:
-    for path in folder.glob(".writing-*"):
-        path.unlink()
-
-
-class _File:
-    """A safetensors file that is written row by row, in any order, and is never whole in memory.
-
-    Format (https://huggingface.co/docs/safetensors): the header's length (u64, little-endian), the header (JSON, padded
-    with spaces), and the tensors' bytes, in the order that the safetensors library writes.
-    """
-
-    def __init__(self, folder: Path, count: int, columns: dict[str, _Column]) -> None:
-        header: dict[str, Any] = {}
-        end = 0
-        ordered = sorted(columns.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-        for name, column in ordered:
-            start, end = end, end + count * math.prod(column.shape) * column.dtype.itemsize
-            shape = [count, *column.shape]
-            header[name] = {"dtype": _DTYPES[column.dtype], "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
-        self.path = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.flush()
-            # Reserve the disk space now. If the disk were full later, writing to the memory map would kill the process.
-            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
-        self._arrays = {
-            name: (column.dtype, 8 + len(text) + header[name]["data_offsets"][0], (count, *column.shape))
-            for name, column in ordered
-        }
-
-    def write(self, places: npt.NDArray[np.int64], rows: dict[str, Array]) -> None:
-        """Write the rows of all columns to their places, which are row numbers."""
-        for name, (dtype, offset, shape) in self._arrays.items():
-            # Map anew each time: unmapping removes the written pages from this process's memory.
-            array: Array = np.memmap(self.path, dtype, "r+", offset, shape)
-            array[places] = rows[name]
-
-    def finish(self) -> bytes:
-        """Rename the file to its SHA-256, durably; return the hash, 32 bytes."""
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
-            os.fsync(file.fileno())
-        self.path.replace(self.path.parent / digest.hex())
-        sync_folder(self.path.parent)
-        return digest
 
 
 def _holes(array: Array) -> npt.NDArray[np.bool_]:

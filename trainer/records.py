@@ -21,8 +21,9 @@ from typing import IO, Any, Self
 
 from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult
 from traincert.trainer.errors import IntegrityError, RunError
+from traincert.trainer.examples import Dataset, stored_dataset
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Dataset, prepare_dataset, stored_dataset
+from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.scoring import Contribution, Evaluation
 from traincert.trainer.state import load_state, save_state
 from traincert.trainer.store import prune, verify_blob, write_file

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.orders import Order
 from traincert.trainer.errors import RunError
+from traincert.trainer.examples import read_examples
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import read_examples
 from traincert.trainer.records import RunFolder
 from traincert.trainer.segments import cut_segments
 from traincert.trainer.tasks import Task

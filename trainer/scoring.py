@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from traincert.trainer.determinism import deterministic
 from traincert.trainer.errors import JobError
+from traincert.trainer.examples import Examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import Examples
 from traincert.trainer.state import State, set_state
 from traincert.trainer.updates import Reason, UpdateError
 from traincert.trainer.usercode import Functions, blaming, shown

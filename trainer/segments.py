@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from traincert.trainer.errors import JobError
+from traincert.trainer.examples import Examples
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Examples
 from traincert.trainer.state import State
 from traincert.trainer.usercode import Functions
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from traincert.trainer.determinism import deterministic, seeded
 from traincert.trainer.errors import JobError
+from traincert.trainer.examples import Examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import Examples
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State, set_state, state_of
 from traincert.trainer.tasks import Task

@@ -28,8 +28,8 @@ from traincert.bridge.keys import create_network_keys
 from traincert.bridge.rpc import NodeClient
 from traincert.regtest.network import Network
 from traincert.regtest.node import datadir_in_use
+from traincert.trainer.examples import Dataset, read_examples
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Dataset, read_examples
 from traincert.trainer.state import state_hash
 
 MARKER = ".traincert-demo"

@@ -19,9 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from evaluation import evaluate
+from traincert.trainer.examples import read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import prepare_dataset, read_examples
+from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.state import initial_state, set_state, state_bytes, state_of
 from traincert.trainer.usercode import Functions
 

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from traincert.trainer.aggregation import Accepted, aggregate
+from traincert.trainer.examples import read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import prepare_dataset, read_examples
+from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.scoring import Contribution
 from traincert.trainer.segments import Layout, cut_segments
 from traincert.trainer.state import initial_state, state_bytes, state_from_bytes, state_hash

@@ -15,8 +15,9 @@ from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Answer, Order
+from traincert.trainer.examples import Dataset
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Dataset, prepare_dataset
+from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.records import RunFolder
 from traincert.trainer.updates import Reason
 

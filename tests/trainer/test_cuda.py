@@ -12,9 +12,10 @@ from evaluation import evaluate
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.errors import JobError
+from traincert.trainer.examples import read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import prepare_dataset, read_examples
+from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.records import RunFolder
 from traincert.trainer.replay import replay_tasks
 from traincert.trainer.run import run_job

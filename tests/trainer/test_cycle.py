@@ -15,9 +15,10 @@ from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Answer
 from traincert.trainer.errors import IntegrityError, JobError
+from traincert.trainer.examples import Dataset, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import Dataset, prepare_dataset, read_examples
+from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.state import State, initial_state, load_state, state_bytes, state_hash
 from traincert.trainer.store import prune
 from traincert.trainer.updates import Reason, Update, encode_update, read_update

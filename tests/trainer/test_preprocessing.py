@@ -21,8 +21,9 @@ import safetensors.torch
 import torch
 
 from traincert.trainer.errors import IntegrityError, JobError
+from traincert.trainer.examples import Dataset, Examples, read_examples
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Dataset, Examples, prepare_dataset, read_examples
+from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.store import read_blob
 
 WriteJob = Callable[..., Path]

@@ -12,9 +12,9 @@ import torch
 from evaluation import evaluate
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.errors import JobError
+from traincert.trainer.examples import Dataset, Examples, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.scoring import MAX_NANO_NATS, Scorer, nano_nats, score
 from traincert.trainer.state import initial_state, state_hash, state_of
 from traincert.trainer.updates import Reason, UpdateError

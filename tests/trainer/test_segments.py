@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from traincert.trainer.errors import JobError
+from traincert.trainer.examples import Dataset, Examples, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.segments import Layout, Segment, cut_segments
 from traincert.trainer.state import state_hash, state_of
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from traincert.trainer.errors import JobError
+from traincert.trainer.examples import Dataset, Examples, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import Dataset, Examples, read_examples
 from traincert.trainer.segments import Layout, Segment, cut_segments
 from traincert.trainer.state import State, initial_state, state_from_bytes, state_hash
 from traincert.trainer.tasks import Task

@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from traincert.trainer.engines.orders import Answer, Order
+from traincert.trainer.examples import Examples, read_examples
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Examples, read_examples
 from traincert.trainer.state import State, load_state, save_state
 from traincert.trainer.training import check_device, train_task
 

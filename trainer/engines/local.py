@@ -26,8 +26,8 @@ import torch
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.orders import Answer, Order
 from traincert.trainer.errors import EngineError, TrainerError
+from traincert.trainer.examples import Dataset
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.preprocessing import Dataset
 from traincert.trainer.training import check_device
 from traincert.trainer.updates import Reason
 

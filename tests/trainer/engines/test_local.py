@@ -19,9 +19,10 @@ from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Answer, Order
 from traincert.trainer.errors import EngineError, IntegrityError, JobError
+from traincert.trainer.examples import Dataset
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.preprocessing import Dataset, prepare_dataset
+from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.segments import cut_segments
 from traincert.trainer.state import initial_state, save_state
 from traincert.trainer.tasks import assign
