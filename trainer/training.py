@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import NamedTuple, cast
@@ -44,33 +45,35 @@ def build_optimizer(job: TrainingJob, trained: Sequence[tuple[str, nn.Parameter]
     two groups.
     """
     kind = getattr(torch.optim, job.optimizer)
-    share = job.learning_rate_at(cycle) / job.learning_rate
+    rate = job.learning_rate_at(cycle)
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained:
         groups.setdefault(_group(job, name), []).append(parameter)
-    try:
-        optimizer: torch.optim.Optimizer = kind(
-            [{"params": parameters, **job.parameter_groups.get(group, {})} for group, parameters in groups.items()],
-            lr=job.learning_rate,
-            **job.optimizer_options,
-        )
+    try:  # with an empty parameter if all others are in groups, because an optimizer must have one
+        optimizer: torch.optim.Optimizer = kind(groups.pop("", [nn.Parameter()]), lr=rate, **job.optimizer_options)
     except (TypeError, ValueError) as error:
         raise JobError(f"optimizer_options = {job.optimizer_options}: {error}; it takes {takes(kind)}") from None
-    for group, options in job.parameter_groups.items():
-        if strange := options.keys() - optimizer.defaults.keys():
-            raise JobError(
-                f"parameter_groups.{group!r}: {job.optimizer} has no option {min(strange)!r} for a group; it has "
-                f"{', '.join(optimizer.defaults)}"
-            )
-    for each in optimizer.param_groups:
-        each["lr"] *= share
+    for group, parameters in groups.items():
+        options = job.parameter_groups[group]
+        if "lr" in options:
+            options = options | {"lr": options["lr"] * rate / job.learning_rate}
+        optimizer.add_param_group({"params": parameters, **options})
     return optimizer
 
 
 def check_optimizer(job: TrainingJob, model: nn.Module) -> None:
     """Raise JobError if the optimizer of the job's model cannot be built, or a group has no parameter."""
     trainable = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-    build_optimizer(job, trainable, 0)
+    known = build_optimizer(replace(job, parameter_groups={}), trainable, 0).defaults
+    for pattern, options in job.parameter_groups.items():
+        where = f"parameter_groups.{pattern!r}"
+        if strange := options.keys() - known.keys():
+            raise JobError(f"{where}: {job.optimizer} has no option {min(strange)!r} for it; it has {', '.join(known)}")
+        rate = options.get("lr", 0.0)
+        if not isinstance(rate, float | int) or not 0 <= rate <= 100:
+            raise JobError(f"{where}: lr = {rate!r}: must be a number from 0 to 100")
+    with blaming("parameter_groups", str(job.parameter_groups)):
+        build_optimizer(job, trainable, 0)
     if unused := job.parameter_groups.keys() - {_group(job, name) for name, _ in trainable}:
         names = ", ".join(name for name, _ in trainable)[:300]
         raise JobError(f"parameter_groups.{min(unused)!r}: no trainable parameter has such a name; there are {names}")

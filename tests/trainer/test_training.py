@@ -221,12 +221,15 @@ def test_options_that_the_optimizer_does_not_take_are_named(
             r"parameter_groups.'3.\*': no trainable parameter has such a name; there are 0.weight, ",
         ),
         ({"0.*": {}, "*.bias": {}}, r"parameter_groups: '0.\*' and '\*.bias' both match 0.bias: must be one of them"),
-        ({"*.bias": {"weight_decai": 0}}, r"parameter_groups.'\*.bias': SGD has no option 'weight_decai' for a group"),
+        (
+            {"*.bias": {"weight_decai": 0}},
+            r"parameter_groups.'\*.bias': SGD has no option 'weight_decai' for it; it has",
+        ),
+        ({"*.bias": {"lr": -1.0}}, r"parameter_groups.'\*.bias': lr = -1.0: must be a number from 0 to 100"),
+        ({"*.bias": {"lr": "1"}}, r"parameter_groups.'\*.bias': lr = '1': must be a number from 0 to 100"),
     ],
 )
-def test_groups_that_cannot_be_right_are_named(
-    job: TrainingJob, groups: dict[str, dict[str, float]], words: str
-) -> None:
+def test_groups_that_cannot_be_right_are_named(job: TrainingJob, groups: dict[str, dict[str, Any]], words: str) -> None:
     with pytest.raises(JobError, match=f"^{words}"):
         check_optimizer(replace(job, parameter_groups=groups), build_model(job))
 
