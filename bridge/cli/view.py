@@ -105,7 +105,9 @@ class CyclesView(_LiveTable):
     """The demo's cycles."""
 
     def __init__(self) -> None:
-        super().__init__(("height", "winner", "updates taken", "held-out loss", "held-out accuracy", "block"))
+        super().__init__(
+            ("height", "winner", "updates taken", "refused", "held-out loss", "held-out accuracy", "block")
+        )
 
     def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
         """Show that a winner's block did not come within its round."""
@@ -116,13 +118,14 @@ class CyclesView(_LiveTable):
         """Show a cycle that the chain has a block for."""
         certificate, result = slot.certificate, slot.result
         updates = f"{len(result.contributions)} of {len(result.tasks)}"
+        reasons = _counted(str(refusal.reason) for refusal in result.refusals)
         loss = f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}"
         accuracy = f"{result.metric:.4f}"
         winner += _in_round(certificate)
         self._add(
-            (str(certificate.height), winner, updates, loss, accuracy, slot.block_hash),
-            f"block {certificate.height} by {winner}: {updates} updates, loss {loss}, accuracy {accuracy}, "
-            f"{slot.block_hash}",
+            (str(certificate.height), winner, updates, reasons, loss, accuracy, slot.block_hash),
+            f"block {certificate.height} by {winner}: {updates} updates{f' ({reasons})' if reasons else ''}, "
+            f"loss {loss}, accuracy {accuracy}, {slot.block_hash}",
         )
 
 
@@ -137,9 +140,9 @@ class JobView(_LiveTable):
         from traincert.trainer.scoring import nats  # imports torch, which takes seconds
 
         tasks = record["tasks"]
-        refused = Counter(task["refusal"] for task in tasks if task["refusal"])
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(refused.items()))
-        updates = f"{len(tasks) - refused.total()} of {len(tasks)}"
+        refused = [task["refusal"] for task in tasks if task["refusal"]]
+        reasons = _counted(refused)
+        updates = f"{len(tasks) - len(refused)} of {len(tasks)}"
         size = f"{sum(task['update_size'] for task in tasks):,}"
         before, after = (nats(record[key], record["loss_offset"]) for key in ("loss_before", "loss_after"))
         loss = f"{before:.4f} → {after:.4f}"
@@ -149,6 +152,11 @@ class JobView(_LiveTable):
             f"cycle {record['cycle']}: {updates} updates{f' ({reasons})' if reasons else ''}, {size} bytes, "
             f"loss {loss}, metric {metric}, model {record['model_after'][:16]}",
         )
+
+
+def _counted(reasons: Iterable[str]) -> str:
+    """Return how often each reason occurs, as text."""
+    return ", ".join(f"{reason}: {count}" for reason, count in sorted(Counter(reasons).items()))
 
 
 def compared_table(runs: Iterable[Compared]) -> Table:
