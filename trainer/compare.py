@@ -20,6 +20,7 @@ class Compared:
     """Validation loss of the last model."""
     best_loss: float
     best_cycle: int
+    metric_name: str
     metric: float
     """Validation metric of the last model."""
     test_loss: float
@@ -49,6 +50,7 @@ def read_run(folder: Path) -> Compared:
             loss=losses[-1],
             best_loss=losses[run.best_cycle],
             best_cycle=run.best_cycle,
+            metric_name=run.job.metric_names[0],
             metric=number_of(run.records[-1]["metric"]),
             test_loss=number_of(report.get("test_loss")),
             test_metric=number_of(report.get("test_metric")),

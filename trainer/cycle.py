@@ -11,16 +11,19 @@ import numpy as np
 import torch
 
 from traincert.trainer.aggregation import Accepted, aggregate
+from traincert.trainer.determinism import seeded
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Answer, Order
+from traincert.trainer.errors import JobError
 from traincert.trainer.examples import Dataset, Examples, read_examples
 from traincert.trainer.models import build_model
-from traincert.trainer.scoring import Contribution, Evaluation, Refusal, Scorer, score
+from traincert.trainer.scoring import MAX_NANO_NATS, Contribution, Evaluation, Refusal, Scorer, score
 from traincert.trainer.segments import Layout, cut_segments
 from traincert.trainer.state import State, initial_state, save_state
 from traincert.trainer.tasks import assign
 from traincert.trainer.training import check_optimizer
 from traincert.trainer.updates import Reason, Update, UpdateError, read_update
+from traincert.trainer.usercode import Functions
 
 HALVINGS = 4
 
@@ -122,11 +125,16 @@ class Trainer:
     def start(self) -> Checkpoint:
         """Store the job's initial model, and return the checkpoint that the first cycle starts from.
 
-        Raises JobError if the job's `initial_model` cannot be used.
+        Raises JobError if the job's `initial_model` cannot be used, or if its loss is no number or has no gradient.
         """
         model = initial_state(self.job)
         model_hash = save_state(self._engine.store, model)
         evaluation = self.evaluate(model)
+        if evaluation.loss == MAX_NANO_NATS:
+            raise JobError(f"loss = {self.job.loss!r}: the initial model's loss is no number (NaN), or is infinite")
+        with seeded(self.job.seed):
+            batch = self.validation.batch(slice(self.job.batch_size))
+            Functions(self.job).check_gradient(self._model.eval(), batch.inputs, batch.target)
         return Checkpoint(0, model, model_hash, evaluation, evaluation.loss, torch.zeros(self.layout.params))
 
     def evaluate(self, model: State) -> Evaluation:

@@ -2,16 +2,19 @@
 
 import io
 import json
+import logging
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from traincert.trainer.errors import RunError
+from traincert.trainer.errors import IntegrityError, JobError, RunError
 from traincert.trainer.models import build_model
 from traincert.trainer.records import RunFolder
 from traincert.trainer.state import load_state, set_state
 from traincert.trainer.store import write_file
+
+_LOG = logging.getLogger(__name__)
 
 
 def export_model(run: RunFolder, cycle: int, path: Path) -> None:
@@ -19,13 +22,16 @@ def export_model(run: RunFolder, cycle: int, path: Path) -> None:
 
     The file has tied parameters under all of their names, and the buffers. If the job prepares its data, a JSON file
     beside it, with the same name and the ending .json, says how: by column the mean and the deviation (`normalize`),
-    the values in the order of their codes (`encode`), and what replaces a missing value (`missing`).
+    the values in the order of their codes (`encode`), and what replaces a missing value (`missing`). If the run's data
+    is gone, only the model is written, with a warning.
 
     Raises RunError if the run has no such cycle, its store no longer has the model, or the name ends otherwise;
     IntegrityError if the model's file is damaged, and JobError if the job's model cannot be built.
     """
     if path.suffix not in (".pt", ".safetensors"):
         raise RunError(f"{path}: the name must end with .pt or .safetensors")
+    if not path.parent.is_dir():
+        raise RunError(f"{path.parent}: no such folder")
     if not 0 <= cycle <= run.cycles or not run.records:
         raise RunError(f"{run.folder} has no cycle {cycle}; it has {run.cycles}")
     digest = bytes.fromhex(run.records[cycle]["model_after"])
@@ -42,7 +48,11 @@ def export_model(run: RunFolder, cycle: int, path: Path) -> None:
         data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
     write_file(path, data, 0o644)
     if run.job.normalize or run.job.encode or run.job.missing:
-        manifest = run.dataset().manifest()
+        try:
+            manifest = run.dataset().manifest()
+        except (JobError, IntegrityError) as error:
+            _LOG.warning("%s is not written, because the run's data is gone: %s", path.with_suffix(".json"), error)
+            return
         prepared = {
             "normalize": {
                 name: {"mean": mean, "deviation": deviation}

@@ -83,7 +83,7 @@ class TrainingJob:
     """Columns whose values are replaced by a code each: 0, 1, 2, ... in the order of the values, without collisions."""
     missing: dict[str, float | int | str] = Field(default_factory=dict)
     """What replaces missing values (NaN, None) of a column. A column of numbers takes a number, or "mean": the mean of
-    the training examples, for each feature. A column of `hash` or `encode` takes a text.
+    the training examples, for each feature. A column of text takes a text.
     Without it a column with missing values is refused."""
     hash_key: str = ""
     """The file with the secret key of `hash`, 32 bytes. Its path is relative to the job's file.
@@ -202,6 +202,9 @@ class TrainingJob:
             raise ValueError(f"shard_by: {self.shard_by!r} is neither in inputs, nor the target, nor in drop")
         if self.shard_alpha is not None and not self.shard_by:
             raise ValueError("shard_alpha needs shard_by")
+        for key, names in (("target", list(self.target)), ("metric, more_metrics", self.metric_names)):
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{key}: {twice[0]!r} is there twice")
         if self.warmup_cycles >= self.cycles:
             raise ValueError(f"warmup_cycles = {self.warmup_cycles}: should be less than cycles = {self.cycles}")
 

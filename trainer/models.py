@@ -51,6 +51,8 @@ def _unusable(tensor: torch.Tensor) -> str:
     """Return why a parameter or buffer cannot be in a job's model, or an empty string."""
     if is_lazy(tensor):
         return "has no shape yet: it is of a lazy module; use the module that is not lazy"
+    if tensor.is_meta:
+        return "is on the device 'meta': it has no values"
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return f"is {tensor.layout if tensor.layout is not torch.strided else 'quantized'}: it must be a dense tensor"
     if tensor.dtype not in STORED_DTYPES:

@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,13 @@ class _Preparation:
                         chunk = next(chunks)
                     except StopIteration:
                         return
-                yield {name: _as_array(column) for name, column in chunk.items()}
+                if not isinstance(chunk, Mapping) or not all(isinstance(name, str) for name in chunk):
+                    raise JobError(
+                        f"dataset = {self.job.dataset!r}: gave a {type(chunk).__name__} as a chunk; each chunk must be "
+                        "a dict of arrays by the columns' names (yield it, or return a list of them)"
+                    )
+                if all(np.size(column) for column in chunk.values()):  # an empty chunk has no examples
+                    yield {name: _as_array(column) for name, column in chunk.items()}
 
     def _count(self, split: Callable[[], Iterable[Chunk]], name: str) -> int:
         """Count a split's examples, check that all chunks have the same columns, and collect what is to be encoded.
@@ -208,7 +214,8 @@ class _Preparation:
         for column in self.names:
             where = f"dataset = {self.job.dataset!r}: its {name} split has a column {column!r} in which"
             if found := missing[column]:
-                hint = "a text" if column in self.values else 'a number or "mean"'
+                number = "a number" if column in self.values else 'a number or "mean"'
+                hint = number if self.columns[column].dtype.kind in "biufc" else "a text"
                 raise JobError(
                     f"{where} {len(found)} rows have a missing value (NaN, None), the first is row {found[0]}; "
                     f"mend the data or set missing = {{ {column} = ... }} to {hint}"
@@ -227,7 +234,7 @@ class _Preparation:
         known: dict[Any, int] = {}
         codes: list[int] = []
         for chunk in self._raw_chunks(self.raw.train):
-            column = chunk[name]
+            column = self._filled(name, chunk[name])
             if column.size != len(column):
                 raise JobError(
                     f"shard_by = {name!r}: the column is of {column.shape[1:]}; must be one value an example"
@@ -293,14 +300,17 @@ class _Preparation:
                 raise JobError(
                     f"{where} has a column {name!r}, which is neither in inputs, nor the target, nor in drop"
                 )
+        for name in self.names:
+            array = chunk[name]
+            if not isinstance(array, np.ndarray) or not array.ndim:
+                raise JobError(
+                    f"{where} has a column {name!r} of {type(array).__name__}, not a numpy array or a tensor with one "
+                    "row for each example"
+                )
         if len({len(chunk[name]) for name in self.names}) != 1:
             raise JobError(f"{where} has columns of different lengths in a chunk")
         for name in self.names:
             array = chunk[name]
-            if not isinstance(array, np.ndarray):
-                raise JobError(
-                    f"{where} has a column {name!r} of {type(array).__name__}, not a numpy array or a tensor"
-                )
             column = self.columns.setdefault(name, Column(array.dtype, array.shape[1:]))
             same_kind = array.dtype == column.dtype or name in self.values  # the width of strings may differ
             if not same_kind or array.shape[1:] != column.shape:

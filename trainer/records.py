@@ -7,6 +7,7 @@ data/               shards/ and held-out/: content-addressed files
 store/              models, velocities and miners' memories: content-addressed files
 cycles/00000012.json  the record of cycle 12; it has the hash of the record before
 times.jsonl         how long each cycle took
+initial.safetensors the model that the run began with, if it is from another run
 """
 
 import fcntl
@@ -15,6 +16,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -32,6 +34,7 @@ VERSION = 3
 """Version of the run folder's format, records included."""
 
 _TIMES = "times.jsonl"
+_INITIAL = "initial.safetensors"
 
 Record = dict[str, Any]
 """A cycle's record, as in its JSON file. Record 0 is the state before the first cycle. Hashes are in hex."""
@@ -45,11 +48,21 @@ def record_hash(record: Record) -> bytes:
 class RunFolder:
     """A run folder, locked while it is open. Use it as a context manager."""
 
-    def __init__(self, folder: Path, job: TrainingJob | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        job: TrainingJob | None = None,
+        *,
+        source: Path | None = None,
+        replace_untrained: bool = False,
+    ) -> None:
         """Open a run folder. With `job`, make the folder if it does not exist.
 
+        A new run begins with the last model of the run folder `source`, if it is given; the model is copied. With
+        `replace_untrained` a run of another job that has trained nothing is begun anew.
+
         Raises RunError if the folder belongs to another job, is in use by another process, has another format, or is
-        not a run folder; IntegrityError if a record is damaged.
+        not a run folder, or if `source` is not; IntegrityError if a record is damaged.
         """
         self.folder = folder
         self.store = folder / "store"
@@ -65,10 +78,10 @@ class RunFolder:
             for each in (self.store, self._cycles):
                 each.mkdir(exist_ok=True)
             _check_version(folder / "version", new=not described.exists())
-            if not described.exists() and job:
-                write_file(described, job.to_toml().encode())
             if job:
-                _check_identity(folder / "identity.json", job)
+                untrained = not described.exists() or (replace_untrained and len(list(self._cycles.iterdir())) <= 1)
+                job = self._with_initial_model(job, source, untrained)
+                self._bind(job, described, untrained)
             else:
                 sys.path += [path for path in _read_identity(folder / "identity.json")["paths"] if path not in sys.path]
             self.job = job or TrainingJob.load(described)
@@ -77,6 +90,41 @@ class RunFolder:
         except BaseException:
             self._lock.close()
             raise
+
+    def _with_initial_model(self, job: TrainingJob, source: Path | None, untrained: bool) -> TrainingJob:
+        """Return the job with the initial model in this folder, if there is one. First copy it from `source`."""
+        initial = self.folder / _INITIAL
+        if source and untrained and (source.exists() or not initial.exists()):
+            with RunFolder(source) as run:
+                write_file(initial, run.last_model().read_bytes())
+        elif source and not initial.exists():
+            raise RunError(
+                f"{self.folder} did not begin with the model of another run: choose another folder with --out"
+            )
+        return replace(job, initial_model=str(initial)) if initial.exists() else job
+
+    def _bind(self, job: TrainingJob, described: Path, untrained: bool) -> None:
+        """Write what makes the job into the folder, or compare it. A run that has trained nothing is begun anew.
+
+        Raises RunError if it is another job.
+        """
+        path = self.folder / "identity.json"
+        ours = job.identity()
+        theirs = _read_identity(path)["identity"] if path.exists() else ours
+        if job.initial_model and not ours["initial_model"]:  # it is not needed any more
+            ours["initial_model"] = theirs.get("initial_model", "")
+        if different := _differences(ours, theirs):
+            if not untrained:
+                raise RunError(
+                    f"{self.folder} is a run of another job ({', '.join(different)}): choose another folder with "
+                    f"--out; to begin there with this run's model, add --from {self.folder}"
+                )
+            for old in (described, path, *self._cycles.iterdir()):
+                old.unlink(missing_ok=True)
+        if not described.exists():
+            write_file(described, job.to_toml().encode())
+        paths = sorted({str(folder) for _, folder in job.modules().values()})  # they may have moved
+        write_file(path, json.dumps({"identity": ours, "paths": paths}, indent=1).encode() + b"\n")
 
     def __enter__(self) -> Self:
         return self
@@ -261,27 +309,13 @@ def _read_identity(path: Path) -> dict[str, Any]:
     return identity
 
 
-def _check_identity(path: Path, job: TrainingJob) -> None:
-    """Write what makes the job into the run folder, or compare it. Raises RunError if it is another job."""
-    ours = job.identity()
-    if path.exists():
-        theirs = _read_identity(path)["identity"]
-        if job.initial_model and not ours["initial_model"]:  # it is not needed any more
-            ours["initial_model"] = theirs.get("initial_model", "")
-        different = [
-            f"{key} has changed"
-            if key.startswith("module ") or key == "initial_model"
-            else f"{key} was {old}, is {new}"
-            for key in sorted({*ours, *theirs})
-            if (old := theirs.get(key)) != (new := ours.get(key))
-        ]
-        if different:
-            raise RunError(
-                f"{path.parent} is a run of another job ({', '.join(different)}): choose another folder; "
-                f"`traincert job run --from {path.parent}` begins there with this run's model"
-            )
-    paths = sorted({str(folder) for _, folder in job.modules().values()})  # they may have moved
-    write_file(path, json.dumps({"identity": ours, "paths": paths}, indent=1).encode() + b"\n")
+def _differences(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """Return in what a job's identity differs from another's, as text."""
+    return [
+        f"{key} has changed" if key.startswith("module ") or key == "initial_model" else f"{key} was {old}, is {new}"
+        for key in sorted({*ours, *theirs})
+        if (old := theirs.get(key)) != (new := ours.get(key))
+    ]
 
 
 def _check_version(path: Path, *, new: bool) -> None:

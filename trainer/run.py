@@ -45,19 +45,28 @@ class Finished:
 
 
 def run_job(
-    job: TrainingJob, folder: Path, miners: int, workers: int, view: View, *, cycles: int | None = None
+    job: TrainingJob,
+    folder: Path,
+    miners: int,
+    workers: int,
+    view: View,
+    *,
+    cycles: int | None = None,
+    source: Path | None = None,
 ) -> Finished:
     """Run all cycles of the job, and write the report. With `cycles`, do that many in all, whatever the job says.
 
     If it is killed at any moment, another call continues the run and gives the same hashes. A finished run can go on
-    with more `cycles`, at the last cycle's learning rate; the job's early_stop does not count then.
+    with more `cycles`, at the last cycle's learning rate; the job's early_stop does not count then. A new run begins
+    with the last model of the run folder `source`, if it is given.
 
     Raises TrainerError if the run cannot be finished, also if a cycle trained nothing: all updates were refused, none
     because it improves nothing. That cycle is not saved: another call does it again.
     """
     total = job.cycles if cycles is None else cycles
     ids = [hashlib.sha256(b"miner" + number.to_bytes(8, "little")).digest() for number in range(miners)]
-    with RunFolder(folder, job) as run:
+    with RunFolder(folder, job, source=source, replace_untrained=True) as run:
+        job = run.job
         if cycles is not None and run.cycles > cycles:
             raise RunError(f"{folder} already has {run.cycles} cycles: give as many or more, not {cycles}")
         view.step("preparing the data")

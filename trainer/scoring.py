@@ -125,9 +125,15 @@ class Scorer:
     def _concatenated(self, outputs: Sequence[Any]) -> Any:
         """Return the outputs of all batches, tensors or structures of tensors (N, ...), as those of one batch."""
         leaves = [tree_flatten(each)[0] for each in outputs]
-        _, structure = tree_flatten(outputs[0])
-        with blaming("model", self._job.model, f"its outputs {shown(outputs[0])} are not of one example each"):
-            return tree_unflatten([torch.cat(column) for column in zip(*leaves, strict=True)], structure)
+        first, structure = tree_flatten(outputs[0])
+        if strange := [leaf for leaf in first if not isinstance(leaf, torch.Tensor | None)]:
+            raise JobError(
+                f"model = {self._job.model!r}: its outputs have a {type(strange[0]).__name__}; must be a tensor, or a "
+                "tuple, list or dict of tensors"
+            )
+        with blaming("model", self._job.model, f"its outputs {shown(outputs[0])} have no row for each example"):
+            columns = zip(*leaves, strict=True)
+            return tree_unflatten([None if each[0] is None else torch.cat(each) for each in columns], structure)
 
 
 def _batches(count: int) -> list[slice]:

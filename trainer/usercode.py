@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from traincert.trainer.errors import JobError, TrainerError
 from traincert.trainer.job import TrainingJob, did_you_mean
@@ -75,21 +75,21 @@ def takes(function: Callable[..., Any]) -> str:
 def blaming(key: str, reference: str, context: str = "") -> Iterator[None]:
     """Turn an exception of the code inside into a JobError that names the job's `key` and its value `reference`.
 
-    The message has the exception, and where the users' own code raised it; `context` says more. An OSError, such as
-    that of a full disk, and our own errors pass through.
+    The message has the exception, and where the users' own code raised it; `context` says more. Our own errors pass
+    through.
     """
     try:
         yield
-    except (OSError, MemoryError, TrainerError):
+    except (MemoryError, TrainerError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         told = [f"{type(error).__name__}: {text}" if text else type(error).__name__, _place(error), context]
         raise JobError(f"{key} = {reference!r}: {'; '.join(part for part in told if part)}") from error
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Return where the users' code raised an exception; an empty string if no frame is theirs."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
@@ -109,9 +109,12 @@ def shown(value: Any) -> str:
         def __repr__(self) -> str:
             return self.text
 
-    return str(
-        tree_map_only(torch.Tensor, lambda tensor: Shown(f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"), value)
-    )[:_LONGEST]
+    def show(leaf: Any) -> Shown:
+        if isinstance(leaf, torch.Tensor):
+            return Shown(f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}")
+        return Shown(repr(leaf) if isinstance(leaf, float | int | str | None) else type(leaf).__name__)
+
+    return str(tree_map(show, value))[:_LONGEST]
 
 
 class Functions:
@@ -132,7 +135,10 @@ class Functions:
     def outputs(self, model: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
         """Return the model's outputs."""
         with blaming("model", self._job.model, f"its inputs were {shown(tuple(inputs))}"):
-            return model(*inputs)
+            outputs = model(*inputs)
+        if outputs is None:
+            raise JobError(f"model = {self._job.model!r}: returned None")
+        return outputs
 
     def mean_loss(self, outputs: Any, target: Any) -> torch.Tensor:
         """Return the mean loss of a batch, a scalar. It is 0 if all of the batch has no weight."""
@@ -146,7 +152,16 @@ class Functions:
         """Return the sum of a batch's losses, and its weight. A mean has the weight of the batch's `count` examples."""
         found = self._found(outputs, target)
         total, weight = found if isinstance(found, tuple) else (float(found) * count, count)
+        if weight < 0:
+            raise JobError(f"loss = {self._job.loss!r}: returned the weight {float(weight):g}; must not be below 0")
         return float(total), float(weight)
+
+    def check_gradient(self, model: nn.Module, batch: Sequence[torch.Tensor], target: Any) -> None:
+        """Raise JobError if the loss of a batch depends on no parameter, so that nothing could be trained."""
+        found = self._found(self.outputs(model, batch), target)
+        mean, weight = found if isinstance(found, tuple) else (found, 1)
+        if weight and not mean.requires_grad:
+            raise JobError(f"loss = {self._job.loss!r}: has no gradient: it does not depend on the model's parameters")
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute the gradients of a loss, if it depends on any parameter."""
@@ -159,7 +174,11 @@ class Functions:
         found = []
         for key, reference, function in self._metrics:
             with blaming(key, reference, self._got(outputs, target)):
-                found.append(float(function(outputs, target)))
+                value = function(outputs, target)
+            try:
+                found.append(float(value))
+            except (TypeError, ValueError, RuntimeError):
+                raise JobError(f"{key} = {reference!r}: returned {shown(value)}; must return one number") from None
         return found
 
     def _found(self, outputs: Any, target: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]:

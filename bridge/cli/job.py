@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,8 +52,9 @@ def job_show(job: str) -> None:
 @click.option(
     "--from",
     "source",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Begin with the last model of this run folder, instead of the job's initial model.",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Begin with the last model of this run folder, instead of the job's initial model. The model is copied: to go "
+    "on, the new run does not need this folder.",
 )
 def job_run(job: str, out: Path | None, miners: int, workers: int, cycles: int | None, source: Path | None) -> None:
     """Train a job, without a chain. A run that was interrupted goes on where it ended.
@@ -70,15 +70,11 @@ def job_run(job: str, out: Path | None, miners: int, workers: int, cycles: int |
     out = out or Path("runs", Path(job).stem)
     with JobView() as view:
         view.step("importing PyTorch")
-        from traincert.trainer.records import RunFolder  # takes seconds
-        from traincert.trainer.run import run_job
+        from traincert.trainer.run import run_job  # takes seconds
         from traincert.trainer.scoring import nats
 
-        if source:
-            with RunFolder(source) as run:
-                training_job = replace(training_job, initial_model=str(run.last_model().absolute()))
         try:
-            report = run_job(training_job, out, miners, workers, view, cycles=cycles)
+            report = run_job(training_job, out, miners, workers, view, cycles=cycles, source=source)
         except JobError as error:
             raise JobError(f"{job}: {error}") from error
     console = stdout_console()
@@ -112,7 +108,10 @@ def job_compare(folders: tuple[Path, ...], out: Path) -> None:
         raise click.UsageError("give two run folders or more.")
     from traincert.trainer.compare import differences, plot_runs, read_run
 
+    if out.suffix != ".png":
+        raise click.UsageError(f"--out {out}: the name must end with .png.")
     runs = [read_run(folder) for folder in folders]
+    plot_runs(runs, out)
     console = stdout_console()
     console.print(compared_table(runs))
     if different := differences(runs):
@@ -120,7 +119,6 @@ def job_compare(folders: tuple[Path, ...], out: Path) -> None:
         console.print(differences_table([run.name for run in runs], different))
     else:
         console.print("\nthe jobs are equal")
-    plot_runs(runs, out)
     console.print(f"\n{out}", soft_wrap=True)
 
 

@@ -163,13 +163,15 @@ def compared_table(runs: Iterable[Compared]) -> Table:
     """Return a table with a row for each run. Losses are in nats."""
     table = Table(box=None)
     table.add_column("run", overflow="fold")
-    for name in ("cycles", "held-out loss", "lowest (cycle)", "metric", "test loss", "test metric", "bytes", "time"):
+    columns = ["cycles", "held-out loss", "lowest (cycle)", "metric", "held-out metric", "test loss", "test metric"]
+    for name in [*columns, "bytes", "time"]:
         table.add_column(name, justify="right")
     for run in runs:
         numbers = (run.loss, run.best_loss, run.metric, run.test_loss, run.test_metric)
         loss, best, *others = ("-" if number != number else f"{number:.4f}" for number in numbers)
         time = str(timedelta(seconds=round(run.seconds)))
-        row = (str(run.cycles), loss, f"{best} ({run.best_cycle})", *others, f"{run.update_bytes:,}", time)
+        results = [loss, f"{best} ({run.best_cycle})", run.metric_name, *others]
+        row = [str(run.cycles), *results, f"{run.update_bytes:,}", time]
         table.add_row(run.name, *row)
     return table
 

@@ -355,6 +355,14 @@ def test_a_changed_job_starts_from_the_old_model(finished: tuple[Path, str], tmp
         first, second = records(folder)
         assert first["model_after"] == second["model_before"] == old["model_after"]
         assert first["loss_after"] == old["loss_after"]
+    source, going_on = tmp_path / "source", tmp_path / "going_on"
+    shutil.copytree(finished[0], source)
+    assert traincert("job", "run", job, "--out", going_on, "--from", source).returncode == 0
+    shutil.rmtree(source)
+    for options in (("--from", source), ()):  # the model was copied
+        answer = traincert("job", "run", job, "--out", going_on, "--cycles", 2, *options)
+        assert answer.returncode == 0, answer.stderr
+    assert len(records(going_on)) == 3
     own = tmp_path / "own.toml"
     own.write_text(job.read_text() + 'initial_model = "model.safetensors"\n', encoding="utf-8")
     answer = traincert("job", "run", own, "--out", tmp_path / "other", "--from", finished[0])
@@ -364,6 +372,21 @@ def test_a_changed_job_starts_from_the_old_model(finished: tuple[Path, str], tmp
     answer = traincert("job", "run", job, "--out", tmp_path / "other", "--from", tmp_path / "empty")
     assert answer.returncode == 1
     assert "has no job.toml: it is not a run folder" in answer.stderr
+
+
+def test_a_run_that_has_trained_nothing_is_begun_anew(tmp_path: Path) -> None:
+    """Here the first cycle was refused; then the job was mended."""
+    job, folder = tmp_path / "job.toml", tmp_path / "run"
+    job.write_text(JOB.replace(f"cycles = {CYCLES}", "cycles = 1") + "max_update_norm = 0.001\n", encoding="utf-8")
+    assert traincert("job", "run", job, "--out", folder).returncode == 1
+    job.write_text(JOB.replace(f"cycles = {CYCLES}", "cycles = 1").replace("[16]", "[8]"), encoding="utf-8")
+    answer = traincert("job", "run", job, "--out", folder)
+    assert answer.returncode == 0, answer.stderr
+    assert len(records(folder)) == 2
+    job.write_text(JOB, encoding="utf-8")
+    answer = traincert("job", "run", job, "--out", folder)
+    assert answer.returncode == 1
+    assert "is a run of another job (cycles was 1, is 8, model_options was " in answer.stderr.replace("\n", " ")
 
 
 def test_runs_are_compared(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -377,7 +400,7 @@ def test_runs_are_compared(finished: tuple[Path, str], tmp_path: Path) -> None:
     last, scored = records(finished[0])[-1], re.search(r"test accuracy (0\.\d+), test loss (\d\.\d+)", finished[1])
     assert scored
     assert rows[str(finished[0])][:2] == [str(CYCLES), f"{last['loss_after'] / 1e9:.4f}"]
-    assert rows[str(finished[0])][5:7] == [scored[2], scored[1]]
+    assert rows[str(finished[0])][6:8] == [scored[2], scored[1]]
     assert rows["cycles"] == [str(CYCLES), "2"]
     assert rows["learning_rate"] == ["0.05", "0.01"]
     assert set(rows) == {"run", str(finished[0]), str(other), "key", "cycles", "learning_rate", str(picture)}
@@ -516,6 +539,7 @@ def test_what_cannot_be_exported_is_one_line(finished: tuple[Path, str], tmp_pat
     for options, said in (
         (("--out", tmp_path / "model.onnx"), "model.onnx: the name must end with .pt or .safetensors"),
         (("--out", tmp_path / "model.pt", "--cycle", 99), f"{folder} has no cycle 99; it has {CYCLES}"),
+        (("--out", tmp_path / "absent" / "model.pt"), f"{tmp_path / 'absent'}: no such folder"),
     ):
         answer = traincert("job", "export", folder, *options)
         assert (answer.returncode, answer.stdout) == (1, "")

@@ -76,9 +76,7 @@ def test_the_number_of_miners_may_change_between_resumes(go_on: Callable[..., Pa
 
 def test_a_run_of_another_job_is_refused(go_on: Callable[..., Path], small: TrainingJob) -> None:
     folder = go_on(0)
-    said = (
-        r"\(cycles was 20, is 21, learning_rate was 0.05, is 0.06\): choose another folder; `traincert job run --from "
-    )
+    said = r"\(cycles was 20, is 21, learning_rate was 0.05, is 0.06\): choose another folder with --out; "
     with pytest.raises(RunError, match=f"^{folder} is a run of another job {said}"):
         RunFolder(folder, replace(small, learning_rate=0.06, cycles=21))
     with RunFolder(folder, small):

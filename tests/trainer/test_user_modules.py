@@ -341,6 +341,7 @@ def test_a_dataset_that_draws_its_numbers_gives_the_same_ones_in_each_pass(write
 
 
 MISTAKES = """
+    import sys
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy
@@ -368,7 +369,8 @@ MISTAKES = """
             return super().forward(x).mean()
 
     def model(name, dtype="float32"):
-        return (globals().get(name) or getattr(nn, name))(64, 10).to(getattr(torch, dtype))
+        module = (globals().get(name) or getattr(nn, name))(64, 10)
+        return module.to("meta") if dtype == "meta" else module.to(getattr(torch, dtype))
 
     def each(outputs, target):
         return cross_entropy(outputs, target, reduction="none")
@@ -379,11 +381,50 @@ MISTAKES = """
     def sum_of(outputs, target):
         return outputs.sum()
 
+    class Nothing(nn.Linear):
+        def forward(self, x):
+            super().forward(x)
+
+    class Named(nn.Linear):
+        def forward(self, x):
+            return {"logits": super().forward(x), "name": "linear", "cache": None}
+
+    class Ends(nn.Linear):
+        def forward(self, x):
+            sys.exit(0)
+
+    def logits(outputs, target):
+        return cross_entropy(outputs["logits"], target)
+
+    def constant(outputs, target):
+        return (outputs.argmax(1) != target).float().mean()
+
+    def negative(outputs, target):
+        return outputs.sum(), -1.0
+
+    def infinite(outputs, target):
+        return outputs.sum() * float("inf")
+
+    def rows(outputs, target):
+        return outputs.sum(1)
+
     def dataset():
         def train():
             yield from digits().train()
             raise KeyError("next page")
         return RawDataset(train)
+
+    def absent():
+        return RawDataset(lambda: open("/absent.csv"))
+
+    def whole():
+        return RawDataset(lambda: next(digits().train()))
+
+    def pair():
+        return RawDataset(lambda: [tuple(next(digits().train()).values())])
+
+    def scalar():
+        return RawDataset(lambda: [next(digits().train()) | {"labels": 3}])
 """
 
 
@@ -401,13 +442,43 @@ MISTAKES = """
             r"^model = .*RuntimeError: .*; its inputs were \(float32 \(\d+, 64\),",
         ),
         ({"model": "Backward"}, r"^model = .*inplace operation.*; in the backward pass$"),
-        ({"model": "Whole", "loss": "sum_of"}, r"^model = .*; its outputs float32 \(\) are not of one example each$"),
+        ({"model": "Whole", "loss": "sum_of"}, r"^model = .*; its outputs float32 \(\) have no row for each example$"),
         (
             {"model": "Linear", "loss": "CrossEntropyLoss"},
             r"^loss = 'torch.nn:CrossEntropyLoss': is a class; must be a",
         ),
         ({"model": "Linear", "loss": "each"}, r"^loss = .*: returned float32 \(\d+,\); must return the batch's mean"),
         ({"model": "Linear", "loss": "nothing"}, r"^loss = .*: returned None; must return the batch's mean loss"),
+        ({"model": "Nothing"}, r"^model = '\w+:model': returned None$"),
+        (
+            {"model": "Named", "loss": "logits"},
+            r"^model = .*: its outputs have a str; must be a tensor, or a tuple, list",
+        ),
+        ({"model": "Ends"}, r"^model = .*: SystemExit: 0; .*\.py, line \d+, in forward; its inputs were"),
+        (
+            {"model": "Linear", "loss": "constant"},
+            r"^loss = .*: has no gradient: it does not depend on the model's par",
+        ),
+        ({"model": "Linear", "loss": "negative"}, r"^loss = .*: returned the weight -1; must not be below 0$"),
+        (
+            {"model": "Linear", "loss": "infinite"},
+            r"^loss = .*: the initial model's loss is no number \(NaN\), or is inf",
+        ),
+        ({"model": "Linear", "metric": "rows"}, r"^metric = .*: returned float32 \(\d+,\); must return one number$"),
+        ({"model": "Linear", "dtype": "meta"}, r"^model = .*: weight is on the device 'meta': it has no values$"),
+        (
+            {"model": "Linear", "dataset": "absent"},
+            r"^dataset = .*: FileNotFoundError: .*absent.csv.*, line \d+, in <lam",
+        ),
+        (
+            {"model": "Linear", "dataset": "whole"},
+            r"^dataset = .*: gave a str as a chunk; each chunk must be a dict of",
+        ),
+        ({"model": "Linear", "dataset": "pair"}, r"^dataset = .*: gave a tuple as a chunk; each chunk must be a dict"),
+        (
+            {"model": "Linear", "dataset": "scalar"},
+            r"^dataset = .* a column 'labels' of int, not a numpy array or a ten",
+        ),
         ({"model": "Linear", "dataset": "dataset"}, r"^dataset = .*: KeyError: 'next page'; .*, line \d+, in train$"),
     ],
 )
@@ -426,7 +497,8 @@ def test_a_mistake_is_one_line_that_names_the_key(
         model='"{module}:model"',
         model_options=f'{{ name = "{name}", dtype = "{dtype}" }}',
         loss=f'"{module}:{loss}"' if loss else None,
-        dataset='"{module}:dataset"' if "dataset" in changed else '"traincert.trainer.datasets:digits"',
+        dataset=f'"{{module}}:{changed["dataset"]}"' if "dataset" in changed else '"traincert.trainer.datasets:digits"',
+        metric=f'"{{module}}:{changed["metric"]}"' if "metric" in changed else None,
     )
     with pytest.raises(JobError) as raised, make_trainer(TrainingJob.load(path), tmp_path) as trainer:
         run(trainer, miners, 1)
