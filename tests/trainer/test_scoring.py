@@ -145,6 +145,9 @@ WEIGHTED = """
     def all_masked(outputs, target):
         return cross_entropy(outputs, target * 0 - 100, reduction="sum"), 0
 
+    def masked_in_training(outputs, target):  # whose batches are of 32
+        return all_masked(outputs, target) if len(target) == 32 else masked(outputs, target)
+
     def weighted(outputs, target):
         return cross_entropy(outputs, target, weight=torch.ones(10))
 
@@ -196,13 +199,19 @@ def test_a_metric_sees_all_examples_at_once(write_job: WriteJob, validation: Exa
 def test_a_batch_that_is_all_masked_teaches_nothing(
     write_job: WriteJob, make_trainer: MakeTrainer, miners: list[bytes], tmp_path: Path
 ) -> None:
-    path = write_job(WEIGHTED, model='"{module}:model"', model_options=None, loss='"{module}:all_masked"')
-    with make_trainer(TrainingJob.load(path), tmp_path) as trainer:
+    options: dict[str, str | None] = {"model": '"{module}:model"', "model_options": None}
+    path = write_job(WEIGHTED, **options, loss='"{module}:masked_in_training"')
+    with make_trainer(TrainingJob.load(path), tmp_path / "one") as trainer:
         state = trainer.start()
-        assert state.evaluation.loss == MAX_NANO_NATS  # the mean of nothing
         result = trainer.run_cycle(state, miners, seed=b"")
     assert {refusal.reason for refusal in result.refusals} == {Reason.NO_IMPROVEMENT}
     assert result.model_after == result.model_before
+    path = write_job(WEIGHTED, **options, loss='"{module}:all_masked"')
+    with (
+        make_trainer(TrainingJob.load(path), tmp_path / "two") as trainer,
+        pytest.raises(JobError, match=r"^loss = .*: the initial model's loss is no number \(NaN\)"),
+    ):
+        trainer.start()  # the mean of nothing
 
 
 def test_a_model_of_no_numbers_has_the_greatest_loss(job: TrainingJob, validation: Examples) -> None:
