@@ -70,7 +70,7 @@ def differences(runs: Sequence[Compared]) -> dict[str, list[str]]:
 
 def plot_runs(runs: Sequence[Compared], path: Path) -> None:
     """Draw the validation losses of all runs in one picture (PNG)."""
-    figure, axis = new_figure("Held-out loss", "loss (nats)")
+    figure, axis = new_figure("Validation loss", "loss (nats)")
     for number, run in enumerate(runs):
         label = run.name if number < MAX_NAMED else None
         axis.plot(range(len(run.losses)), run.losses, color=f"C{number % 10}", label=label)

@@ -205,7 +205,7 @@ class _Preparation:
             for column in self.names:
                 if column not in self.job.missing:
                     missing[column] += [count + int(row) for row in np.flatnonzero(_any(_holes(chunk[column])))]
-                if column in self.job.normalize and chunk[column].dtype.kind == "f":
+                if chunk[column].dtype.kind == "f":
                     infinite[column] += [count + int(row) for row in np.flatnonzero(_any(np.isinf(chunk[column])))]
             for column, values in self.values.items():
                 filled = self._filled(column, chunk[column])
@@ -221,9 +221,10 @@ class _Preparation:
                     f"mend the data or set missing = {{ {column} = ... }} to {hint}"
                 )
             if found := infinite[column]:
-                raise JobError(
-                    f"{where} {len(found)} rows have an infinite value, the first is row {found[0]}; mend the data"
-                )
+                said = f"{where} {len(found)} rows have an infinite value, the first is row {found[0]}"
+                if column in self.job.normalize:
+                    raise JobError(f"{said}; mend the data")
+                _LOG.warning(said)
         if not count:
             raise JobError(f"dataset = {self.job.dataset!r}: its {name} split is empty")
         return count

@@ -42,8 +42,8 @@ class TensorBoard:
 
     def add(self, record: Record) -> None:
         """Write one record."""
-        scalars = {"held-out/loss (nats)": loss_of(record), "held-out/metric": record["metric"]}
-        scalars |= {f"held-out/{name}": each for name, each in zip(self._more, record["more_metrics"], strict=True)}
+        scalars = {"validation/loss (nats)": loss_of(record), "validation/metric": record["metric"]}
+        scalars |= {f"validation/{name}": each for name, each in zip(self._more, record["more_metrics"], strict=True)}
         if record["cycle"]:
             tasks = record["tasks"]
             scalars |= {
@@ -102,15 +102,15 @@ def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> d
     return {
         "cycles": len(records) - 1,
         "metric": job.metric_names[0],
-        "held_out_loss_first": finite(loss_of(records[0])),
-        "held_out_loss": finite(loss_of(records[-1])),
-        "held_out_metric": records[-1]["metric"],
+        "validation_loss_first": finite(loss_of(records[0])),
+        "validation_loss": finite(loss_of(records[-1])),
+        "validation_metric": records[-1]["metric"],
         "test_loss": finite(nats(test.loss, job.loss_offset)),
         "test_metric": finite(test.metric),
         "target_metric": job.target_metric,
         "more_metrics": {
-            name: {"held_out": held_out, "test": finite(tested)}
-            for name, held_out, tested in zip(job.metric_names[1:], records[-1]["more_metrics"], test.more, strict=True)
+            name: {"validation": found, "test": finite(tested)}
+            for name, found, tested in zip(job.metric_names[1:], records[-1]["more_metrics"], test.more, strict=True)
         },
         "model": records[-1]["model_after"],
         "dataset_root": records[-1]["dataset_root"],
@@ -122,7 +122,7 @@ def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> d
 
 
 def _plot_loss(records: Sequence[Record], name: str) -> Figure:
-    figure, axis = new_figure(f"Held-out loss and {name} of the model", "loss (nats)")
+    figure, axis = new_figure(f"Validation loss and {name} of the model", "loss (nats)")
     cycles = [record["cycle"] for record in records]
     losses = [loss_of(record) for record in records]
     axis.plot(cycles, losses, color="C0", label="loss")

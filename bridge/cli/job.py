@@ -117,6 +117,8 @@ def job_compare(folders: tuple[Path, ...], out: Path) -> None:
     if different := differences(runs):
         console.print()
         console.print(differences_table([run.name for run in runs], different))
+        if {"loss", "metric"} & different.keys():
+            console.print("\nthe runs have different losses or metrics: their numbers mean different things")
     else:
         console.print("\nthe jobs are equal")
     console.print(f"\n{out}", soft_wrap=True)

@@ -133,7 +133,9 @@ class JobView(_LiveTable):
     """A job's cycles."""
 
     def __init__(self) -> None:
-        super().__init__(("cycle", "updates taken", "refused", "bytes", "held-out loss", "held-out metric", "model"))
+        super().__init__(
+            ("cycle", "updates taken", "refused", "bytes", "validation loss", "validation metric", "model")
+        )
 
     def cycle(self, record: Mapping[str, Any]) -> None:
         """Show a finished cycle, by its record."""
@@ -163,7 +165,7 @@ def compared_table(runs: Iterable[Compared]) -> Table:
     """Return a table with a row for each run. Losses are in nats."""
     table = Table(box=None)
     table.add_column("run", overflow="fold")
-    columns = ["cycles", "held-out loss", "lowest (cycle)", "metric", "held-out metric", "test loss", "test metric"]
+    columns = ["cycles", "validation loss", "lowest (cycle)", "metric", "validation metric", "test loss", "test metric"]
     for name in [*columns, "bytes", "time"]:
         table.add_column(name, justify="right")
     for run in runs:

@@ -1,4 +1,4 @@
-"""Trains a job with updates of several sizes and draws bytes against held-out loss; the table is printed as Markdown.
+"""Trains a job with updates of several sizes and draws bytes against test loss; the table is printed as Markdown.
 
     tests/bench/sweep.py JOB FOLDER PICTURE.png [--seeds N]
 
@@ -36,7 +36,7 @@ def draw(points: list[tuple[float, list[float]]], picture: Path, name: str) -> N
     axes.plot([50, 100], [1, 3], "_", color="C3", markersize=24, label="at most: 1 % at 50, 3 % at 100")
     axes.set_xscale("log")
     axes.set_xlabel("bytes of float32 updates / bytes that travelled")
-    axes.set_ylabel("held-out loss above float32's, %")
+    axes.set_ylabel("test loss above float32's, %")
     axes.set_title(f"{name}: size of updates and what it costs")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -57,7 +57,7 @@ def main() -> None:
         for density in DENSITIES:
             found[density].append(bench.run(name, replace(job, seed=seed, density=density)))
     points = []
-    print("| density | times smaller | held-out loss above float32's, % | test metric |\n|---|---|---|---|")
+    print("| density | times smaller | test loss above float32's, % | test metric |\n|---|---|---|---|")
     for density, runs in found.items():
         gaps = [
             100 * (each["test_loss"] / plain["test_loss"] - 1) for each, plain in zip(runs, found[1.0], strict=True)

@@ -77,8 +77,8 @@ def _text(bench: Runs, job: TrainingJob) -> list[Row]:
     for start, each in (("nothing", job), ("a trained model", trained)):
         plain, whole = bench.plain("text", each)["test_loss"], bench.run("text", each)["test_loss"]
         rows += [
-            row(f"text from {start}, plain PyTorch: held-out loss", plain, "nats"),
-            row(f"text from {start}, whole model, 4 miners: held-out loss", whole, "nats"),
+            row(f"text from {start}, plain PyTorch: test loss", plain, "nats"),
+            row(f"text from {start}, whole model, 4 miners: test loss", whole, "nats"),
             row("the same, against plain PyTorch", whole / plain, "ratio", 1.03),
         ]
     return [*rows, *_compression(bench, "text", trained, 0.0435, 1.01), *_speed(bench, "text", job)]
@@ -122,14 +122,14 @@ def _compression(bench: Runs, name: str, job: TrainingJob, hundredth: float, bar
         return [bench.run(name, replace(job, density=density, seed=job.seed + number)) for number in range(SEEDS)]
 
     plain = [float(each["test_loss"]) for each in runs(1.0)]
-    rows = [row(f"{name}, float32: held-out loss, mean of {SEEDS} seeds", statistics.mean(plain), "nats")]
+    rows = [row(f"{name}, float32: test loss, mean of {SEEDS} seeds", statistics.mean(plain), "nats")]
     for density, times, gap in ((0.11, 50, 1.01), (hundredth, 100, bar), (0.025, 146, None)):
         found = runs(density)
         smaller = statistics.mean(each["times_smaller"] for each in found)
         ratio = statistics.mean(each["test_loss"] / loss for each, loss in zip(found, plain, strict=True))
         rows += [
             row(f"{name}, density {density}: smaller than float32", smaller, "times", at_least=times),
-            row("the same: held-out loss, against float32 of the same seed", ratio, "ratio", gap),
+            row("the same: test loss, against float32 of the same seed", ratio, "ratio", gap),
         ]
     return rows
 

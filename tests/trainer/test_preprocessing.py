@@ -693,6 +693,13 @@ def test_data_that_cannot_be_right_is_named(
         prepare_dataset(messy_job(write_job, name, **changed), tmp_path / "data")
 
 
+def test_infinite_values_that_may_be_meant_are_told(
+    write_job: WriteJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare_dataset(messy_job(write_job, "endless"), tmp_path / "data")
+    assert "column 'endless' in which 1 rows have an infinite value, the first is row 9" in caplog.text
+
+
 def test_missing_values_are_replaced_as_the_job_says(write_job: WriteJob, tmp_path: Path) -> None:
     mean = prepare_dataset(messy_job(write_job, "age", missing='{ age = "mean" }'), tmp_path / "mean")
     every = torch.cat([part.inputs[0] for part in everything(mean)])

@@ -228,7 +228,7 @@ def test_a_report_of_numbers_that_are_none_is_json(small: TrainingJob, tmp_path:
     job = replace(small, loss_offset=2.0)
     path = write_report(tmp_path / "report", job, [record, after], Evaluation(MAX_NANO_NATS, math.nan))
     found = json.loads((path.parent / "report.json").read_text(), parse_constant=pytest.fail)
-    assert (found["held_out_loss_first"], found["held_out_loss"], found["held_out_metric"]) == (None, -0.5, 0.5)
+    assert (found["validation_loss_first"], found["validation_loss"], found["validation_metric"]) == (None, -0.5, 0.5)
     assert (found["test_loss"], found["test_metric"]) == (None, None)
     assert "no number → -0.5000 nats" in path.read_text()
     assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o644}

@@ -271,8 +271,8 @@ def test_outputs_targets_and_metrics_may_be_several(
     assert error == pytest.approx(float((outputs["numbers"][0] - validation.target[1]).abs().max()), rel=1e-5)
     assert math.isnan(nothing)
     found = json.loads((report.parent / "report.json").read_text())["more_metrics"]
-    assert found["error_of_sum"]["held_out"] == error
-    assert found["none"] == {"held_out": None, "test": None}
+    assert found["error_of_sum"]["validation"] == error
+    assert found["none"] == {"validation": None, "test": None}
 
 
 def test_a_module_beside_the_job_hides_nobodys(write_job: WriteJob, tmp_path: Path) -> None:

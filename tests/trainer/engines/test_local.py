@@ -197,7 +197,8 @@ def test_a_mistake_in_the_users_module_is_one_line_with_its_place(
     dataset = prepare_dataset(job, tmp_path / "data")
     marker.write_text(f"raise ArithmeticError('mine') {EXAMPLES}")
     with LocalEngine(job, tmp_path / "store", workers=1) as engine:
-        with pytest.raises(JobError, match=r"^model = '\w+:\w+': ArithmeticError: mine; /.*\.py, line \d+, in \w+$"):
+        said = r"^loss = '\w+:loss': ArithmeticError: mine; /.*\.py, line \d+, in loss; it got the outputs float32 \("
+        with pytest.raises(JobError, match=said):
             engine.train(dataset, orders_of(dataset, miners, tmp_path / "store"))
         assert engine.pids == []
 
