@@ -255,8 +255,9 @@ class RunFolder:
 
     def save_time(self, cycle: int, seconds: float, training: float) -> None:
         """Note how long a cycle took. It is not in the record, because records of equal runs are equal."""
-        with (self.folder / _TIMES).open("a") as file:
-            file.write(json.dumps({"cycle": cycle, "seconds": seconds, "training": training}) + "\n")
+        times = [*self.times(), {"cycle": cycle, "seconds": seconds, "training": training}]
+        # The whole file anew: a process that is killed while it appends would leave half a line.
+        write_file(self.folder / _TIMES, "".join(json.dumps(each) + "\n" for each in times).encode())
 
     def _checkpoint_record(self, state: Checkpoint) -> Record:
         return {
