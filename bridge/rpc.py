@@ -23,6 +23,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 from traincert.bridge.errors import BridgeError
 from traincert.regtest.errors import NodeUnreachableError, RpcError
 from traincert.regtest.node import RPC_IN_WARMUP, RPC_TIMEOUT, read_conf, read_cookie
+from traincert.trainer.interrupts import ctrl_c_later
 
 RETRY_TIME = 5.0  # seconds for which a node that is starting, or is not there yet, is asked again
 
@@ -60,6 +61,8 @@ class NodeClient:
         self.name = name
         self._cookie_file = cookie_file
         self._runner = asyncio.Runner()
+        with ctrl_c_later():  # a half-made event loop would print a traceback
+            self._runner.get_loop()
         self._rpc: BitcoinRPC | None = None
 
     @classmethod

@@ -16,6 +16,7 @@ from coincurve import PrivateKey
 
 from traincert.bridge.consensus.certificate import Certificate, CoordinatorSignature
 from traincert.bridge.errors import JournalError
+from traincert.trainer.failpoints import reached
 
 FORMAT = 1
 """Of the journal: SQLite's user_version."""
@@ -66,6 +67,7 @@ class Signer:
             self._record(certificate)
         except sqlite3.Error as error:
             raise JournalError(f"{self._journal} cannot be written: {error}: not signed") from None
+        reached("journaled")
         message = certificate.sighash(self._chain_id)
         signatures = (CoordinatorSignature(index, key.sign_schnorr(message)) for index, key in self._keys.items())
         return replace(certificate, coordinator_signatures=tuple(signatures))

@@ -158,7 +158,7 @@ class Node:
             raise NodeError(f"{self.name}: a node is running in {self.datadir} already")
         for attempt in range(1, START_ATTEMPTS + 1):
             if attempt > 1 or not self.rpc_port:
-                self.rpc_port, self.p2p_port = _free_ports(2)
+                self.rpc_port, self.p2p_port = free_ports(2)
             self._write_conf()
             # _is_ready() looks for these files, so files of an earlier start must not mislead it.
             for leftover in (self.cookie_file, self._pid_file):
@@ -167,7 +167,7 @@ class Node:
                 self._launch()
                 wait_for(self._is_ready, START_TIMEOUT, f"{self.name} to answer RPC", self.log_tail)
             except PortTakenError:
-                # Another program took a port after _free_ports() and before bitcoind's bind: try other ports.
+                # Another program took a port after free_ports() and before bitcoind's bind: try other ports.
                 if attempt == START_ATTEMPTS:
                     raise
             except BaseException:
@@ -417,7 +417,7 @@ def wait_for(
         time.sleep(0.02)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return `count` different ports on 127.0.0.1 that are free now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

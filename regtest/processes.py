@@ -22,8 +22,14 @@ from traincert.regtest.errors import RegtestError
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
 
 
-def spawn(command: list[str], *, keep: bool, stderr: IO[bytes] | int = subprocess.DEVNULL) -> psutil.Popen:
-    """Start a program, detached from the terminal. Its stdin and stdout are /dev/null.
+def spawn(
+    command: list[str],
+    *,
+    keep: bool,
+    stdout: int = subprocess.DEVNULL,
+    stderr: IO[bytes] | int = subprocess.DEVNULL,
+) -> psutil.Popen:
+    """Start a program, detached from the terminal. Its stdin is /dev/null.
 
     The program ends when we end, even by SIGKILL. With `keep` it keeps running. Raises OSError if it cannot be run,
     and RegtestError if setpriv is missing.
@@ -32,7 +38,7 @@ def spawn(command: list[str], *, keep: bool, stderr: IO[bytes] | int = subproces
         psutil.Popen,
         command if keep else bound_to_us(command, "KILL"),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=stdout,
         stderr=stderr,
         start_new_session=True,  # Ctrl-C in the terminal reaches only us; we then stop the program properly
         restore_signals=False,  # keep SIGXFSZ ignored, for Node.fill_disk(); bitcoind itself ignores SIGPIPE

@@ -16,15 +16,17 @@ MAY_IMPORT = {"trainer": {"trainer"}, "regtest": {"regtest"}, "bridge": {"bridge
 # In the order in which data meets them: a file imports only from those before it.
 ORDER = {
     "trainer": (
-        "errors determinism job usercode store datasets examples sharding preprocessing models state segments tasks "
-        "updates training scoring aggregation engines.orders engines.executor engines.local cycle records export "
-        "replay report compare run"
+        "errors interrupts failpoints determinism job usercode store datasets examples sharding preprocessing models "
+        "state segments tasks updates training scoring aggregation engines.orders engines.executor engines.local "
+        "engines.broker engines.nats cycle records export replay report compare run"
     ),
     "bridge": (
         "errors consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "
-        "consensus.block consensus.rules keys signer rpc chain producer coordinator appointing deployment "
+        "consensus.block consensus.rules keys signer messages invitations broker rpc chain producer coordinator "
+        "appointing members cosigning coordinator_program miner cosigner deployment "
         "testing.invalid testing.network testing.plugin "
-        "cli.view cli.picture cli.demo cli.node cli.job cli.coordinator cli.network cli.main"
+        "cli.view cli.events cli.picture cli.demo cli.node cli.job cli.broker cli.coordinator cli.miner cli.cosigner "
+        "cli.network cli.main"
     ),
     "regtest": (
         "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"
@@ -98,7 +100,8 @@ LIGHT = (
     "regtest regtest.network regtest.plugin regtest.snapshot"
 )
 # What the extra `train` brings.
-EXTRA = {"jinja2", "matplotlib", "numpy", "pydantic", "safetensors", "sklearn", "tensorboard", "tomlkit", "torch"}
+EXTRA = {"cryptography", "jinja2", "matplotlib", "nats", "nkeys", "numpy", "pydantic", "safetensors", "sklearn"}
+EXTRA |= {"tensorboard", "tomlkit", "torch"}
 
 
 def imports_of(*names: str) -> set[str]:

@@ -13,7 +13,8 @@ import pytest
 from traincert.regtest import node_folder
 
 ROOT = Path(__file__).parents[1]
-EXTRA = ["jinja2", "matplotlib", "numpy", "pydantic", "safetensors", "sklearn", "tensorboard", "tomlkit", "torch"]
+EXTRA = ["cryptography", "jinja2", "matplotlib", "nats", "nkeys", "numpy", "pydantic", "safetensors", "sklearn"]
+EXTRA += ["tensorboard", "tomlkit", "torch"]
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult, Trainer
     from traincert.trainer.datasets import Chunk, RawDataset
     from traincert.trainer.engines.local import LocalEngine
-    from traincert.trainer.errors import EngineError, IntegrityError, JobError, RunError, TrainerError
+    from traincert.trainer.errors import EngineError, IntegrityError, JobError, Reason, RunError, TrainerError
     from traincert.trainer.examples import Dataset
     from traincert.trainer.export import export_model
     from traincert.trainer.job import TrainingJob
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from traincert.trainer.replay import Replayed, replay_tasks
     from traincert.trainer.run import Finished, run_job
     from traincert.trainer.scoring import Contribution, Evaluation, Refusal
-    from traincert.trainer.updates import Reason, UpdateError
+    from traincert.trainer.updates import UpdateError
 
 __all__ = [
     "Checkpoint",
@@ -70,7 +70,7 @@ __getattr__ = importer(
         "JobError": "errors",
         "LocalEngine": "engines.local",
         "RawDataset": "datasets",
-        "Reason": "updates",
+        "Reason": "errors",
         "Record": "records",
         "Refusal": "scoring",
         "Replayed": "replay",

@@ -1,4 +1,4 @@
-"""One cycle: assign tasks, train, check and score the updates, aggregate them into the next model."""
+"""One cycle: assign tasks, collect commits and updates, judge them, aggregate them into the next model."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +12,8 @@ import torch
 
 from traincert.trainer.aggregation import Accepted, aggregate
 from traincert.trainer.determinism import seeded
-from traincert.trainer.engines.local import LocalEngine
-from traincert.trainer.engines.orders import Answer, Order
-from traincert.trainer.errors import JobError
+from traincert.trainer.engines.orders import Commit, Engine, OnCommit, Order
+from traincert.trainer.errors import JobError, Reason
 from traincert.trainer.examples import Dataset, Examples, read_examples
 from traincert.trainer.models import build_model
 from traincert.trainer.scoring import MAX_NANO_NATS, Contribution, Evaluation, Refusal, Scorer, score
@@ -22,7 +21,7 @@ from traincert.trainer.segments import Layout, cut_segments
 from traincert.trainer.state import State, initial_state, save_state
 from traincert.trainer.tasks import assign
 from traincert.trainer.training import check_optimizer
-from traincert.trainer.updates import Reason, Update, UpdateError, read_update
+from traincert.trainer.updates import Update, UpdateError, read_update
 from traincert.trainer.usercode import Functions
 
 HALVINGS = 4
@@ -52,15 +51,13 @@ class TaskResult:
     """A task and its outcome: a contribution or a refusal."""
 
     order: Order
+    params: int
+    """The number of parameters (scalars) of its segment."""
+    commit: Commit | None
+    """What the miner committed to. None: it did not commit."""
     contribution: Contribution | None
     refusal: Refusal | None
     """Exactly one of `contribution` and `refusal` is None."""
-    update_hash: bytes | None
-    """SHA-256 of the update's bytes, also of a refused update. None: the task gave no update."""
-    update_size: int
-    """Length of the update, bytes."""
-    seconds: float
-    """How long the training took; 0 if it did not end."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,10 @@ class CycleResult:
     loss_after: int
     metric: float
     """The next model's metric, on the validation examples."""
+    share: float
+    """The share of the step that was taken, 1 or less; 0 if the guard allowed none, or nothing was accepted."""
+    score_seed: bytes
+    """What drew the validation examples that the updates were scored on."""
     tasks: tuple[TaskResult, ...]
     """Sorted by miner."""
 
@@ -94,11 +95,16 @@ class CycleResult:
         """The sum of `params` over the contributions."""
         return sum(contribution.params for contribution in self.contributions)
 
+    @property
+    def training_seconds(self) -> float:
+        """How long the training of all tasks took together, as the miners say."""
+        return sum(task.commit.seconds for task in self.tasks if task.commit)
+
 
 class Trainer:
     """Runs a job's cycles. Use it as a context manager; it does not close the engine."""
 
-    def __init__(self, dataset: Dataset, engine: LocalEngine) -> None:
+    def __init__(self, dataset: Dataset, engine: Engine) -> None:
         """Build the model, cut it into segments, and read the validation examples.
 
         Raises ValueError if engine and dataset belong to different jobs, JobError if the job's model, segments or
@@ -152,41 +158,100 @@ class Trainer:
         miners: Sequence[bytes],
         *,
         seed: bytes,
-        on_update: Callable[[int, int], None] | None = None,
+        score_seed: Callable[[Mapping[bytes, Commit]], bytes] | None = None,
+        on_commit: OnCommit | None = None,
     ) -> CycleResult:
         """Run one cycle, in which every miner does one task.
 
         `miners` are ids of 32 bytes; there may be none. `seed` is any bytes, other ones in each cycle. It decides which
-        miner trains which segment on which shard, and the order of the examples. `on_update` is called with the number
-        of tasks done and their total: at the start, and after tasks end.
+        miner trains which segment on which shard, and the order of the examples. `score_seed` is called with all
+        commits by miner, and returns the bytes that draw the validation examples for scoring; by default they
+        are `seed`. Where miners are not trusted it must return what no miner knew before it committed.
 
-        Within a numeric class the result depends on the dataset, `before`, the set of miners and `seed` alone. The
+        Within a numeric class the result depends on the dataset, `before`, the set of miners and the seeds alone. The
         order of `miners` and the number of workers do not change it.
 
         Raises ValueError if a miner is in `miners` twice, and OSError or EngineError if a task raises an exception.
         """
-        orders = [
-            Order(
-                task,
-                self.segments[task.segment],
-                before.model_hash,
-                self.dataset.shards[task.shard],
-                before.memories.get(task.miner),
-            )
-            for task in assign(seed, before.cycle, miners, len(self.segments), len(self.dataset.shards))
+        orders = self.assign(before, miners, seed)
+        commits = self._engine.collect(self.dataset.shard_folder, orders, on_commit)
+        updates = self._engine.reveal(orders, commits)
+        committed = {
+            order.task.miner: commit
+            for order, commit in zip(orders, commits, strict=True)
+            if isinstance(commit, Commit)
+        }
+        drawn = score_seed(committed) if score_seed else seed
+        tasks, accepted = self.judge(before, orders, commits, updates, drawn)
+        return self.aggregate(before, tasks, accepted, drawn)
+
+    def assign(self, before: Checkpoint, miners: Sequence[bytes], seed: bytes) -> list[Order]:
+        """Return an order for each miner, sorted by miner."""
+        shards = self.dataset.shards
+        return [
+            Order(task, before.model_hash, shards[task.shard], before.memories.get(task.miner))
+            for task in assign(seed, before.cycle, miners, len(self.segments), len(shards))
         ]
-        answers = self._engine.train(self.dataset, orders, on_update)
-        tasks, accepted = self._judge(before, orders, answers, seed)
-        model, velocity, evaluation, memories = before.model, before.velocity, before.evaluation, {}
+
+    def judge(
+        self,
+        before: Checkpoint,
+        orders: Sequence[Order],
+        commits: Sequence[Commit | Reason],
+        updates: Sequence[bytes | Reason],
+        score_seed: bytes,
+    ) -> tuple[list[TaskResult], list[Accepted]]:
+        """Check and score the miners' updates, and say what came of each task."""
+        readable: list[Update | UpdateError] = []
+        for order, sent in zip(orders, updates, strict=True):
+            try:
+                if isinstance(sent, Reason):
+                    raise UpdateError(sent, _WHY[sent])
+                readable.append(read_update(sent, self.job, self.segments[order.task.segment], before.model))
+            except UpdateError as error:
+                readable.append(error)
+        examples = self._score_examples(score_seed)
+        # Score each of n updates at 1/n of its size. At full size, the noise of one miner's few examples can raise the
+        # loss, although the mean of all, in which noise averages out, lowers it.
+        share = 1 / max(1, sum(isinstance(update, Update) for update in readable))
+        candidates = (
+            update.scaled(share).applied(self.layout, self.segments[order.task.segment], before.model)
+            for order, update in zip(orders, readable, strict=True)
+            if isinstance(update, Update)
+        )
+        loss_before, *losses = self._scorer.losses(chain([before.model], candidates), examples)
+
+        tasks, accepted = [], []
+        left = iter(losses)
+        for order, commit, update in zip(orders, commits, readable, strict=True):
+            contribution = refusal = None
+            committed = commit if isinstance(commit, Commit) else None
+            segment = self.segments[order.task.segment]
+            try:
+                if isinstance(update, UpdateError):
+                    raise update
+                assert committed  # noqa: S101 - an update comes after its commit
+                miner = order.task.miner
+                contribution = score(miner, committed.update_hash, segment.params, loss_before, next(left))
+                accepted.append(Accepted(contribution, segment, update))
+            except UpdateError as error:
+                refusal = Refusal(order.task.miner, error.reason, error.detail)
+            tasks.append(TaskResult(order, segment.params, committed, contribution, refusal))
+        return tasks, accepted
+
+    def aggregate(
+        self, before: Checkpoint, tasks: Sequence[TaskResult], accepted: Sequence[Accepted], score_seed: bytes
+    ) -> CycleResult:
+        """Aggregate the accepted updates into the next model, store it, and return the cycle's result."""
+        model, velocity, evaluation, share = before.model, before.velocity, before.evaluation, 0.0
+        memories: Mapping[bytes, bytes] = {}
         if accepted:
-            moved = self._aggregate(before, accepted)
-            # If the guard allows no move, the model and the memories stay, and the momentum starts again from 0.
-            model, velocity, evaluation = moved or (model, torch.zeros_like(velocity), evaluation)
-            memories = _memories(tasks, answers) if moved else {}
+            model, velocity, evaluation, share = self._moved(before, accepted)
+            memories = _memories(tasks) if share else {}
         after = Checkpoint(
             cycle=before.cycle + 1,
             model=model,
-            model_hash=before.model_hash if model is before.model else save_state(self._engine.store, model),
+            model_hash=save_state(self._engine.store, model) if share else before.model_hash,
             evaluation=evaluation,
             best_loss=min(before.best_loss, evaluation.loss),
             velocity=velocity,
@@ -200,60 +265,23 @@ class Trainer:
             loss_before=before.evaluation.loss,
             loss_after=evaluation.loss,
             metric=evaluation.metric,
+            share=share,
+            score_seed=score_seed,
             tasks=tuple(tasks),
         )
 
-    def _aggregate(
-        self, before: Checkpoint, accepted: Sequence[Accepted]
-    ) -> tuple[State, torch.Tensor, Evaluation] | None:
-        """Return the next model, its velocity and its evaluation; None if the guard allows no move."""
+    def _moved(self, before: Checkpoint, accepted: Sequence[Accepted]) -> tuple[State, torch.Tensor, Evaluation, float]:
+        """Return the next model, its velocity and its evaluation, and the share of the step that was taken.
+
+        If the guard allows no step, the model stays, and the momentum starts again from 0.
+        """
         for halvings in range(HALVINGS + 1):
-            model, velocity = aggregate(
-                self.job, self.layout, before.model, before.velocity, accepted, share=0.5**halvings
-            )
+            share = 0.5**halvings
+            model, velocity = aggregate(self.job, self.layout, before.model, before.velocity, accepted, share=share)
             evaluation = self.evaluate(model)
             if evaluation.loss <= before.best_loss * (1 + self.job.guard):
-                return model, velocity, evaluation
-        return None
-
-    def _judge(
-        self, before: Checkpoint, orders: Sequence[Order], answers: Sequence[Answer | Reason], seed: bytes
-    ) -> tuple[list[TaskResult], list[Accepted]]:
-        """Check and score the miners' updates."""
-        readable: list[Update | UpdateError] = []
-        for order, answer in zip(orders, answers, strict=True):
-            try:
-                if isinstance(answer, Reason):
-                    raise UpdateError(answer, _WHY[answer])
-                readable.append(read_update(answer.update, self.job, order.segment, before.model))
-            except UpdateError as error:
-                readable.append(error)
-        examples = self._score_examples(seed)
-        # Score each of n updates at 1/n of its size. At full size, the noise of one miner's few examples can raise the
-        # loss, although the mean of all, in which noise averages out, lowers it.
-        share = 1 / max(1, sum(isinstance(update, Update) for update in readable))
-        candidates = (
-            update.scaled(share).applied(self.layout, order.segment, before.model)
-            for order, update in zip(orders, readable, strict=True)
-            if isinstance(update, Update)
-        )
-        loss_before, *losses = self._scorer.losses(chain([before.model], candidates), examples)
-
-        tasks, accepted = [], []
-        left = iter(losses)
-        for order, answer, update in zip(orders, answers, readable, strict=True):
-            contribution = refusal = None
-            data, seconds = (answer.update, answer.seconds) if isinstance(answer, Answer) else (b"", 0.0)
-            try:
-                if isinstance(update, UpdateError):
-                    raise update
-                contribution = score(order.task.miner, data, order.segment.params, loss_before, next(left))
-                accepted.append(Accepted(contribution, order.segment, update))
-            except UpdateError as error:
-                refusal = Refusal(order.task.miner, error.reason, error.detail)
-            update_hash = hashlib.sha256(data).digest() if isinstance(answer, Answer) else None
-            tasks.append(TaskResult(order, contribution, refusal, update_hash, len(data), seconds))
-        return tasks, accepted
+                return model, velocity, evaluation, share
+        return before.model, torch.zeros_like(before.velocity), before.evaluation, 0.0
 
     def _score_examples(self, seed: bytes) -> Examples:
         """Draw the validation examples that this cycle's updates are scored on."""
@@ -264,16 +292,18 @@ class Trainer:
         return self.validation.batch(torch.from_numpy(np.sort(draw.permutation(count)[:wanted])))
 
 
-def _memories(tasks: Sequence[TaskResult], answers: Sequence[Answer | Reason]) -> dict[bytes, bytes]:
+def _memories(tasks: Sequence[TaskResult]) -> dict[bytes, bytes]:
     """Return the accepted miners' new memories. A refused miner keeps the memory that it had."""
     return {
-        task.order.task.miner: answer.memory_hash
-        for task, answer in zip(tasks, answers, strict=True)
-        if task.contribution and isinstance(answer, Answer) and answer.memory_hash
+        task.order.task.miner: task.commit.memory_after
+        for task in tasks
+        if task.contribution and task.commit and task.commit.memory_after
     }
 
 
 _WHY = {
     Reason.WORKER_DIED: "the task's worker process died twice",
     Reason.LATE: "the task was not done in time",
+    Reason.ABSENT: "the miner left before it committed",
+    Reason.WITHHELD: "the update that the miner committed to did not come",
 }

@@ -1,12 +1,20 @@
 """Computations that give the same bits each time, on machines of one numeric class."""
 
 import os
+import platform
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+
+def numeric_class(device: str) -> str:
+    """Return, as a short text, what decides the bits that training on a device ("cpu" or "cuda") gives."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()} torch {torch.__version__}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
 
 
 @contextmanager

@@ -8,6 +8,8 @@ TrainerError
 └── RunError          a run folder cannot be used (records.py)
 """
 
+from enum import StrEnum
+
 
 class TrainerError(Exception):
     """Base of every error that the trainer raises on purpose."""
@@ -27,3 +29,21 @@ class EngineError(TrainerError):
 
 class RunError(TrainerError):
     """A run folder cannot be used. The message says what to do."""
+
+
+class Reason(StrEnum):
+    """Why a miner's update is not in a cycle's contributions."""
+
+    WORKER_DIED = "worker-died"
+    LATE = "late"
+    ABSENT = "absent"
+    WITHHELD = "withheld"
+    TOO_LARGE = "too-large"
+    MALFORMED = "malformed"
+    WRONG_NAMES = "wrong-names"
+    WRONG_DTYPE = "wrong-dtype"
+    WRONG_SHAPE = "wrong-shape"
+    NOT_CANONICAL = "not-canonical"
+    NOT_FINITE = "not-finite"
+    NORM_TOO_LARGE = "norm-too-large"
+    NO_IMPROVEMENT = "no-improvement"

@@ -235,6 +235,11 @@ class TrainingJob:
         return job
 
     @classmethod
+    def located(cls, name: str) -> str:
+        """Return a job's name that `named` takes in any folder: that of a job of the trainer's, or an absolute path."""
+        return name if (_SHIPPED / f"{name}.toml").is_file() else str(Path(name).absolute())
+
+    @classmethod
     def named(cls, name: str) -> "TrainingJob":
         """Read a job that comes with the trainer, such as `digits`, or the TOML file with this path.
 
@@ -302,9 +307,16 @@ class TrainingJob:
         sources = {f"module {name}": _file_hash(path) for name, (path, _) in self.modules().items()}
         return fields | sources
 
+    def shared_identity(self) -> dict[str, str]:
+        """Return `identity` without what only the run's owner has: the initial model, and whether there is a hash_key.
+
+        A network's certificates name the initial model and the data that the key prepared.
+        """
+        return {key: text for key, text in self.identity().items() if key not in ("initial_model", "hash_key")}
+
     def digest(self) -> bytes:
-        """Return the SHA-256 of `identity`, 32 bytes."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).digest()
+        """Return the SHA-256 of `shared_identity`, 32 bytes."""
+        return hashlib.sha256(json.dumps(self.shared_identity(), sort_keys=True).encode()).digest()
 
     def modules(self) -> dict[str, tuple[Path, Path]]:
         """Return the users' modules that the job names: their files, and the folders in which Python finds them.
@@ -325,6 +337,15 @@ class TrainingJob:
                 depth = name.count(".") + bool(spec.submodule_search_locations)
                 found[name] = path, path.parents[depth]
         return found
+
+
+def differences(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """Return in what a job's identity differs from another's, as text."""
+    return [
+        f"{key} has changed" if key.startswith("module ") or key == "initial_model" else f"{key} was {old}, is {new}"
+        for key in sorted({*ours, *theirs})
+        if (old := theirs.get(key)) != (new := ours.get(key))
+    ]
 
 
 def _file_hash(path: Path) -> str:

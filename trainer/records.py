@@ -24,13 +24,13 @@ from typing import IO, Any, Self
 from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult
 from traincert.trainer.errors import IntegrityError, RunError
 from traincert.trainer.examples import Dataset, stored_dataset
-from traincert.trainer.job import TrainingJob
+from traincert.trainer.job import TrainingJob, differences
 from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.scoring import Contribution, Evaluation
 from traincert.trainer.state import load_state, save_state
 from traincert.trainer.store import prune, verify_blob, write_file
 
-VERSION = 3
+VERSION = 4
 """Version of the run folder's format, records included."""
 
 _TIMES = "times.jsonl"
@@ -43,6 +43,21 @@ Record = dict[str, Any]
 def record_hash(record: Record) -> bytes:
     """Return the SHA-256 of a record's file, 32 bytes."""
     return hashlib.sha256(_encode(record)).digest()
+
+
+def contributions(record: Record) -> tuple[Contribution, ...]:
+    """Return a cycle's contributions, sorted by miner. Record 0 has none."""
+    return tuple(
+        Contribution(
+            bytes.fromhex(task["miner"]),
+            bytes.fromhex(task["update_hash"]),
+            task["params"],
+            task["loss_reduction"],
+            task["weight"],
+        )
+        for task in record["tasks"]
+        if task["refusal"] is None
+    )
 
 
 class RunFolder:
@@ -113,7 +128,7 @@ class RunFolder:
         theirs = _read_identity(path)["identity"] if path.exists() else ours
         if job.initial_model and not ours["initial_model"]:  # it is not needed any more
             ours["initial_model"] = theirs.get("initial_model", "")
-        if different := _differences(ours, theirs):
+        if different := differences(ours, theirs):
             if not untrained:
                 raise RunError(
                     f"{self.folder} is a run of another job ({', '.join(different)}): choose another folder with "
@@ -207,35 +222,32 @@ class RunFolder:
             ),
             best_loss=min(record["loss_after"] for record in self.records),
             velocity=load_state(self.store, bytes.fromhex(last["velocity"]))["velocity"],
-            memories={bytes.fromhex(miner): bytes.fromhex(kept) for miner, kept in last["memories"].items()},
+            memories=self.memories(),
         )
 
-    def contributions(self) -> tuple[Contribution, ...]:
-        """Return the last cycle's contributions, sorted by miner. Before the first cycle there are none."""
-        return tuple(
-            Contribution(
-                bytes.fromhex(task["miner"]),
-                bytes.fromhex(task["update_hash"]),
-                task["params"],
-                task["loss_reduction"],
-                task["weight"],
-            )
-            for task in self.records[-1]["tasks"]
-            if task["refusal"] is None
-        )
+    def record_path(self, cycle: int) -> Path:
+        """Return the file of a cycle's record."""
+        return self._cycles / f"{cycle:08}.json"
 
-    def next_record(self, result: CycleResult) -> Record:
-        """Return the record of the next cycle. `save` writes it.
+    def memories(self) -> dict[bytes, bytes]:
+        """Return SHA-256 of the memory that each miner has after the last cycle, by miner."""
+        return {bytes.fromhex(miner): bytes.fromhex(kept) for miner, kept in self.records[-1]["memories"].items()}
+
+    def next_record(self, result: CycleResult, opening: bytes = b"") -> Record:
+        """Return the record of the next cycle. `save` writes it. `opening` is the statement that announced the cycle.
 
         All files that it names are in the store then: models and memories already are; this stores the velocity.
         """
         return {
+            "opening": opening.hex(),
             "cycle": result.after.cycle,
             "parent": self.head.hex(),
             "dataset_root": result.dataset_root.hex(),
             "model_before": result.model_before.hex(),
             "model_after": result.model_after.hex(),
             "loss_before": result.loss_before,
+            "score_seed": result.score_seed.hex(),
+            "share": result.share,
             **self._checkpoint_record(result.after),
             "tasks": [_task_record(task) for task in result.tasks],
         }
@@ -270,15 +282,18 @@ class RunFolder:
         }
 
     def _append(self, record: Record) -> None:
-        write_file(self._cycles / f"{record['cycle']:08}.json", _encode(record))
+        write_file(self.record_path(record["cycle"]), _encode(record))
         self.records.append(record)
 
     def _prune(self) -> None:
         last = self.records[-1]
         best = self.records[self.best_cycle]["model_after"]  # for export
         kept = {best, last["model_after"], last["velocity"], *last["memories"].values()}
+        kept.add(self.records[-2]["velocity"])  # who repeats the last cycle begins with it
         for record in self.records[1:][-self.job.history :]:
-            kept |= {record["model_before"], *(task["memory"] for task in record["tasks"] if task["memory"])}
+            kept.add(record["model_before"])
+            for task in record["tasks"]:
+                kept |= {task["memory"], task["update_hash"]} - {None}
         prune(self.store, [bytes.fromhex(digest) for digest in kept])
 
 
@@ -308,15 +323,6 @@ def _read_identity(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
     return identity
-
-
-def _differences(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
-    """Return in what a job's identity differs from another's, as text."""
-    return [
-        f"{key} has changed" if key.startswith("module ") or key == "initial_model" else f"{key} was {old}, is {new}"
-        for key in sorted({*ours, *theirs})
-        if (old := theirs.get(key)) != (new := ours.get(key))
-    ]
 
 
 def _check_version(path: Path, *, new: bool) -> None:
@@ -359,16 +365,19 @@ def _encode(record: Record) -> bytes:
 
 
 def _task_record(result: TaskResult) -> Record:
-    order, scored, refused = result.order, result.contribution, result.refusal
+    order, commit, scored, refused = result.order, result.commit, result.contribution, result.refusal
+    memory = commit.memory_before if commit else order.memory_hash
     return {
         "miner": order.task.miner.hex(),
         "segment": order.task.segment,
         "shard": order.shard_hash.hex(),
         "seed": order.task.seed.hex(),
-        "memory": order.memory_hash.hex() if order.memory_hash else None,
-        "update_hash": result.update_hash.hex() if result.update_hash else None,
-        "update_size": result.update_size,
-        "params": order.segment.params,
+        "memory": memory.hex() if memory else None,
+        "memory_after": commit.memory_after.hex() if commit and commit.memory_after else None,
+        "update_hash": commit.update_hash.hex() if commit else None,
+        "update_size": commit.update_size if commit else 0,
+        "commit": commit.statement.hex() if commit else None,
+        "params": result.params,
         "loss_reduction": scored.loss_reduction if scored else 0,
         "weight": scored.weight if scored else 0,
         "refusal": str(refused.reason) if refused else None,

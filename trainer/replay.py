@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.orders import Order
 from traincert.trainer.errors import RunError
-from traincert.trainer.examples import read_examples
-from traincert.trainer.models import build_model
 from traincert.trainer.records import RunFolder
-from traincert.trainer.segments import cut_segments
 from traincert.trainer.tasks import Task
 
 
@@ -46,8 +43,6 @@ def replay_tasks(run: RunFolder, cycle: int | None = None) -> Iterator[Replayed]
     if cycle is not None and cycle < first:
         raise RunError(f"the store has the models of cycles {first} to {run.cycles} only: history = {run.job.history}")
     dataset = run.dataset()
-    validation = read_examples(run.job, dataset.held_out_folder, dataset.validation)
-    segments = cut_segments(build_model(run.job), run.job, validation)
     executor = Executor(run.job, run.store)
     for number in [cycle] if cycle else range(first, run.cycles + 1):
         record = run.records[number]
@@ -62,7 +57,6 @@ def replay_tasks(run: RunFolder, cycle: int | None = None) -> Iterator[Replayed]
                     seed=bytes.fromhex(task["seed"]),
                     cycle=number - 1,
                 ),
-                segments[task["segment"]],
                 bytes.fromhex(record["model_before"]),
                 bytes.fromhex(task["shard"]),
                 bytes.fromhex(task["memory"]) if task["memory"] else None,

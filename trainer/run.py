@@ -9,12 +9,11 @@ from typing import Protocol
 
 from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.engines.local import LocalEngine
-from traincert.trainer.errors import RunError
+from traincert.trainer.errors import Reason, RunError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import Record, RunFolder
 from traincert.trainer.report import TensorBoard, write_report
 from traincert.trainer.scoring import Evaluation
-from traincert.trainer.updates import Reason
 
 
 class View(Protocol):
@@ -85,11 +84,11 @@ def run_job(
                 while run.cycles < total and not (cycles is None and _stopped(run)):
                     view.step(f"cycle {run.cycles + 1} of {total}")
                     begin = time.perf_counter()
-                    result = trainer.run_cycle(state, ids, seed=run.seed(), on_update=view.update)
+                    result = trainer.run_cycle(state, ids, seed=run.seed(), on_commit=view.update)
                     _check_trained(result)
                     run.save(run.next_record(result))
                     state = result.after
-                    run.save_time(state.cycle, time.perf_counter() - begin, sum(task.seconds for task in result.tasks))
+                    run.save_time(state.cycle, time.perf_counter() - begin, result.training_seconds)
                     board.add(run.records[-1])
                     view.cycle(run.records[-1])
             view.step("testing")

@@ -1,6 +1,5 @@
 """Score an update: the parameters that it trained, the loss that it takes off, its weight in the lottery."""
 
-import hashlib
 import itertools
 import math
 import os
@@ -14,12 +13,12 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from traincert.trainer.determinism import deterministic
-from traincert.trainer.errors import JobError
+from traincert.trainer.errors import JobError, Reason
 from traincert.trainer.examples import Examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.state import State, set_state
-from traincert.trainer.updates import Reason, UpdateError
+from traincert.trainer.updates import UpdateError
 from traincert.trainer.usercode import Functions, blaming, shown
 
 MAX_NANO_NATS = 2**64 - 1
@@ -167,8 +166,8 @@ def nats(recorded: int, offset: float) -> float:
     return math.nan if recorded == MAX_NANO_NATS else recorded / 1e9 - offset
 
 
-def score(miner: bytes, update: bytes, params: int, loss_before: int, loss_after: int) -> Contribution:
-    """Score an update that passed all checks. `update` is its bytes, `params` the size of its segment.
+def score(miner: bytes, update_hash: bytes, params: int, loss_before: int, loss_after: int) -> Contribution:
+    """Score an update that passed all checks. `update_hash` is its SHA-256, `params` the size of its segment.
 
     `loss_before` is the loss without the update, `loss_after` with this update alone: nano-nats, on the same examples.
 
@@ -178,4 +177,4 @@ def score(miner: bytes, update: bytes, params: int, loss_before: int, loss_after
     weight = math.isqrt(params * loss_reduction)
     if weight < 1:
         raise UpdateError(Reason.NO_IMPROVEMENT, f"loss {loss_before} before and {loss_after} after, nano-nats")
-    return Contribution(miner, hashlib.sha256(update).digest(), params, loss_reduction, weight)
+    return Contribution(miner, update_hash, params, loss_reduction, weight)

@@ -10,7 +10,6 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ import safetensors
 import torch
 
 from traincert.trainer.determinism import deterministic
-from traincert.trainer.errors import TrainerError
+from traincert.trainer.errors import Reason, TrainerError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State, state_bytes, state_from_bytes
@@ -26,22 +25,6 @@ from traincert.trainer.state import State, state_bytes, state_from_bytes
 CHUNK = 4096  # values that share one magnitude
 _SKIP = 255  # a byte of a gap: skip 255 values, and the gap goes on in the next byte
 _BUFFER = "buffer."
-
-
-class Reason(StrEnum):
-    """Why a miner's update is not in a cycle's contributions."""
-
-    WORKER_DIED = "worker-died"
-    LATE = "late"
-    TOO_LARGE = "too-large"
-    MALFORMED = "malformed"
-    WRONG_NAMES = "wrong-names"
-    WRONG_DTYPE = "wrong-dtype"
-    WRONG_SHAPE = "wrong-shape"
-    NOT_CANONICAL = "not-canonical"
-    NOT_FINITE = "not-finite"
-    NORM_TOO_LARGE = "norm-too-large"
-    NO_IMPROVEMENT = "no-improvement"
 
 
 class UpdateError(TrainerError):

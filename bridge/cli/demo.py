@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import bitcoin
 from bitcoin.core import CheckBlock, ValidationError
@@ -14,22 +16,17 @@ from bitcoin.core import CheckBlock, ValidationError
 from traincert.bridge.chain import CertifiedBlock, certificate_json, read_chain, read_params
 from traincert.bridge.cli.picture import draw_picture
 from traincert.bridge.consensus.params import TrainingParams
-from traincert.bridge.deployment import (
-    COORDINATOR_KEYS,
-    JOB,
-    Deployment,
-    View,
-    make_producers,
-    network_params,
-    open_deployment,
-)
+from traincert.bridge.coordinator_program import View
+from traincert.bridge.deployment import Deployment
 from traincert.bridge.errors import BridgeError, CertificateError
-from traincert.bridge.keys import create_network_keys
+from traincert.bridge.keys import payout_script, xonly_key
 from traincert.bridge.rpc import NodeClient
 from traincert.regtest.network import Network
 from traincert.regtest.node import datadir_in_use
 from traincert.trainer.examples import Dataset, read_examples
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.records import RunFolder
+from traincert.trainer.scoring import Scorer, nats
 from traincert.trainer.state import state_hash
 
 MARKER = ".traincert-demo"
@@ -41,10 +38,13 @@ class Plan:
     """The options of `traincert demo`."""
 
     directory: Path
+    job: str
+    """A job's name or file."""
     cycles: int
+    """0: as many as the job says."""
     miners: int
     nodes: int
-    seed: int
+    seed: int | None
     keep: bool
     round_seconds: int
     compat_pow: bool
@@ -77,25 +77,29 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     """
     directory = plan.directory
     _prepare_directory(directory)
-    job = replace(TrainingJob.named(JOB), seed=plan.seed)
-    keys = create_network_keys(directory / "keys", COORDINATOR_KEYS, plan.miners)
-    params = network_params(keys, job, plan.round_seconds)
-
+    job_name, job = _job(plan)
+    cycles = plan.cycles or job.cycles
+    view.step("preparing the data")
+    deployment = Deployment(directory, job_name, miners=plan.miners, cycles=cycles, round_seconds=plan.round_seconds)
+    params = deployment.params
     view.step(f"starting {plan.nodes} nodes")
     network = Network(bitcoind, directory, plan.nodes, params.node_options(), keep=plan.keep)
     network.start()
     try:
         datadirs = [node.datadir for node in network.nodes]
-        producers = make_producers(keys, datadirs)
-        for producer in producers:
-            producer.compat_pow = plan.compat_pow
-        with open_deployment(directory, job, keys, params, producers, datadirs, view) as deployment:
-            deployment.train(plan.cycles)
-            view.step("checking")
-            network.wait_until_same_tip()
-            chain, claims = _check(deployment, params, plan)
-            names, accuracies = deployment.names, [record["metric"] for record in deployment.run.records]
-            draw_picture(directory / PICTURE, chain, accuracies, names)
+        view.step("starting the broker, the coordinator, the cosigners and the miners")
+        with deployment:
+            deployment.start(datadirs, [] if plan.compat_pow else ["--no-compat-pow"])
+            for event in deployment.events():
+                show(event, view)
+        view.step("checking")
+        network.wait_until_same_tip()
+        names = {xonly_key(secret): name for name, secret in deployment.secrets.items()}
+        with ExitStack() as stack:
+            clients = [stack.enter_context(NodeClient.from_datadir(datadir)) for datadir in datadirs]
+            run = stack.enter_context(RunFolder(deployment.coordinator.folder / "run", job))
+            chain, claims = _check(deployment, run, clients, replace(plan, cycles=cycles))
+            draw_picture(directory / PICTURE, chain, [record["metric"] for record in run.records], names)
     except BaseException:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
         network.stop()
@@ -103,6 +107,16 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     if not plan.keep:
         network.stop()
     return Outcome(chain, names, claims)
+
+
+def _job(plan: Plan) -> tuple[str, TrainingJob]:
+    """Return the job that the demo trains, and its name or file. A seed makes it another job, in the demo's folder."""
+    job = TrainingJob.named(plan.job)
+    if plan.seed is None:
+        return plan.job, job
+    path = plan.directory / "job.toml"
+    path.write_text(replace(job, seed=plan.seed).to_toml())
+    return str(path), TrainingJob.load(path)
 
 
 def _prepare_directory(directory: Path) -> None:
@@ -125,18 +139,16 @@ def _prepare_directory(directory: Path) -> None:
         raise BridgeError(f"cannot use {directory}: {error.strerror}: {error.filename}") from error
 
 
-def _check(deployment: Deployment, params: TrainingParams, plan: Plan) -> tuple[Sequence[CertifiedBlock], list[Claim]]:
+def _check(
+    deployment: Deployment, run: RunFolder, clients: Sequence[NodeClient], plan: Plan
+) -> tuple[Sequence[CertifiedBlock], list[Claim]]:
     """Read the chain back, and check each claim."""
-    producers = deployment.producers
-    clients, trainer, state = deployment.clients, deployment.trainer, deployment.coordinator.state
+    params, job = deployment.params, run.job
+    scripts = {xonly_key(secret): payout_script(secret) for secret in deployment.secrets.values()}
     chain = read_chain(clients[0], params)
     tips = {client.call("getbestblockhash") for client in clients}
     tip = chain[-1].certificate
-    before, after = chain[0].certificate.loss_before / 1e9, tip.loss_after / 1e9
-    accuracy = trainer.test(state.model).metric
-    job, target = trainer.job, trainer.job.target_metric
-    checked = target is not None and plan.cycles >= job.cycles
-    bar = f" (bar: {target})" if checked else ""
+    before, after = (nats(loss, job.loss_offset) for loss in (chain[0].certificate.loss_before, tip.loss_after))
     pow_checked = "included" if plan.compat_pow else "aside"
     claims = [
         Claim(f"all {len(clients)} nodes have the same tip, block {len(chain)}", tips == {chain[-1].hash}),
@@ -155,23 +167,38 @@ def _check(deployment: Deployment, params: TrainingParams, plan: Plan) -> tuple[
         ),
         Claim(
             "every block pays its winner, to its own address",
-            all(
-                each.block.vtx[0].vout[0].scriptPubKey == producers[each.certificate.winner_key].payout_script
-                for each in chain
-            ),
+            all(each.block.vtx[0].vout[0].scriptPubKey == scripts[each.certificate.winner_key] for each in chain),
         ),
-        Claim("the model is the one that the tip commits to", state_hash(state.model) == tip.model_after),
+        Claim("the model is the one that the tip commits to", state_hash(run.load().model) == tip.model_after),
         Claim(
             "every block commits to the record of its cycle",
-            [each.certificate.record for each in chain] == deployment.run.hashes[1:],
+            [each.certificate.record for each in chain] == run.hashes[1:],
         ),
-        Claim(f"held-out loss fell from {before:.4f} to {after:.4f} nats", after < before),
         Claim(
-            f"accuracy on {job.test_examples} test images that no miner has: {accuracy:.4f}{bar}",
-            _is_unseen(trainer.dataset) and (not checked or target is None or accuracy >= target),
+            "no key of a miner is in the coordinator's folder",
+            not _holds_secrets(deployment.coordinator.folder, deployment.secrets.values()),
         ),
+        Claim(f"validation loss fell from {before:.4f} to {after:.4f} nats", after < before),
     ]
-    return chain, claims
+    return chain, claims + _tested(run, plan)
+
+
+def _tested(run: RunFolder, plan: Plan) -> list[Claim]:
+    """Return the claim about the model on the test examples, if the job has any."""
+    job, dataset = run.job, run.dataset()
+    examples = read_examples(job, dataset.held_out_folder, dataset.test)
+    with Scorer(job) as scorer:
+        found = scorer.evaluate(run.load().model, examples).metric
+    target = job.target_metric if plan.cycles >= job.cycles else None
+    text = f"{job.metric_names[0]} on {len(examples)} test examples that no miner has: {found:.4f}"
+    reached = target is None or found >= target
+    return [Claim(text if target is None else f"{text} (bar: {target})", _is_unseen(dataset) and reached)]
+
+
+def _holds_secrets(folder: Path, secrets: Iterable[bytes]) -> bool:
+    """Whether one of the secrets, as bytes or in hex, is in a file of a folder."""
+    wanted = [form for secret in secrets for form in (secret, secret.hex().encode())]
+    return any(form in path.read_bytes() for path in folder.rglob("*") if path.is_file() for form in wanted)
 
 
 def _is_valid(client: NodeClient, params: TrainingParams) -> bool:
@@ -196,11 +223,24 @@ def _check_blocks(chain: Sequence[CertifiedBlock], *, check_pow: bool) -> bool:
 
 
 def _is_unseen(dataset: Dataset) -> bool:
-    """Whether no test image is in a miner's shard."""
+    """Whether no test example is in a miner's shard."""
 
-    def images(folder: Path, digest: bytes) -> set[bytes]:
-        (inputs,) = read_examples(dataset.job, folder, digest).inputs
-        return {image.numpy().tobytes() for image in inputs}
+    def rows(folder: Path, digest: bytes) -> set[bytes]:
+        columns = read_examples(dataset.job, folder, digest).inputs
+        return {b"".join(column[row].numpy().tobytes() for column in columns) for row in range(len(columns[0]))}
 
-    trained = set[bytes]().union(*(images(dataset.shard_folder, shard) for shard in dataset.shards))
-    return trained.isdisjoint(images(dataset.held_out_folder, dataset.test))
+    trained = set[bytes]().union(*(rows(dataset.shard_folder, shard) for shard in dataset.shards))
+    return trained.isdisjoint(rows(dataset.held_out_folder, dataset.test))
+
+
+def show(event: Mapping[str, Any], view: View) -> None:
+    """Show what a coordinator with --json said."""
+    match event["event"]:
+        case "step":
+            view.step(event["text"])
+        case "commits":
+            view.update(event["done"], event["total"])
+        case "absent":
+            view.absent(event["height"], event["winner"], event["reason"])
+        case "closed":
+            view.closed(event)

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import click
 
+from traincert.bridge.cli.broker import broker
 from traincert.bridge.cli.coordinator import coordinator
+from traincert.bridge.cli.cosigner import cosigner
 from traincert.bridge.cli.job import job
+from traincert.bridge.cli.miner import miner
 from traincert.bridge.cli.network import network
 from traincert.bridge.cli.node import build_with_progress, node
 from traincert.bridge.cli.view import CyclesView, chain_table, print_claims, print_equivocations, stdout_console
@@ -20,7 +23,20 @@ from traincert.regtest.errors import NodeUnreachableError, RegtestError
 from traincert.trainer.errors import TrainerError
 
 # What the extra `train` brings.
-EXTRA = {"jinja2", "matplotlib", "numpy", "pydantic", "safetensors", "sklearn", "tensorboard", "tomlkit", "torch"}
+EXTRA = {
+    "cryptography",
+    "jinja2",
+    "matplotlib",
+    "nats",
+    "nkeys",
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "sklearn",
+    "tensorboard",
+    "tomlkit",
+    "torch",
+}
 
 EXIT_CODES = """
 Exit codes: 0 done, 1 failed or a claim was not true, 2 wrong usage, 3 node unreachable, 130 interrupted.
@@ -33,7 +49,7 @@ def cli() -> None:
     """A Bitcoin regtest chain whose blocks are earned by training a model."""
 
 
-for group in (coordinator, job, network, node):
+for group in (broker, coordinator, cosigner, job, miner, network, node):
     cli.add_command(group)
 
 
@@ -100,16 +116,15 @@ def chain(datadir: Path, as_json: bool) -> None:
     show_default=True,
     help="The folder for keys, nodes and the picture. It replaces an earlier demo's.",
 )
+@click.option("--job", default="digits", show_default=True, help="What is trained: a TOML file, or a job's name.")
 @click.option(
     "--cycles",
     type=click.IntRange(1, 10_000),
-    default=12,
-    show_default=True,
-    help="Number of cycles; each ends with a block.",
+    help="Number of cycles; each ends with a block.  [default: as the job says]",
 )
 @click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Number of miners.")
 @click.option("--nodes", type=click.IntRange(1, 20), default=3, show_default=True, help="Number of nodes.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the model.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the model.  [default: as the job says]")
 @click.option(
     "--round",
     "round_seconds",
@@ -126,7 +141,15 @@ def chain(datadir: Path, as_json: bool) -> None:
     "tools that check proof of work accept them.",
 )
 def demo(
-    data: Path, cycles: int, miners: int, nodes: int, seed: int, round_seconds: int, keep: bool, compat_pow: bool
+    data: Path,
+    job: str,
+    cycles: int | None,
+    miners: int,
+    nodes: int,
+    seed: int | None,
+    round_seconds: int,
+    keep: bool,
+    compat_pow: bool,
 ) -> None:
     """Run a training network on this machine, and check every claim that is printed at the end."""
     # Imported only here, because torch, matplotlib and scikit-learn take seconds. But before the build of a quarter of
@@ -137,7 +160,8 @@ def demo(
     with CyclesView() as view:
         plan = Plan(
             directory=data,
-            cycles=cycles,
+            job=job,
+            cycles=cycles or 0,
             miners=miners,
             nodes=nodes,
             seed=seed,

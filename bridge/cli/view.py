@@ -15,8 +15,6 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from traincert.bridge.chain import CertifiedBlock
-    from traincert.bridge.consensus.certificate import Certificate
-    from traincert.bridge.coordinator import ClosedSlot
     from traincert.regtest.lasting import NodeStatus
     from traincert.trainer.compare import Compared
 
@@ -105,27 +103,24 @@ class CyclesView(_LiveTable):
     """The demo's cycles."""
 
     def __init__(self) -> None:
-        super().__init__(
-            ("height", "winner", "updates taken", "refused", "held-out loss", "held-out accuracy", "block")
-        )
+        super().__init__(("height", "winner", "updates taken", "refused", "validation loss", "metric", "block"))
 
-    def absent(self, certificate: Certificate, winner: str, reason: str) -> None:
+    def absent(self, height: int, winner: str, reason: str) -> None:
         """Show that a winner's block did not come within its round."""
-        text = f"block {certificate.height}: {winner} is absent, drawing again ({reason})"
+        text = f"block {height}: {winner} is absent, drawing again ({reason})"
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def closed(self, slot: ClosedSlot, winner: str) -> None:
-        """Show a cycle that the chain has a block for."""
-        certificate, result = slot.certificate, slot.result
-        updates = f"{len(result.contributions)} of {len(result.tasks)}"
-        reasons = _counted(str(refusal.reason) for refusal in result.refusals)
-        loss = f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}"
-        accuracy = f"{result.metric:.4f}"
-        winner += _in_round(certificate)
+    def closed(self, cycle: Mapping[str, Any]) -> None:
+        """Show a cycle that the chain has a block for, see `coordinator_program.cycle_facts`."""
+        updates = f"{cycle['tasks'] - len(cycle['refusals'])} of {cycle['tasks']}"
+        reasons = _counted(cycle["refusals"])
+        loss = f"{cycle['loss_before'] / 1e9:.4f} → {cycle['loss_after'] / 1e9:.4f}"
+        metric = "no number" if cycle["metric"] is None else f"{cycle['metric']:.4f}"
+        winner = cycle["winner"] + _in_round(cycle["round"])
         self._add(
-            (str(certificate.height), winner, updates, reasons, loss, accuracy, slot.block_hash),
-            f"block {certificate.height} by {winner}: {updates} updates{f' ({reasons})' if reasons else ''}, "
-            f"loss {loss}, accuracy {accuracy}, {slot.block_hash}",
+            (str(cycle["height"]), winner, updates, reasons, loss, metric, cycle["block"]),
+            f"block {cycle['height']} by {winner}: {updates} updates{f' ({reasons})' if reasons else ''}, "
+            f"loss {loss}, metric {metric}, {cycle['block']}",
         )
 
 
@@ -188,9 +183,9 @@ def differences_table(names: Sequence[str], different: Mapping[str, Sequence[str
     return table
 
 
-def _in_round(certificate: Certificate) -> str:
+def _in_round(round_: int) -> str:
     """Return the note that earlier winners of this slot were absent, or nothing."""
-    return f" (round {certificate.round})" if certificate.round else ""
+    return f" (round {round_})" if round_ else ""
 
 
 def _progress(console: Console) -> Progress:
@@ -217,7 +212,7 @@ def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | No
         winner = certificate.winner_key
         table.add_row(
             str(certificate.height),
-            (names[winner] if names else winner.hex()[:16]) + _in_round(certificate),
+            (names[winner] if names else winner.hex()[:16]) + _in_round(certificate.round),
             f"{certificate.params_trained:,}",
             f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}",
             f"{certificate.draw.weight:,} / {total:,}" if certificate.draw else certificate.award,

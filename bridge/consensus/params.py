@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bitcoin.core import CoreRegTestParams
 
@@ -56,6 +57,23 @@ class TrainingParams:
         message += encode_b32("beacon", self.beacon) + encode_uint("round_seconds", self.round_seconds, 4)
         message += encode_b32("model", self.model)
         return tagged_hash("traincert/chain", message)
+
+    @classmethod
+    def from_node_options(cls, options: Mapping[str, Any]) -> TrainingParams:
+        """Return the parameters that `node_options` gave. Raises ValueError if they are malformed."""
+        keys = {}
+        for entry in options["trainingkeys"]:
+            height, threshold, each = entry.split(":")
+            keys[int(height)] = TrainingKeys(int(threshold), tuple(map(bytes.fromhex, each.split(","))))
+        beacon, model = (bytes.fromhex(options[name]) for name in ("trainingbeacon", "trainingmodel"))
+        return cls(keys, beacon, model, int(options["traininground"]))
+
+    def conf(self) -> str:
+        """Return the parameters as the section [regtest] of bitcoin.conf."""
+        lines = ["[regtest]"]
+        for name, value in self.node_options().items():
+            lines += [f"{name}={each}" for each in ([value] if isinstance(value, str) else value)]
+        return "\n".join(lines) + "\n"
 
     def node_options(self) -> dict[str, str | list[str]]:
         """Return the parameters as options of bitcoin.conf."""

@@ -15,7 +15,7 @@ import requests
 
 from bench.rows import Row, row, timed
 from traincert.regtest import Network, Node, wait_for
-from traincert.regtest.node import _free_ports
+from traincert.regtest.node import free_ports
 from traincert.regtest.snapshot import OPTIONS, copy_snapshot, make_snapshot
 
 NODES = 3
@@ -67,7 +67,7 @@ class _Bare:
     def __init__(self, bitcoind: Path, datadir: Path) -> None:
         self.bitcoind, self.datadir = bitcoind, datadir
         datadir.mkdir(parents=True)
-        self.rpc_port, p2p_port = _free_ports(2)
+        self.rpc_port, p2p_port = free_ports(2)
         ports = f"port={p2p_port}\nrpcport={self.rpc_port}\nbind=127.0.0.1:{p2p_port}\n"
         (datadir / "bitcoin.conf").write_text(f"regtest=1\n[regtest]\n{ports}")
         self.process: subprocess.Popen[bytes] | None = None

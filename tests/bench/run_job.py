@@ -42,12 +42,12 @@ def main() -> None:
             elapsed = time.perf_counter() - begin
             state = result.after
             prune(engine.store, [state.model_hash, *state.memories.values()])
-            size += sum(task.update_size for task in result.tasks)
-            values += sum(task.order.segment.params for task in result.tasks)
+            size += sum(task.commit.update_size for task in result.tasks if task.commit)
+            values += sum(task.params for task in result.tasks)
             accepted += len(result.contributions)
             if number:  # in the first one, the workers are still starting
                 seconds += elapsed
-                training += sum(task.seconds for task in result.tasks) / workers
+                training += result.training_seconds / workers
         memory = sum(_peak_memory(pid) for pid in [os.getpid(), *engine.pids])
         tested = trainer.test(state.model)
     samples = (job.cycles - 1) * arguments.miners * job.local_steps * job.batch_size

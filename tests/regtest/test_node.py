@@ -227,9 +227,9 @@ def test_taken_port_is_left_to_its_owner(taken: int, node: Node, monkeypatch: py
         stranger.bind(("127.0.0.1", 0))
         stranger.listen()
         port = stranger.getsockname()[1]
-        choices = [node_module._free_ports(2), node_module._free_ports(2)]
+        choices = [node_module.free_ports(2), node_module.free_ports(2)]
         choices[0][taken] = port
-        monkeypatch.setattr(node_module, "_free_ports", lambda _count: choices.pop(0))
+        monkeypatch.setattr(node_module, "free_ports", lambda _count: choices.pop(0))
         with node:
             assert port not in (node.rpc_port, node.p2p_port)
             assert node.rpc("getblockcount") == 0
@@ -240,8 +240,8 @@ def test_no_free_port_is_an_error(node: Node, monkeypatch: pytest.MonkeyPatch) -
     with socket.socket() as stranger:
         stranger.bind(("127.0.0.1", 0))
         stranger.listen()
-        ports = [stranger.getsockname()[1], node_module._free_ports(1)[0]]
-        monkeypatch.setattr(node_module, "_free_ports", lambda _count: ports)
+        ports = [stranger.getsockname()[1], node_module.free_ports(1)[0]]
+        monkeypatch.setattr(node_module, "free_ports", lambda _count: ports)
         with pytest.raises(NodeError, match=r"node0 did not start \(exit code 1\): .*Unable to start HTTP server"):
             node.start()
     assert node.pid is None

@@ -14,12 +14,12 @@ import pytest
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.local import LocalEngine
-from traincert.trainer.engines.orders import Answer, Order
+from traincert.trainer.engines.orders import Answer, Commit, OnCommit, Order
+from traincert.trainer.errors import Reason
 from traincert.trainer.examples import Dataset
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.records import RunFolder
-from traincert.trainer.updates import Reason
 
 WriteJob = Callable[..., Path]
 """Writes a job's TOML file and, if `module` is given, a module beside it; {module} in values is the module's name."""
@@ -76,11 +76,14 @@ class InlineEngine(LocalEngine):
         self._workers = []
         self._executor = Executor(job, store)
 
-    def train(
-        self, dataset: Dataset, orders: Sequence[Order], on_update: Callable[[int, int], None] | None = None
-    ) -> list[Answer | Reason]:
-        del on_update
-        return [self._executor.execute(dataset.shard_folder, order) for order in orders]
+    def collect(
+        self, shards: Path, orders: Sequence[Order], on_commit: OnCommit | None = None
+    ) -> list[Commit | Reason]:
+        return self._commit_to(self._run(shards, orders, on_commit or (lambda _done, _total: None)))
+
+    def _run(self, shards: Path, orders: Sequence[Order], on_commit: OnCommit) -> list[Answer | Reason]:
+        del on_commit
+        return [self._executor.execute(shards, order) for order in orders]
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,14 @@ from traincert.trainer import state as state_module
 from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Answer
-from traincert.trainer.errors import IntegrityError, JobError
+from traincert.trainer.errors import IntegrityError, JobError, Reason
 from traincert.trainer.examples import Dataset, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.state import State, initial_state, load_state, state_bytes, state_hash
 from traincert.trainer.store import prune
-from traincert.trainer.updates import Reason, Update, encode_update, read_update
+from traincert.trainer.updates import Update, encode_update, read_update
 
 WriteJob = Callable[..., Path]
 MakeTrainer = Callable[..., AbstractContextManager[Trainer]]
@@ -41,7 +41,7 @@ def run(
 
 def facts(result: CycleResult) -> tuple[object, ...]:
     """All of a result that can be compared: `after` is tensors, but model_after is its hash."""
-    tasks = [replace(task, seconds=0.0) for task in result.tasks]
+    tasks = [replace(task, commit=task.commit and task.commit._replace(seconds=0.0)) for task in result.tasks]
     others = {name: value for name, value in vars(result).items() if name not in ("after", "tasks")}
     return (others, tasks, result.after.memories, state_hash({"velocity": result.after.velocity}))
 
@@ -86,7 +86,7 @@ def test_a_result_is_consistent(trainer: Trainer, miners: list[bytes]) -> None:
     assert all((task.contribution is None) != (task.refusal is None) for task in first.tasks)
     assert first.params_trained == sum(score.params for score in first.contributions) > 0
     assert (first.after.cycle, second.after.cycle) == (1, 2)
-    assert {task.order.segment for task in first.tasks} == set(trainer.segments)
+    assert {task.order.task.segment for task in first.tasks} == set(range(len(trainer.segments)))
     assert {task.order.task.cycle for task in second.tasks} == {1}
 
 
@@ -126,7 +126,7 @@ def test_the_seed_changes_the_outcome(trainer: Trainer, miners: list[bytes]) -> 
 
 def test_progress_is_reported(trainer: Trainer, miners: list[bytes]) -> None:
     reports: list[tuple[int, int]] = []
-    trainer.run_cycle(trainer.start(), miners, seed=b"", on_update=lambda done, total: reports.append((done, total)))
+    trainer.run_cycle(trainer.start(), miners, seed=b"", on_commit=lambda done, total: reports.append((done, total)))
     assert reports[0] == (0, 4)
     assert reports[-1] == (4, 4)
     assert reports == sorted(reports)
@@ -194,13 +194,13 @@ def test_a_hostile_update_is_refused_and_the_others_count(
     trainer: Trainer, engine: LocalEngine, miners: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real updates, except that on their way one is replaced by the whole model, and one is lost."""
-    train = engine.train
+    train = engine._run
 
     def tampered(*arguments: object) -> list[Answer | Reason]:
         answers = train(*arguments)  # type: ignore[arg-type]
-        return [Answer(state_bytes(initial_state(trainer.job)), None, 0.0), Reason.WORKER_DIED, *answers[2:]]
+        return [Answer(state_bytes(initial_state(trainer.job)), None, None, 0.0), Reason.WORKER_DIED, *answers[2:]]
 
-    monkeypatch.setattr(engine, "train", tampered)
+    monkeypatch.setattr(engine, "_run", tampered)
     (result,) = run(trainer, miners, 1)
     first, second, *others = sorted(miners)
     assert [(no.miner, no.reason) for no in result.refusals] == [
@@ -209,8 +209,8 @@ def test_a_hostile_update_is_refused_and_the_others_count(
     ]
     assert [score.miner for score in result.contributions] == others
     assert result.loss_after < result.loss_before
-    assert result.tasks[0].update_hash is not None
-    assert result.tasks[1].update_hash is None
+    assert result.tasks[0].commit is not None
+    assert result.tasks[1].commit is None
 
 
 def test_updates_of_which_each_does_harm_count_if_their_mean_helps(
@@ -221,7 +221,8 @@ def test_updates_of_which_each_does_harm_count_if_their_mean_helps(
     with make_trainer(whole, tmp_path) as trainer:
         (plain,) = run(trainer, miners, 1)
         (segment,) = trainer.segments
-        train = trainer._engine.train
+        assert isinstance(trainer._engine, LocalEngine)
+        train = trainer._engine._run
         noise = torch.randn(segment.params, generator=torch.Generator().manual_seed(0)) * 0.5
 
         def noisy(*arguments: object) -> list[Answer | Reason]:
@@ -235,7 +236,7 @@ def test_updates_of_which_each_does_harm_count_if_their_mean_helps(
                 answers.append(answer._replace(update=encode_update(changed, 1)[0]))
             return answers
 
-        monkeypatch.setattr(trainer._engine, "train", noisy)
+        monkeypatch.setattr(trainer._engine, "_run", noisy)
         (result,) = run(trainer, miners, 1)
     assert len(result.contributions) == 4
     assert result.loss_after == pytest.approx(plain.loss_after, rel=0.1)

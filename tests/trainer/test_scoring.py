@@ -11,13 +11,13 @@ import torch
 
 from evaluation import evaluate
 from traincert.trainer.cycle import Trainer
-from traincert.trainer.errors import JobError
+from traincert.trainer.errors import JobError, Reason
 from traincert.trainer.examples import Dataset, Examples, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.scoring import MAX_NANO_NATS, Scorer, nano_nats, score
 from traincert.trainer.state import initial_state, state_hash, state_of
-from traincert.trainer.updates import Reason, UpdateError
+from traincert.trainer.updates import UpdateError
 
 WriteJob = Callable[..., Path]
 MakeTrainer = Callable[..., AbstractContextManager[Trainer]]
@@ -221,7 +221,7 @@ def test_a_model_of_no_numbers_has_the_greatest_loss(job: TrainingJob, validatio
 
 @pytest.mark.parametrize(("params", "reduction"), [(1, 1), (3, 5), (17098, 123456789), (2**32, 2**63)])
 def test_the_weight_is_the_root_of_params_times_reduction(params: int, reduction: int) -> None:
-    contribution = score(b"m" * 32, b"update", params, 10 + reduction, 10)
+    contribution = score(b"m" * 32, b"u" * 32, params, 10 + reduction, 10)
     assert (contribution.miner, contribution.params, contribution.loss_reduction) == (b"m" * 32, params, reduction)
     assert contribution.weight**2 <= params * reduction < (contribution.weight + 1) ** 2
 

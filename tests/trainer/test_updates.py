@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from traincert.trainer.errors import Reason
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State, state_bytes, state_from_bytes, state_hash, state_of
-from traincert.trainer.updates import CHUNK, Reason, Update, UpdateError, encode_update, max_norm, read_update
+from traincert.trainer.updates import CHUNK, Update, UpdateError, encode_update, max_norm, read_update
 
 JOB = replace(TrainingJob.named("digits"), max_update_norm=5.0, density=1.0)
 SEGMENT = Segment(2, 11, ("mean", "count"))
@@ -145,7 +146,7 @@ def test_a_hostile_compressed_update_is_refused_with_its_reason(reason: Reason, 
 
 
 def test_every_reason_about_an_updates_form_has_a_case() -> None:
-    others = {Reason.WORKER_DIED, Reason.LATE, Reason.NO_IMPROVEMENT}
+    others = {Reason.WORKER_DIED, Reason.LATE, Reason.ABSENT, Reason.WITHHELD, Reason.NO_IMPROVEMENT}
     assert {reason for reason, _ in HOSTILE} == set(Reason) - others
 
 

@@ -14,7 +14,7 @@ import torch
 
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
-from traincert.trainer.errors import JobError
+from traincert.trainer.errors import JobError, Reason
 from traincert.trainer.examples import read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
@@ -22,7 +22,6 @@ from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.records import RunFolder
 from traincert.trainer.report import write_report
 from traincert.trainer.state import set_state, state_hash
-from traincert.trainer.updates import Reason
 from users_models import MODELS, MODULE, run
 
 WriteJob = Callable[..., Path]

@@ -3,9 +3,12 @@
 import time
 from pathlib import Path
 
+from traincert.trainer.determinism import numeric_class
 from traincert.trainer.engines.orders import Answer, Order
 from traincert.trainer.examples import Examples, read_examples
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.models import build_model
+from traincert.trainer.segments import Segment, cut_segments
 from traincert.trainer.state import State, load_state, save_state
 from traincert.trainer.training import check_device, train_task
 
@@ -24,9 +27,10 @@ class Executor:
         self._model: bytes = b""
         self._state: State = {}
         self._shards: dict[bytes, Examples] = {}  # memory-mapped
+        self._segments: tuple[Segment, ...] = ()
 
     def execute(self, shards: Path, order: Order) -> Answer:
-        """Do the order's task, and return the update. `shards` is the folder of the shards.
+        """Do the order's task. `shards` is the folder of the shards.
 
         A shard's hash is checked at its first use only.
 
@@ -36,9 +40,12 @@ class Executor:
             self._model, self._state = order.model_hash, load_state(self._store, order.model_hash)
         if order.shard_hash not in self._shards:
             self._shards[order.shard_hash] = read_examples(self._job, shards, order.shard_hash)
+        shard = self._shards[order.shard_hash]
+        if not self._segments:  # they depend on the shapes of examples, which are the same in all shards
+            self._segments = cut_segments(build_model(self._job), self._job, shard)
         memory = load_state(self._store, order.memory_hash) if order.memory_hash else {}
         begin = time.perf_counter()
-        trained = train_task(self._job, self._state, order.segment, self._shards[order.shard_hash], order.task, memory)
+        trained = train_task(self._job, self._state, self._segments[order.task.segment], shard, order.task, memory)
         seconds = time.perf_counter() - begin
         kept = save_state(self._store, trained.memory) if trained.memory else None
-        return Answer(trained.update, kept, seconds)
+        return Answer(trained.update, order.memory_hash, kept, seconds, numeric_class(self._job.device))

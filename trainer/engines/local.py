@@ -11,25 +11,20 @@ import signal
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from threading import Thread, current_thread, main_thread
-from types import FrameType, TracebackType
+from threading import Thread
+from types import TracebackType
 from typing import cast
 
-import torch
-
-from traincert.trainer.engines.executor import Executor
-from traincert.trainer.engines.orders import Answer, Order
-from traincert.trainer.errors import EngineError, TrainerError
-from traincert.trainer.examples import Dataset
+from traincert.trainer.engines.orders import Answer, Commit, OnCommit, Order
+from traincert.trainer.errors import EngineError, Reason, TrainerError
+from traincert.trainer.interrupts import ctrl_c_later
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.training import check_device
-from traincert.trainer.updates import Reason
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is not safe after torch has started threads
 
@@ -60,11 +55,15 @@ class LocalEngine:
     def __init__(self, job: TrainingJob, store: Path, *, workers: int) -> None:
         if workers < 1:
             raise ValueError(f"workers = {workers}: must be at least 1")
-        check_device(job)
+        if job.device != "cpu":
+            from traincert.trainer.training import check_device
+
+            check_device(job)
         self.job = job
         self.store = store
         store.mkdir(parents=True, exist_ok=True)
         self._workers: list[_Worker] = []
+        self._updates: list[bytes | Reason] = []
         try:
             for number in range(workers):
                 self._workers.append(self._start(number))
@@ -91,16 +90,15 @@ class LocalEngine:
             _end(worker)  # killing is safe, because a worker has nothing to save
         self._workers = []
 
-    def train(
-        self,
-        dataset: Dataset,
-        orders: Sequence[Order],
-        on_update: Callable[[int, int], None] | None = None,
-    ) -> list[Answer | Reason]:
-        """Carry out all orders. Return, in the same order, an answer or the reason why there is none.
+    def collect(
+        self, shards: Path, orders: Sequence[Order], on_commit: OnCommit | None = None
+    ) -> list[Commit | Reason]:
+        """Carry out all orders; `shards` is the folder of the shards.
 
-        The reason is WORKER_DIED if two workers died, LATE after `job.task_seconds`. `on_update` is called with the
-        number of tasks done and their total: at the start, and after tasks end.
+        Return, in the same order, the commit to an answer or the reason why there is none.
+
+        The reason is WORKER_DIED if two workers died, LATE after `job.task_seconds`. `on_commit` is called at the
+        start, and after tasks end.
 
         Raises EngineError if the engine is closed; the task's OSError (for example: the disk is full) or TrainerError
         if it raised one; and EngineError, with the worker's traceback, if a task raised another exception. Any
@@ -109,14 +107,21 @@ class LocalEngine:
         if not self._workers:
             raise EngineError("the engine is closed")
         try:
-            return self._run(dataset, orders, on_update or (lambda _done, _total: None))
+            return self._commit_to(self._run(shards, orders, on_commit or (lambda _done, _total: None)))
         except BaseException:
             self.close()
             raise
 
-    def _run(
-        self, dataset: Dataset, orders: Sequence[Order], on_update: Callable[[int, int], None]
-    ) -> list[Answer | Reason]:
+    def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[bytes | Reason]:  # noqa: ARG002
+        """Return the updates of the tasks that `collect` had done last. It keeps none of them."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def _commit_to(self, answers: Sequence[Answer | Reason]) -> list[Commit | Reason]:
+        self._updates = [answer.update if isinstance(answer, Answer) else answer for answer in answers]
+        return [Commit.to(answer) if isinstance(answer, Answer) else answer for answer in answers]
+
+    def _run(self, shards: Path, orders: Sequence[Order], on_commit: OnCommit) -> list[Answer | Reason]:
         answers: dict[int, Answer | Reason] = {}
         waiting = deque(range(len(orders)))
         deaths: Counter[int] = Counter()
@@ -124,8 +129,8 @@ class LocalEngine:
             for worker in self._workers:
                 if worker.task is None and waiting:
                     worker.task = waiting.popleft()
-                    _send(worker, (dataset.shard_folder, orders[worker.task]))
-            on_update(len(answers), len(orders))
+                    _send(worker, (shards, orders[worker.task]))
+            on_commit(len(answers), len(orders))
             if len(answers) == len(orders):
                 return [answers[number] for number in range(len(orders))]
             for worker in self._wait():
@@ -170,7 +175,7 @@ class LocalEngine:
         )
         resource_tracker.ensure_running()  # now: if process.start() started it, it would unblock SIGINT
         # The worker inherits this mask. Without it, Ctrl-C during the worker's imports would print a traceback.
-        with _ctrl_c_later():
+        with ctrl_c_later():  # a half-started worker would print a traceback
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 process.start()
@@ -178,25 +183,6 @@ class LocalEngine:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()  # only the worker has this end now: if the worker dies, recv raises EOFError
         return _Worker(process, ours)
-
-
-@contextlib.contextmanager
-def _ctrl_c_later() -> Iterator[None]:
-    """Let Ctrl-C wait until the code inside has ended: a half-started worker would print a traceback.
-
-    A mask is not enough, because another thread may get the signal.
-    """
-    if current_thread() is not main_thread():  # only the main thread gets KeyboardInterrupt
-        yield
-        return
-    came: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came and callable(before):
-            before(*came[0])
 
 
 def _send(worker: _Worker, order: tuple[Path, Order]) -> None:
@@ -231,6 +217,11 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # Only workers import torch, which takes seconds: the program that has them may have no other use for it.
+    import torch
+
+    from traincert.trainer.engines.executor import Executor
+
     Thread(target=_exit_with_parent, daemon=True).start()
     # One thread outside training, too. If all processors are busy, threads wait for each other: copying a model of
     # 100,000 parameters then takes 10 ms instead of 0.1 ms.

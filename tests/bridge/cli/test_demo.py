@@ -55,7 +55,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, node_programs: Path) -> tuple
 
 
 def test_the_demos_updates_can_be_made_again(demo: tuple[Path, str]) -> None:
-    answer = run("job", "replay", demo[0] / "run", "--cycle", "12")
+    answer = run("job", "replay", demo[0] / "coordinator/run", "--cycle", "12")
     assert answer.stdout.splitlines()[-1] == "all 4 updates are the same", answer.stderr
 
 
@@ -63,7 +63,7 @@ def test_the_demo_reaches_its_accuracy_and_every_claim_holds(demo: tuple[Path, s
     _, shown = demo
     assert "NOT TRUE" not in shown
     claims = [line for line in shown.splitlines() if line.startswith("✓")]
-    assert len(claims) == 10
+    assert len(claims) == 11
     accuracy = float(claims[-1].partition("has: ")[2].split()[0])
     assert accuracy >= 0.95
     assert "(bar: 0.95)" in claims[-1]
@@ -85,17 +85,22 @@ def test_the_readme_shows_what_the_demo_prints(demo: tuple[Path, str]) -> None:
 def test_the_picture_is_one_and_keys_are_their_owners_only(demo: tuple[Path, str]) -> None:
     directory, _ = demo
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
-    keys = sorted((directory / "keys").iterdir())
-    assert len(keys) == 3 + 1 + 4
+    keys = secrets_in(directory)
+    assert len(keys) == 2 + 2 + 4 * 2 + 2 * 2 + 1  # coordinator, broker's users, miners, cosigners, TLS
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
 
 
 def test_no_secret_is_in_a_log_or_an_answer(demo: tuple[Path, str]) -> None:
     directory, shown = demo
-    logs = shown + "".join(log.read_text(errors="replace") for log in directory.glob("node*/regtest/debug.log"))
+    files = [*directory.glob("node*/regtest/debug.log"), *directory.glob("*/log")]
+    logs = shown + "".join(log.read_text(errors="replace") for log in files)
     assert "Done loading" in logs
-    for key in (directory / "keys").iterdir():
+    for key in secrets_in(directory):
         assert key.read_text().strip() not in logs
+
+
+def secrets_in(directory: Path) -> list[Path]:
+    return [path for kind in ("*.key", "*.seed") for path in directory.rglob(kind)]
 
 
 def test_no_process_is_left(demo: tuple[Path, str]) -> None:
@@ -202,7 +207,9 @@ def test_an_absent_winner_is_replaced_and_blocks_need_no_proof_of_work(tmp_path:
     assert any(int(row[-1], 16) >> 255 for row in rows)  # above regtest's target
 
 
-@pytest.mark.parametrize("moment", ["starting 3 nodes", "starting 2 worker", "cycle 1 ", "block 2 ", "checking"])
+@pytest.mark.parametrize(
+    "moment", ["preparing", "starting 3 nodes", "starting the broker", "cycle 1 ", "block 2 ", "checking"]
+)
 @pytest.mark.usefixtures("node_programs")
 def test_ctrl_c_at_any_moment_stops_every_process(tmp_path: Path, moment: str) -> None:
     command = [TRAINCERT, "demo", "--data", str(tmp_path / "data"), "--cycles", "3", "--keep"]

@@ -17,16 +17,13 @@ import pytest
 
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.local import LocalEngine
-from traincert.trainer.engines.orders import Answer, Order
-from traincert.trainer.errors import EngineError, IntegrityError, JobError
+from traincert.trainer.engines.orders import Commit, Order
+from traincert.trainer.errors import EngineError, IntegrityError, JobError, Reason
 from traincert.trainer.examples import Dataset
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset
-from traincert.trainer.segments import cut_segments
 from traincert.trainer.state import initial_state, save_state
 from traincert.trainer.tasks import assign
-from traincert.trainer.updates import Reason
 
 WriteJob = Callable[..., Path]
 
@@ -54,23 +51,22 @@ def orders_of(dataset: Dataset, miners: Sequence[bytes], store: Path) -> list[Or
     job = dataset.job
     store.mkdir(exist_ok=True)
     model = save_state(store, initial_state(job))
-    segments = cut_segments(build_model(job), job)
     return [
-        Order(task, segments[task.segment], model, dataset.shards[task.shard], None)
+        Order(task, model, dataset.shards[task.shard], None)
         for task in assign(b"", 0, miners, job.segments, job.shards)
     ]
 
 
-def results(answers: Sequence[Answer | Reason]) -> list[tuple[bytes, bytes | None] | Reason]:
-    """All of the answers but the time that they took."""
-    return [answer if isinstance(answer, Reason) else (answer.update, answer.memory_hash) for answer in answers]
+def results(commits: Sequence[Commit | Reason]) -> list[Commit | Reason]:
+    """The commits without the time that their tasks took."""
+    return [commit if isinstance(commit, Reason) else commit._replace(seconds=0) for commit in commits]
 
 
 def test_a_killed_worker_costs_nothing_but_time(
     job: TrainingJob, dataset: Dataset, engine: LocalEngine, miners: list[bytes], tmp_path: Path
 ) -> None:
     """One of two workers is stopped, so that it never answers, and is killed once the other has answered."""
-    expected = results(engine.train(dataset, orders_of(dataset, miners, engine.store)))
+    expected = results(engine.collect(dataset.shard_folder, orders_of(dataset, miners, engine.store)))
     orders = orders_of(dataset, miners, tmp_path)
     with LocalEngine(job, tmp_path, workers=2) as damaged:
         stopped = damaged.pids[0]
@@ -80,11 +76,11 @@ def test_a_killed_worker_costs_nothing_but_time(
             if done == 1 and stopped in damaged.pids:
                 os.kill(stopped, signal.SIGKILL)
 
-        assert results(damaged.train(dataset, orders, kill_after_an_answer)) == expected
+        assert results(damaged.collect(dataset.shard_folder, orders, kill_after_an_answer)) == expected
         assert stopped not in damaged.pids
         assert len(damaged.pids) == 2
         os.kill(damaged.pids[0], signal.SIGKILL)  # while it is idle
-        assert results(damaged.train(dataset, orders)) == expected
+        assert results(damaged.collect(dataset.shard_folder, orders)) == expected
 
 
 def test_a_task_whose_worker_dies_twice_is_given_up(
@@ -103,12 +99,12 @@ def test_a_task_whose_worker_dies_twice_is_given_up(
         killer = Thread(target=kill_all)
         killer.start()
         try:
-            answers = engine.train(dataset, orders)
+            answers = engine.collect(dataset.shard_folder, orders)
         finally:
             over.set()
             killer.join()
         assert answers == [Reason.WORKER_DIED]
-        assert isinstance(engine.train(dataset, orders)[0], Answer)
+        assert isinstance(engine.collect(dataset.shard_folder, orders)[0], Commit)
 
 
 TROUBLE = """
@@ -157,7 +153,7 @@ def test_only_the_task_that_is_late_or_dies_is_lost_and_the_next_cycle_goes_on(
         assert refusal.detail
         assert len(first.contributions) == 1
         lost = next(task for task in first.tasks if task.refusal)
-        assert (lost.update_hash, lost.update_size, lost.seconds) == (None, 0, 0)
+        assert lost.commit is None
         marker.unlink()
         second = trainer.run_cycle(first.after, miners[:2], seed=b"second")
         assert second.refusals == ()
@@ -172,7 +168,7 @@ def test_what_the_system_refuses_a_worker_is_raised_as_it_is(
     model.unlink()
     model.mkdir()
     with LocalEngine(job, tmp_path, workers=1) as engine, pytest.raises(IsADirectoryError) as caught:
-        engine.train(dataset, orders)
+        engine.collect(dataset.shard_folder, orders)
     assert caught.value.filename == str(model)
 
 
@@ -185,9 +181,9 @@ def test_a_damaged_shard_is_an_error_that_names_the_file(job: TrainingJob, miner
     damaged.write_bytes(data)
     with LocalEngine(job, tmp_path / "store", workers=1) as engine:
         with pytest.raises(IntegrityError, match=f"{damaged}: the file's SHA-256 is"):
-            engine.train(dataset, orders)
+            engine.collect(dataset.shard_folder, orders)
         with pytest.raises(EngineError, match="the engine is closed"):
-            engine.train(dataset, orders)
+            engine.collect(dataset.shard_folder, orders)
 
 
 def test_a_mistake_in_the_users_module_is_one_line_with_its_place(
@@ -199,7 +195,7 @@ def test_a_mistake_in_the_users_module_is_one_line_with_its_place(
     with LocalEngine(job, tmp_path / "store", workers=1) as engine:
         said = r"^loss = '\w+:loss': ArithmeticError: mine; /.*\.py, line \d+, in loss; it got the outputs float32 \("
         with pytest.raises(JobError, match=said):
-            engine.train(dataset, orders_of(dataset, miners, tmp_path / "store"))
+            engine.collect(dataset.shard_folder, orders_of(dataset, miners, tmp_path / "store"))
         assert engine.pids == []
 
 
@@ -214,7 +210,7 @@ def test_closing_leaves_no_process(job: TrainingJob, dataset: Dataset, miners: l
         pids = engine.pids
         assert all(is_running(pid) for pid in pids)
         with pytest.raises(KeyboardInterrupt):
-            engine.train(dataset, orders, interrupt)
+            engine.collect(dataset.shard_folder, orders, interrupt)
     assert not any(is_running(pid) for pid in pids)
     assert [path.name for path in tmp_path.iterdir()] == [orders[0].model_hash.hex()]
     engine.close()
@@ -232,8 +228,8 @@ def test_workers_leave_ctrl_c_to_their_parent(
             for pid in pids:
                 os.kill(pid, signal.SIGINT)
 
-        answers = engine.train(dataset, orders, interrupt_workers)
-        assert all(isinstance(answer, Answer) for answer in answers)
+        answers = engine.collect(dataset.shard_folder, orders, interrupt_workers)
+        assert all(isinstance(commit, Commit) for commit in answers)
         assert engine.pids == pids
 
 
@@ -243,7 +239,7 @@ def test_a_worker_maps_its_shards_and_never_opens_what_is_held_out(
     """After tasks on all shards: what is mapped and open in the workers' processes, and what they were told."""
     orders = orders_of(dataset, miners, engine.store)
     assert {order.shard_hash for order in orders} == set(dataset.shards)
-    engine.train(dataset, orders)
+    engine.collect(dataset.shard_folder, orders)
     mapped = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in engine.pids)
     opened = [str(path.readlink()) for pid in engine.pids for path in Path(f"/proc/{pid}/fd").iterdir()]
     found = set(re.findall(rf"{dataset.directory}/(\S+)/(\S+)", mapped + "\n".join(opened)))
@@ -258,7 +254,7 @@ def test_workers_can_do_without_the_held_out_files(job: TrainingJob, miners: lis
     orders = orders_of(dataset, miners, tmp_path / "store")
     dataset.held_out_folder.rename(tmp_path / "away")
     with LocalEngine(job, tmp_path / "store", workers=1) as engine:
-        assert all(isinstance(answer, Answer) for answer in engine.train(dataset, orders))
+        assert all(isinstance(commit, Commit) for commit in engine.collect(dataset.shard_folder, orders))
 
 
 PARENT = """
@@ -268,9 +264,7 @@ from pathlib import Path
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Order
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset
-from traincert.trainer.segments import cut_segments
 from traincert.trainer.state import initial_state, save_state
 from traincert.trainer.tasks import Task
 
@@ -284,7 +278,7 @@ if __name__ == "__main__":
     task = Task(miner=bytes(32), segment=0, shard=0, seed=bytes(32), cycle=0)
     with LocalEngine(job, dataset.directory, workers=1) as engine:
         print(shard, *engine.pids, flush=True)
-        engine.train(dataset, [Order(task, cut_segments(build_model(job), job)[0], model, dataset.shards[0], None)])
+        engine.collect(dataset.shard_folder, [Order(task, model, dataset.shards[0], None)])
 """
 
 

@@ -1,0 +1,61 @@
+"""The commands `traincert miner ...`: a miner on its own machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO
+
+import click
+
+from traincert.bridge.cli.events import Events
+
+FOLDER = click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+
+
+@click.group()
+def miner() -> None:
+    """Take part in a network as a miner, on a machine of its own."""
+
+
+@miner.command("join")
+@FOLDER
+@click.option("--job", required=True, help="The job that the network trains: a TOML file, or a job's name.")
+@click.option(
+    "--invitation", type=click.File("r"), default="-", help="The file with the invitation.  [default: standard input]"
+)
+def miner_join(folder: Path, job: str, invitation: IO[str]) -> None:
+    """Join a network, and make the miner's folder FOLDER, with a new key.
+
+    The coordinator makes the invitation with `traincert coordinator invite NAME`. It has a secret. If FOLDER has a key
+    already, the miner keeps it.
+    """
+    from traincert.bridge.invitations import MINER, Invitation  # of the extra `train`
+    from traincert.bridge.miner import join_as_miner
+
+    read = Invitation.read(invitation.read(), MINER)
+    key = join_as_miner(folder, read, job)
+    click.echo(f"{read.name} has joined with the key {key.hex()}")
+    click.echo(f"A node needs the options in {folder / 'training.conf'}. Next: traincert miner run {folder}")
+
+
+@miner.command("run")
+@FOLDER
+@click.option(
+    "--datadir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The data directory of the miner's own node. Without a node the miner trains, but appends no blocks.",
+)
+@click.option(
+    "--compat-pow/--no-compat-pow",
+    default=True,
+    help="Make blocks that also meet regtest's trivial proof-of-work target (default).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each event.")
+def miner_run(folder: Path, datadir: Path | None, compat_pow: bool, as_json: bool) -> None:
+    """Train, and append the blocks that the miner in FOLDER wins, until it is interrupted.
+
+    A miner that was interrupted or killed goes on where it was.
+    """
+    from traincert.bridge.miner import run_miner
+
+    run_miner(folder, datadir, Events(as_json=as_json), compat_pow=compat_pow)

@@ -1,0 +1,231 @@
+"""The coordinator as a program: its folder, and what it needs from all sides.
+
+Its folder has
+
+    coordinator.json  the network's parameters, and where the job is
+    keys/             the secrets: the coordinator's key, and the beacon
+    broker/           the broker's configuration, see broker.py
+    members.sqlite    who takes part
+    run/              the run folder: the job, its data, and each cycle's record
+    cycle.sqlite      the open cycle
+    journal.sqlite    the certificates that were signed
+    training.conf     the options that every node of the network needs
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from coincurve import PrivateKey
+
+from traincert.bridge.broker import Members, connect, coordinator_credential, create_broker
+from traincert.bridge.chain import check_network
+from traincert.bridge.consensus.beacon import Beacon
+from traincert.bridge.consensus.certificate import Certificate
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
+from traincert.bridge.coordinator import ClosedSlot, Coordinator
+from traincert.bridge.cosigning import Cosigned
+from traincert.bridge.errors import BridgeError
+from traincert.bridge.invitations import Invitation
+from traincert.bridge.keys import create_secret, load_secret, xonly_key
+from traincert.bridge.members import MemberList, RemoteMiners
+from traincert.bridge.rpc import NodeClient
+from traincert.bridge.signer import Signer
+from traincert.trainer.cycle import Trainer
+from traincert.trainer.engines.broker import Connection
+from traincert.trainer.engines.nats import NatsEngine
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.records import RunFolder
+from traincert.trainer.state import initial_state, state_hash
+from traincert.trainer.store import write_file
+
+VERSION = 1
+"""Of coordinator.json."""
+
+
+class View(Protocol):
+    """Shows what a coordinator does."""
+
+    def step(self, text: str) -> None:
+        """Show the step that begins now."""
+
+    def update(self, done: int, total: int) -> None:
+        """Show how many of the cycle's tasks are done."""
+
+    def absent(self, height: int, winner: str, reason: str) -> None:
+        """Show that a winner's block did not come within its round."""
+
+    def closed(self, cycle: Mapping[str, Any]) -> None:
+        """Show a cycle that the chain has a block for, see `cycle_facts`."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `CoordinatorFolder.create` needs to know. `cosigners` are x-only keys, 32 bytes each."""
+
+    job: str
+    hosts: Sequence[str]
+    port: int
+    round_seconds: int = 60
+    cosigners: Sequence[bytes] = ()
+    threshold: int = 1
+    start_height: int = 1
+
+
+class CoordinatorFolder:
+    """A coordinator's folder, see above."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder that `create` made. Raises BridgeError if it is none."""
+        self.folder = folder
+        path = folder / "coordinator.json"
+        try:
+            facts = json.loads(path.read_text())
+            if facts["version"] != VERSION:
+                raise BridgeError(f"{path} has format {facts['version']}, this traincert reads format {VERSION}")
+            self.job: str = facts["job"]
+            self.params = TrainingParams.from_node_options(facts["options"])
+        except FileNotFoundError:
+            raise BridgeError(
+                f"{folder} is no coordinator's folder: run traincert coordinator init {folder} --job JOB"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BridgeError(f"{path} cannot be read: {error!r}") from None
+        self.members = MemberList(folder / "members.sqlite")
+
+    @classmethod
+    def create(cls, folder: Path, settings: Settings, job: TrainingJob) -> CoordinatorFolder:
+        """Make the folder of a new network: keys, broker, prepared data.
+
+        Raises BridgeError if it is there already, KeyFileError or OSError if something cannot be written, and
+        TrainerError if the job cannot be used.
+        """
+        if folder.exists() and any(folder.iterdir()):
+            raise BridgeError(f"{folder} is not empty: choose another folder")
+        if not 1 <= settings.threshold <= 1 + len(settings.cosigners):
+            raise BridgeError(f"{settings.threshold} signatures of {1 + len(settings.cosigners)} keys are impossible")
+        unfinished = folder.with_name(f"{folder.name}.unfinished")  # renamed when complete
+        shutil.rmtree(unfinished, ignore_errors=True)
+        secret = create_secret(unfinished / "keys" / "coordinator.key")
+        beacon = Beacon(create_secret(unfinished / "keys" / "beacon.key"))
+        keys = TrainingKeys(settings.threshold, (xonly_key(secret), *settings.cosigners))
+        model = state_hash(initial_state(job))
+        params = TrainingParams({settings.start_height: keys}, beacon.anchor, model, settings.round_seconds)
+        create_broker(unfinished, settings.hosts, settings.port)
+        with RunFolder(unfinished / "run", job) as run:
+            run.dataset()
+        facts = {"version": VERSION, "job": settings.job, "options": params.node_options()}
+        write_file(unfinished / "coordinator.json", json.dumps(facts, indent=1).encode() + b"\n")
+        write_file(unfinished / "training.conf", params.conf().encode(), 0o644)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+        return cls(folder)
+
+    def invite(self, name: str, role: str) -> Invitation:
+        """Let a member in, and return its invitation. An earlier invitation of this name ends.
+
+        Raises BridgeError if a member of this name has joined already.
+        """
+        self.members.invite(name, role)
+        credential = Members(self.folder).admit(name)
+        digest = TrainingJob.named(self.job).digest().hex()
+        return Invitation(name, role, *credential, options=self.params.node_options(), job=digest)
+
+    def remove(self, name: str) -> None:
+        """End a member's part, at once. Raises BridgeError if there is no such member."""
+        self.members.remove(name)
+        Members(self.folder).remove(name)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A coordinator that is ready to run cycles."""
+
+    coordinator: Coordinator
+    run: RunFolder
+    members: MemberList
+    view: View
+
+    def close_slots(self, cycles: int) -> None:
+        """Run cycles until the run has so many. Each is recorded before its block is certified."""
+
+        def on_absent(certificate: Certificate, reason: str) -> None:
+            self.view.absent(certificate.height, self._name(certificate.winner_key), reason)
+
+        while (done := self.coordinator.closed) < cycles:
+            self.view.step(f"cycle {done + 1} of {cycles}")
+            slot = self.coordinator.close_slot(self.view.update, on_absent)
+            self.view.closed(cycle_facts(slot, self._name(slot.certificate.winner_key)))
+
+    def _name(self, key: bytes) -> str:
+        return next((name for name, each in self.members.keys().items() if each == key), key.hex()[:16])
+
+
+@contextmanager
+def open_coordinator(folder: CoordinatorFolder, datadir: Path, miners: int, view: View) -> Iterator[Program]:
+    """Connect a coordinator to its node and its broker. The first cycle waits for so many miners.
+
+    Raises BridgeError, RegtestError or TrainerError if that cannot be done, or if another process has it open.
+    """
+    params, secret = folder.params, load_secret(folder.folder / "keys" / "coordinator.key")
+    key = PrivateKey(secret)
+    job = TrainingJob.named(folder.job)
+
+    def waiting(present: int, wanted: int) -> None:
+        view.step(f"waiting for miners: {present} of {wanted} are present")
+
+    def on_lost(lost: bool) -> None:
+        view.step("the broker is away: waiting for it" if lost else "the broker is there again")
+
+    with ExitStack() as stack:
+        run = stack.enter_context(RunFolder(folder.folder / "run", job))
+        node = stack.enter_context(NodeClient.from_datadir(datadir))
+        check_network(node, params)
+        view.step("preparing the data")
+        dataset = run.dataset()
+        remote = RemoteMiners(folder.members, key, params, wanted=miners, waiting=waiting)
+        connection = stack.enter_context(Connection(partial(connect, coordinator_credential(folder.folder)), on_lost))
+        engine = NatsEngine(
+            job,
+            run.store,
+            folder.folder / "cycle.sqlite",
+            connection,
+            members=folder.members.keys,
+            read_commit=remote.read_commit,
+            make_receipt=remote.make_receipt,
+            shared=remote.shared,
+        )
+        trainer = stack.enter_context(Trainer(dataset, engine))
+        if not run.records:
+            run.begin(trainer.start(), dataset)
+        remote.attach(engine, trainer, run)
+        signer = Signer(folder.folder / "journal.sqlite", params.chain_id, {0: secret})
+        cosigned = Cosigned(signer, key, params, folder.members, engine, view.step)
+        connection.serve(engine.handlers)
+        beacon = Beacon(load_secret(folder.folder / "keys" / "beacon.key"))
+        coordinator = Coordinator(params, cosigned.sign, beacon, node, trainer, run, remote)
+        yield Program(coordinator, run, folder.members, view)
+
+
+def cycle_facts(slot: ClosedSlot, winner: str) -> dict[str, Any]:
+    """Return what is shown of a closed cycle: losses in nano-nats, refusals by reason."""
+    certificate, record = slot.certificate, slot.record
+    return {
+        "height": certificate.height,
+        "round": certificate.round,
+        "winner": winner,
+        "tasks": len(record["tasks"]),
+        "refusals": [task["refusal"] for task in record["tasks"] if task["refusal"]],
+        "loss_before": certificate.loss_before,
+        "loss_after": certificate.loss_after,
+        "metric": record["metric"],
+        "block": slot.block_hash,
+    }

@@ -1,0 +1,285 @@
+"""Who takes part in a network: the coordinator's list of members, and how it reaches the miners."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from coincurve import PrivateKey
+
+from traincert.bridge.consensus.certificate import Certificate
+from traincert.bridge.consensus.params import TrainingParams
+from traincert.bridge.coordinator import ClosedSlot, Slot, contribution_table
+from traincert.bridge.errors import BridgeError
+from traincert.bridge.invitations import COSIGNER, MINER
+from traincert.bridge.messages import (
+    Award,
+    CommitMessage,
+    CommitReceipt,
+    Join,
+    M,
+    Message,
+    MessageError,
+    Opening,
+    Receipt,
+    Report,
+    seal,
+    unseal,
+)
+from traincert.trainer.cycle import Trainer
+from traincert.trainer.engines.nats import NatsEngine, Pledge
+from traincert.trainer.engines.orders import Commit
+from traincert.trainer.errors import EngineError
+from traincert.trainer.records import Record, RunFolder, record_hash
+
+
+class MemberList:
+    """The members' names, roles and keys, in a SQLite file that the coordinator's commands share."""
+
+    def __init__(self, path: Path) -> None:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._lock = Lock()
+        self._database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        self._database.execute("PRAGMA synchronous = EXTRA")
+        self._database.execute("CREATE TABLE IF NOT EXISTS members (name TEXT PRIMARY KEY, role TEXT, key BLOB UNIQUE)")
+        self._version: int | None = None
+        self._roles: dict[str, tuple[str, bytes | None]] = {}
+
+    def roles(self) -> dict[str, tuple[str, bytes | None]]:
+        """Return each member's role, and its key if it has joined, by its name."""
+        with self._lock:
+            (version,) = self._database.execute("PRAGMA data_version").fetchone()  # changes with others' writes
+            if version != self._version:
+                rows = self._database.execute("SELECT name, role, key FROM members ORDER BY name").fetchall()
+                self._roles, self._version = {name: (role, key) for name, role, key in rows}, version
+            return self._roles
+
+    def keys(self) -> dict[str, bytes]:
+        """Return the keys of all who have joined, by name."""
+        return {name: key for name, (_, key) in self.roles().items() if key}
+
+    def with_role(self, role: str) -> dict[str, bytes]:
+        """Return the keys of those of a role who have joined, by name."""
+        return {name: key for name, (each, key) in self.roles().items() if key and each == role}
+
+    def invite(self, name: str, role: str) -> None:
+        """Put an invited member into the list. Raises BridgeError if a member of this name has joined already."""
+        with self._changing() as database:
+            row = database.execute("SELECT key FROM members WHERE name = ?", (name,)).fetchone()
+            if row and row[0]:
+                raise BridgeError(f"{name} has joined already: remove it first (traincert coordinator remove)")
+            database.execute("INSERT OR REPLACE INTO members VALUES (?, ?, NULL)", (name, role))
+
+    def join(self, name: str, key: bytes) -> None:
+        """Bind a member's name to its key. Raises BridgeError if either is bound otherwise."""
+        with self._changing() as database:
+            row = database.execute("SELECT key FROM members WHERE name = ?", (name,)).fetchone()
+            if row is None:
+                raise BridgeError(f"{name} is not invited")
+            if row[0] == key:
+                return
+            if row[0]:
+                raise BridgeError(f"this invitation was used already: {name} has joined with the key {row[0].hex()}")
+            other = database.execute("SELECT name FROM members WHERE key = ?", (key,)).fetchone()
+            if other:
+                raise BridgeError(f"the key {key.hex()} is that of {other[0]}: each member needs a key of its own")
+            database.execute("UPDATE members SET key = ? WHERE name = ?", (key, name))
+
+    def remove(self, name: str) -> None:
+        """Take a member out of the list. Raises BridgeError if there is none of this name."""
+        known = ", ".join(self.roles()) or "none"
+        with self._changing() as database:
+            if not database.execute("DELETE FROM members WHERE name = ?", (name,)).rowcount:
+                raise BridgeError(f"there is no member {name}; there are: {known}")
+
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._version = None
+            yield self._database
+
+
+class RemoteMiners:
+    """The coordinator's miners, reached through the engine; see `coordinator.Miners`.
+
+    `key` is the coordinator's own. The first cycle begins when `wanted` miners are present, all others when one is.
+    `waiting` is called with the number of miners that are present, and that are wanted, while there are too few.
+    """
+
+    def __init__(
+        self,
+        members: MemberList,
+        key: PrivateKey,
+        params: TrainingParams,
+        *,
+        wanted: int,
+        waiting: Callable[[int, int], None],
+    ) -> None:
+        self._members = members
+        self._key = key
+        self._params = params
+        self._wanted = wanted
+        self._waiting = waiting
+        self._reports: dict[tuple[int, int], str] = {}
+        self._engine: NatsEngine
+        self._trainer: Trainer
+        self._job_digest: bytes
+
+    def attach(self, engine: NatsEngine, trainer: Trainer, run: RunFolder) -> None:
+        """Use this engine, and add the requests that it does not know to its handlers."""
+        self._engine, self._trainer, self._run = engine, trainer, run
+        self._job_digest = trainer.job.digest()
+        engine.handlers |= {"join": self._join, "job": self._identity, "report": self._report}
+
+    def open(self, slot: Slot, cycle: int) -> tuple[Sequence[bytes], bytes]:
+        """Wait for miners, and open a cycle with those that are present, unless it is open already."""
+        if statement := self._engine.opening:
+            _, opening = unseal(self._params.chain_id, Opening, statement)
+            if (opening.cycle, opening.prev_block) == (cycle, slot.prev_block):
+                return opening.miners, statement
+        miners = self._wait(1 if cycle else self._wanted)
+        memories = self._run.memories()
+        now = int(time.time())
+        opening = Opening(
+            job=self._job_digest,
+            cycle=cycle,
+            height=slot.height,
+            prev_block=slot.prev_block,
+            model=bytes.fromhex(self._run.records[-1]["model_after"]),
+            dataset_root=self._trainer.dataset.root,
+            miners=miners,
+            memories=[memories.get(miner) for miner in miners],
+            opened=now,
+            deadline=now + math.ceil(self._trainer.job.task_seconds),
+        )
+        statement = self._seal(opening)
+        self._engine.open(statement, opening.deadline)
+        return miners, statement
+
+    def award(self, certificate: Certificate) -> None:
+        """Put a certificate where its winner, and nobody else, finds it."""
+        self._engine.post(certificate.winner_key, "award", self._seal(Award(certificate.serialize())))
+
+    def why_absent(self, certificate: Certificate) -> str:
+        """Return what a winner said about its block, or what else is known."""
+        if said := self._reports.get((certificate.height, certificate.round)):
+            return said
+        members = self._members.with_role(MINER)
+        if certificate.winner_key not in members.values():
+            return "it takes part no longer"
+        return "no answer yet" if certificate.winner_key in self._engine.present() else "it is away"
+
+    def closed(self, slot: ClosedSlot) -> None:
+        """Give each miner of the cycle its receipt."""
+        self._reports.clear()
+        self._engine.clear("award")
+        for miner, receipt in receipts(slot.record):
+            self._engine.post(miner, "receipt", self._seal(receipt))
+
+    def shared(self, member: str, digest: bytes) -> Path | None:
+        """Return a file that a member may read: the manifest, closed cycles' records; for cosigners models, too."""
+        if digest == self._trainer.dataset.root:
+            return self._trainer.dataset.directory / digest.hex()
+        if digest in (hashes := self._run.hashes):
+            return self._run.record_path(hashes.index(digest))
+        role, _ = self._members.roles().get(member, ("", None))
+        if role != COSIGNER:
+            return None
+        dataset = self._trainer.dataset
+        return (dataset.shard_folder if digest in dataset.shards else self._run.store) / digest.hex()
+
+    def read_commit(self, statement: bytes) -> Pledge:
+        """Read a miner's commit. Raises EngineError if it must be refused."""
+        miner, message = self._unseal(CommitMessage, statement)
+        commit = Commit(
+            message.update_hash,
+            message.update_size,
+            message.memory_before,
+            message.memory_after,
+            message.seconds,
+            message.numeric_class,
+            statement,
+        )
+        return Pledge(miner, message.opening, commit)
+
+    def make_receipt(self, statement: bytes, place: int) -> bytes:
+        """Return the signed receipt of a commit."""
+        return self._seal(CommitReceipt(hashlib.sha256(statement).digest(), place))
+
+    def _wait(self, wanted: int) -> list[bytes]:
+        """Wait until so many miners are present. Return their keys, sorted."""
+        while True:
+            miners = sorted(set(self._engine.present()) & set(self._members.with_role(MINER).values()))
+            if len(miners) >= wanted:
+                return miners
+            self._waiting(len(miners), wanted)
+            self._engine.wait(1.0)
+
+    async def _join(self, member: str, data: bytes) -> bytes:
+        """Register a member's key. The answer is the key of the coordinator."""
+        key, message = self._unseal(Join, data)
+        if message.name != member:
+            raise EngineError(f"the request to join is for {message.name}, not for {member}")
+        try:
+            self._members.join(member, key)
+        except BridgeError as error:
+            raise EngineError(str(error)) from None
+        return self._key.public_key_xonly.format()
+
+    async def _identity(self, member: str, data: bytes) -> bytes:  # noqa: ARG002
+        """Answer with what makes the job, so that a member can say in what its own differs."""
+        return json.dumps(self._trainer.job.shared_identity()).encode()
+
+    async def _report(self, member: str, data: bytes) -> bytes:
+        """Note what a winner says about its block."""
+        key, report = self._unseal(Report, data)
+        if key == self._members.keys().get(member):
+            said = f"its node took block {report.block_hash}, but ours has not heard of it"
+            self._reports[report.height, report.round] = report.problem or said
+        return b""
+
+    def _seal(self, message: Message) -> bytes:
+        return seal(self._key, self._params.chain_id, message)
+
+    def _unseal(self, kind: type[M], statement: bytes) -> tuple[bytes, M]:
+        try:
+            return unseal(self._params.chain_id, kind, statement)
+        except MessageError as error:
+            raise EngineError(str(error)) from None
+
+
+def receipts(record: Record) -> Iterator[tuple[bytes, Receipt]]:
+    """Return each miner of a cycle, and the receipt of what came of its task."""
+    table = contribution_table(record)
+    places = {leaf.miner_key: index for index, leaf in enumerate(table.leaves)}
+    for task in record["tasks"]:
+        miner = bytes.fromhex(task["miner"])
+        index = places.get(miner)
+        yield (
+            miner,
+            Receipt(
+                cycle=record["cycle"],
+                record=record_hash(record),
+                miner=miner,
+                update_hash=bytes.fromhex(task["update_hash"]) if task["update_hash"] else None,
+                params=task["params"],
+                loss_reduction=task["loss_reduction"],
+                weight=task["weight"],
+                refusal=task["refusal"],
+                detail=task["detail"],
+                contributions_root=table.root,
+                contributions_weight=table.weight,
+                contributions_count=table.count,
+                index=index,
+                path=[] if index is None else [(node.hash, node.sum) for node in table.path(index)],
+            ),
+        )

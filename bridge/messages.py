@@ -1,0 +1,219 @@
+"""What travels between the roles: statements that are signed over their bytes (BIP340), and what they say.
+
+A statement is `key (32 bytes) || signature (64 bytes) || message`. The signature is over T("traincert/message",
+chain_id || u8 length of kind || kind || message), so a statement of one kind or network is none of another. The message
+is JSON; bytes are in hex. Nobody encodes it again to verify it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from coincurve import PrivateKey
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from traincert.bridge.consensus.codec import encode_b32, encode_uint, tagged_hash, verify_schnorr
+from traincert.bridge.errors import BridgeError
+
+_CONFIG = ConfigDict(strict=True, extra="forbid", ser_json_bytes="hex", val_json_bytes="hex", allow_inf_nan=False)
+_HEAD = 32 + 64  # bytes of key and signature
+
+Hash = Annotated[bytes, Field(min_length=32, max_length=32)]
+Uint = Annotated[int, Field(ge=0, lt=2**64)]
+Seconds = Annotated[float, Field(ge=0, lt=2**63)]
+
+
+class MessageError(BridgeError):
+    """A statement that is not what it must be: its form, its signature or its signer is wrong."""
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Join:
+    """A miner's: this credential is my key's from now on. The signer is the miner."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Opening:
+    """The coordinator's: a cycle begins. `prev_block` is in header byte order.
+
+    Who trains what follows from `prev_block`, the job's seed and `miners` alone.
+    """
+
+    job: Hash
+    """The job's digest."""
+    cycle: Uint
+    """Counted from 0."""
+    height: Uint
+    prev_block: Hash
+    model: Hash
+    dataset_root: Hash
+    miners: list[Hash]
+    """The keys of the miners that are present, sorted."""
+    memories: list[Hash | None]
+    """SHA-256 of the memory that each miner's last accepted task left, in the order of `miners`; None: it has none."""
+    opened: Uint
+    """Unix time, seconds, by the coordinator's clock."""
+    deadline: Uint
+    """Unix time, seconds. Commits that come later are refused."""
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class CommitMessage:
+    """A miner's: I shall send the update with this hash. `opening` is the SHA-256 of the opening's statement."""
+
+    opening: Hash
+    update_hash: Hash
+    update_size: Uint
+    memory_before: Hash | None
+    memory_after: Hash | None
+    seconds: Seconds
+    numeric_class: Annotated[str, Field(max_length=200)]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class CommitReceipt:
+    """The coordinator's: the statement with this SHA-256 is the commit number `place` (from 0) of the cycle."""
+
+    commit: Hash
+    place: Uint
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Award:
+    """The coordinator's, for the winner: a certificate with all signatures, as in a block."""
+
+    certificate: bytes
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Proposal:
+    """The coordinator's, for its cosigners: a certificate that they are to sign, as bytes without signatures.
+
+    `earlier` has the certificates, with all signatures, of the earlier rounds of the same slot, in order.
+    """
+
+    certificate: bytes
+    earlier: list[bytes]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Cosignature:
+    """A cosigner's: its signature of the certificate with this SHA-256 (without signatures), or why it does not sign.
+
+    A refusal has an empty signature, the name of the check that failed, and a sentence.
+    """
+
+    certificate: Hash
+    signature: Annotated[bytes, Field(max_length=64)]
+    refusal: Annotated[str, Field(max_length=40)]
+    detail: Annotated[str, Field(max_length=1000)]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Receipt:
+    """The coordinator's, for a miner: what came of its task. A refused one has a reason and no leaf."""
+
+    cycle: Uint
+    """Counted from 1, as in the records."""
+    record: Hash
+    miner: Hash
+    update_hash: Hash | None
+    params: Uint
+    loss_reduction: Uint
+    weight: Uint
+    refusal: str | None
+    detail: str | None
+    contributions_root: Hash
+    contributions_weight: Uint
+    contributions_count: Uint
+    index: Uint | None
+    """The leaf's place in the table, and its path from the leaf to the root: each node's hash and sum."""
+    path: list[tuple[Hash, Uint]]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Report:
+    """A winner's: why there is no block of this height and round, or its hash."""
+
+    height: Uint
+    round: Uint
+    block_hash: Annotated[str, Field(max_length=64)]
+    problem: Annotated[str, Field(max_length=500)]
+
+
+Message = Join | Opening | CommitMessage | CommitReceipt | Award | Proposal | Cosignature | Receipt | Report
+M = TypeVar("M", Join, Opening, CommitMessage, CommitReceipt, Award, Proposal, Cosignature, Receipt, Report)
+
+_KINDS: Mapping[type, str] = {
+    Join: "join",
+    Opening: "opening",
+    CommitMessage: "commit",
+    CommitReceipt: "commit-receipt",
+    Award: "award",
+    Proposal: "proposal",
+    Cosignature: "cosignature",
+    Receipt: "receipt",
+    Report: "report",
+}
+_READERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in _KINDS}
+
+
+def seal(key: PrivateKey, chain_id: bytes, message: Message) -> bytes:
+    """Return the statement that a key makes by a message."""
+    data: bytes = _READERS[type(message)].dump_json(message)
+    return key.public_key_xonly.format() + key.sign_schnorr(_sighash(chain_id, type(message), data)) + data
+
+
+def unseal(chain_id: bytes, kind: type[M], statement: bytes) -> tuple[bytes, M]:
+    """Return the signer's key (32 bytes) and the message of a statement.
+
+    Raises MessageError if the signature does not verify, or if the message is not of this kind.
+    """
+    name = _KINDS[kind]
+    if len(statement) < _HEAD:
+        raise MessageError(f"{name}: {len(statement)} bytes are too few for a statement")
+    key, signature, data = statement[:32], statement[32:_HEAD], statement[_HEAD:]
+    if not verify_schnorr(key, _sighash(chain_id, kind, data), signature):
+        raise MessageError(f"{name}: the signature does not verify: it is forged, altered, or of another network")
+    try:
+        message: M = _READERS[kind].validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise MessageError(f"{name}: {where}: {first['msg']}: is it another version of traincert?") from None
+    return key, message
+
+
+def commits_root(updates: Mapping[bytes, bytes]) -> bytes:
+    """Return the hash (32 bytes) of a cycle's commits: SHA-256 of each miner's update, by the miner's key.
+
+    T("traincert/commits", u32 count || miner_key || update_hash || ...), sorted by miner. It has nothing that differs
+    when a cycle is run again, such as times: the same updates give the same next model.
+    """
+    pairs = b"".join(
+        encode_b32("miner_key", miner) + encode_b32("update_hash", update) for miner, update in sorted(updates.items())
+    )
+    return tagged_hash("traincert/commits", encode_uint("count", len(updates), 4) + pairs)
+
+
+def score_seed(beacon_reveal: bytes, root: bytes) -> bytes:
+    """Return what draws the validation examples for scoring, 32 bytes: nobody but the coordinator can know it before.
+
+    The beacon's value was fixed when the network began, and the commits are fixed by their root. So nobody chooses it.
+    """
+    return tagged_hash("traincert/score", encode_b32("beacon_reveal", beacon_reveal) + encode_b32("root", root))
+
+
+def assignment_seed(job_seed: int, prev_block: bytes) -> bytes:
+    """Return what decides who trains what, 32 bytes. Nobody knows it before the parent's winner signs its block."""
+    return tagged_hash("traincert/assignment", encode_uint("seed", job_seed, 8) + encode_b32("prev_block", prev_block))
+
+
+def _sighash(chain_id: bytes, kind: type, data: bytes) -> bytes:
+    name = _KINDS[kind].encode()
+    head = encode_b32("chain_id", chain_id) + encode_uint("length of kind", len(name), 1) + name
+    return tagged_hash("traincert/message", head + data)

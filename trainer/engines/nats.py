@@ -1,0 +1,442 @@
+"""An engine whose miners are programs of their own, which reach the coordinator through a broker.
+
+The coordinator only answers: each miner asks what there is for it (`poll`), gets files by their hash (`file`), commits
+to its update (`commit`), and sends the update (`update`) when all commits are in. Every request may come twice.
+
+What a miner was told to be taken is on disk before: a coordinator that is killed goes on with the same commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import secrets
+import sqlite3
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import NamedTuple
+
+from traincert.trainer.engines.broker import CHUNK, Connection, Handler
+from traincert.trainer.engines.orders import Commit, OnCommit, Order
+from traincert.trainer.errors import EngineError, Reason
+from traincert.trainer.failpoints import reached
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.store import read_blob, sync_folder
+
+POLL_SECONDS = 3.0
+"""A poll for which there is nothing new is answered after this time, in a network of few members."""
+MOST_POLL_SECONDS = 8.0
+"""And never later: the broker forgets requests that are not answered in 10 seconds."""
+POLLS_PER_SECOND = 100
+"""Where there are many members, polls are answered later, so that there are not more of them."""
+GRACE_SECONDS = 5.0
+"""A miner is absent if it has not polled for twice the time in which polls are answered, and this."""
+REVEAL_SECONDS = 120.0
+"""By then the updates must have come, after the commits are closed."""
+_SIZE_SLACK = 1 << 20  # bytes that an update may be larger than two models
+
+
+class Pledge(NamedTuple):
+    """A commit as it travelled: who made it, and the SHA-256 of the opening that it is for."""
+
+    miner: bytes
+    opening: bytes
+    commit: Commit
+
+
+@dataclass
+class _Upload:
+    """An update on its way."""
+
+    file: int  # descriptor
+    path: Path
+    missing: set[int]  # offsets
+
+
+@dataclass
+class _Cycle:
+    """The open cycle. `closed` has why those without a commit have none, as soon as no more commits are taken."""
+
+    opening: bytes  # the statement that is announced
+    digest: bytes  # SHA-256 of it
+    deadline: float  # Unix time, seconds
+    commits: dict[bytes, Commit] = field(default_factory=dict)
+    receipts: dict[bytes, bytes] = field(default_factory=dict)
+    closed: dict[bytes, Reason] | None = None
+    orders: dict[bytes, Order] = field(default_factory=dict)
+    uploads: dict[bytes, _Upload] = field(default_factory=dict)
+
+
+class NatsEngine:
+    """The coordinator's side. Use `handlers` to serve it.
+
+    `store` is the run's store. `journal` is a SQLite file for the open cycle. `members` returns the keys (32 bytes) of
+    the members that have joined, by name. `read_commit` checks a commit's signature and reads it; it raises EngineError
+    if it must be refused. `make_receipt` returns the signed receipt of a commit's statement, given its place in order.
+    `shared` returns the file that a member, given by its name, may read under a hash besides its task's, or None.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        store: Path,
+        journal: Path,
+        connection: Connection,
+        *,
+        members: Callable[[], Mapping[str, bytes]],
+        read_commit: Callable[[bytes], Pledge],
+        make_receipt: Callable[[bytes, int], bytes],
+        shared: Callable[[str, bytes], Path | None],
+    ) -> None:
+        self.job = job
+        self.store = store
+        self._connection = connection
+        self._members = members
+        self._read_commit = read_commit
+        self._make_receipt = make_receipt
+        self._shared = shared
+        self._boot = secrets.token_hex(8)  # a miner that sees another one asks for everything again
+        self._version = 0
+        self._notices: dict[str, dict[str, tuple[int, bytes]]] = {}  # by member and kind
+        self._news = asyncio.Event()
+        self._changed = Event()  # for the thread that runs the cycle
+        self._seen: dict[str, float] = {}  # when a member last asked for something, time.monotonic()
+        self._shards = Path()
+        self._journal = _Journal(journal)
+        self._cycle = self._journal.load(read_commit, make_receipt)
+        self.handlers: dict[str, Handler] = {
+            "poll": self._poll,
+            "file": self._file,
+            "commit": self._commit,
+            "update": self._update,
+        }
+        """By the kind of the request. The owner may add some."""
+
+    # What the coordinator's thread calls.
+
+    @property
+    def opening(self) -> bytes | None:
+        """The statement that the open cycle was announced with; None: there was no cycle yet."""
+        return self._cycle.opening if self._cycle else None
+
+    def open(self, opening: bytes, deadline: float) -> None:
+        """Begin a cycle: `opening` is the statement for its miners, `deadline` a Unix time in seconds. Durably."""
+        self._journal.begin(opening, deadline)
+        self._cycle = _Cycle(opening, hashlib.sha256(opening).digest(), deadline)
+        reached("opened")
+
+    def notify(self) -> None:
+        """End a `wait`."""
+        self._changed.set()
+
+    def clear(self, kind: str) -> None:
+        """Take back all statements of a kind."""
+
+        def cleared() -> None:
+            for notices in self._notices.values():
+                notices.pop(kind, None)
+
+        self._connection.call(cleared)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a member has asked for something or sent something, for at most so many seconds."""
+        self._changed.wait(seconds)
+        self._changed.clear()
+
+    def present(self) -> list[bytes]:
+        """Return the keys of the members that are present, sorted."""
+        members = self._members()
+        since = time.monotonic() - 2 * self._hold(members) - GRACE_SECONDS
+        return sorted(members[name] for name, seen in self._seen.copy().items() if seen >= since and name in members)
+
+    def post(self, miner: bytes, kind: str, statement: bytes) -> None:
+        """Put a statement where its miner, or another member with this key, finds it. It replaces one of its kind."""
+        self._connection.call(self._post, miner, kind, statement)
+
+    def collect(
+        self, shards: Path, orders: Sequence[Order], on_commit: OnCommit | None = None
+    ) -> list[Commit | Reason]:
+        """Announce the cycle, and wait until all miners that are present have committed, or for the deadline.
+
+        The reason why a miner has no commit is LATE, or ABSENT if it left.
+        """
+        cycle = self._begun(shards, orders)
+        on_commit = on_commit or (lambda _done, _total: None)
+        while cycle.closed is None:
+            self._changed.clear()
+            on_commit(len(cycle.commits), len(orders))
+            present = set(self.present())
+            without = [miner for miner in cycle.orders if miner not in cycle.commits]
+            left = cycle.deadline - time.time()
+            if left <= 0 or not present & set(without):
+                why = {miner: Reason.LATE if miner in present else Reason.ABSENT for miner in without}
+                self._connection.call(self._close, cycle, why)
+            else:
+                self._changed.wait(min(left, 1.0))
+        on_commit(len(orders), len(orders))
+        return [cycle.commits.get(miner) or cycle.closed[miner] for miner in cycle.orders]
+
+    def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[bytes | Reason]:  # noqa: ARG002
+        """Ask those who have committed for their updates. The reason why one does not come is WITHHELD."""
+        cycle = self._open_cycle()
+        for miner in cycle.commits:
+            self.post(miner, "reveal", cycle.digest)
+        deadline = time.monotonic() + REVEAL_SECONDS
+        while True:
+            self._changed.clear()
+            present = set(self.present())
+            left = deadline - time.monotonic()
+            if left <= 0 or not any(
+                self._lacks(commit) and miner in present for miner, commit in cycle.commits.items()
+            ):
+                break
+            self._changed.wait(min(left, 1.0))
+        return [
+            Reason.WITHHELD
+            if isinstance(commit, Commit) and self._lacks(commit)
+            else commit
+            if isinstance(commit, Reason)
+            else read_blob(self.store, commit.update_hash)
+            for commit in commits
+        ]
+
+    @staticmethod
+    def _hold(members: Mapping[str, bytes]) -> float:
+        return min(MOST_POLL_SECONDS, max(POLL_SECONDS, len(members) / POLLS_PER_SECOND))
+
+    def _begun(self, shards: Path, orders: Sequence[Order]) -> _Cycle:
+        cycle = self._open_cycle()
+        self._shards = shards
+
+        def announce() -> None:
+            cycle.orders = {order.task.miner: order for order in orders}
+            now = time.monotonic()
+            for name, key in self._members().items():
+                if key in cycle.orders:  # after a restart they have some time to come back
+                    self._seen[name] = now
+            for miner in cycle.orders:
+                self._post(miner, "opening", cycle.opening)
+
+        self._connection.call(announce)
+        return cycle
+
+    def _open_cycle(self) -> _Cycle:
+        if self._cycle is None:
+            raise EngineError("no cycle is open")
+        return self._cycle
+
+    def _lacks(self, commit: Commit) -> bool:
+        return not (self.store / commit.update_hash.hex()).exists()
+
+    # What runs in the connection's thread.
+
+    def _close(self, cycle: _Cycle, why: dict[bytes, Reason]) -> None:
+        why = {miner: reason for miner, reason in why.items() if miner not in cycle.commits}
+        self._journal.close(why)
+        reached("closed")
+        cycle.closed = why
+
+    def _post(self, miner: bytes, kind: str, statement: bytes) -> None:
+        for name, key in self._members().items():
+            if key == miner:
+                self._version += 1
+                self._notices.setdefault(name, {})[kind] = (self._version, statement)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def _poll(self, member: str, data: bytes) -> bytes:
+        try:
+            asked = json.loads(data)
+            since = int(asked["version"]) if asked["boot"] == self._boot else 0
+        except (ValueError, KeyError, TypeError):
+            raise EngineError("a poll must be JSON with boot and version") from None
+        if member not in self._members():
+            raise EngineError("this member has not joined: run traincert miner join")
+        hold = self._hold(self._members())
+        until = time.monotonic() + hold
+        while True:
+            self._seen[member] = time.monotonic()
+            self._changed.set()
+            news = self._news
+            notices = self._notices.get(member, {})
+            fresh = {kind: each.hex() for kind, (version, each) in notices.items() if version > since}
+            left = until - time.monotonic()
+            if fresh or left <= 0:
+                answer = {
+                    "boot": self._boot,
+                    "version": self._version,
+                    "time": time.time(),
+                    "hold": hold,
+                    "notices": fresh,
+                }
+                return json.dumps(answer).encode()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(news.wait(), left)
+
+    async def _file(self, member: str, data: bytes) -> bytes:
+        digest, (offset,) = data[:32], _unpacked("<Q", data[32:])
+        path = self._readable(member, digest)
+        try:
+            file = os.open(path, os.O_RDONLY) if path else -1
+        except OSError:
+            file = -1
+        if file < 0:
+            raise EngineError(f"there is no file {digest.hex()} for {member}")
+        try:
+            return struct.pack("<Q", os.fstat(file).st_size) + os.pread(file, CHUNK, offset)
+        finally:
+            os.close(file)
+
+    def _readable(self, member: str, digest: bytes) -> Path | None:
+        """Return where a file lies, if this member may read it."""
+        if shared := self._shared(member, digest):
+            return shared
+        order = self._cycle.orders.get(self._members().get(member, b"")) if self._cycle else None
+        if order and digest == order.model_hash:
+            return self.store / digest.hex()
+        if order and digest == order.shard_hash:
+            return self._shards / digest.hex()
+        return None
+
+    async def _commit(self, member: str, data: bytes) -> bytes:
+        pledge = self._read_commit(data)
+        cycle = self._cycle
+        if pledge.miner != self._members().get(member):
+            raise EngineError(f"the commit is signed by {pledge.miner.hex()}, which is not the key of {member}")
+        if cycle is None or pledge.opening != cycle.digest:
+            raise EngineError("the commit is for a cycle that is not open")
+        if pledge.miner not in cycle.orders:
+            raise EngineError(f"{member} has no task in this cycle")
+        if first := cycle.commits.get(pledge.miner):
+            if first.statement != data:
+                self._journal.keep_evidence(pledge.miner, data)
+            return cycle.receipts[pledge.miner]
+        if cycle.closed is not None:
+            raise EngineError("the commit came too late: the cycle takes no more commits")
+        limit = _SIZE_SLACK + 2 * (self.store / cycle.orders[pledge.miner].model_hash.hex()).stat().st_size
+        if not 0 < pledge.commit.update_size <= limit:
+            raise EngineError(f"an update of {pledge.commit.update_size} bytes is refused: at most {limit}")
+        place = len(cycle.commits)
+        receipt = self._make_receipt(data, place)
+        self._journal.add(place, data)
+        reached("committed")
+        cycle.commits[pledge.miner], cycle.receipts[pledge.miner] = pledge.commit, receipt
+        self._changed.set()
+        return receipt
+
+    async def _update(self, member: str, data: bytes) -> bytes:
+        digest, (offset,), chunk = data[:32], _unpacked("<Q", data[32:40]), data[40:]
+        cycle, miner = self._cycle, self._members().get(member, b"")
+        commit = cycle.commits.get(miner) if cycle else None
+        if cycle is None or commit is None or commit.update_hash != digest:
+            raise EngineError(f"{member} has not committed to the update {digest.hex()} in this cycle")
+        if cycle.closed is None:
+            raise EngineError("updates are taken when all commits are in")
+        if not self._lacks(commit):
+            return b"whole"
+        if offset % CHUNK or len(chunk) != min(CHUNK, commit.update_size - offset):
+            raise EngineError(f"{len(chunk)} bytes at {offset} are no chunk of {commit.update_size} bytes")
+        upload = cycle.uploads.get(miner) or self._new_upload(cycle, miner, commit)
+        os.pwrite(upload.file, chunk, offset)
+        upload.missing.discard(offset)
+        if upload.missing:
+            return b""
+        del cycle.uploads[miner]
+        whole = await asyncio.to_thread(_finish, upload, self.store / digest.hex())
+        if not whole:
+            raise EngineError(f"the update is not what {member} committed to: its SHA-256 is not {digest.hex()}")
+        reached("revealed")
+        self._changed.set()
+        return b"whole"
+
+    def _new_upload(self, cycle: _Cycle, miner: bytes, commit: Commit) -> _Upload:
+        handle, path = tempfile.mkstemp(dir=self.store, prefix=".writing-")
+        cycle.uploads[miner] = _Upload(handle, Path(path), set(range(0, commit.update_size, CHUNK)))
+        return cycle.uploads[miner]
+
+
+def _finish(upload: _Upload, path: Path) -> bool:
+    """Make an update that has all its chunks a file of its own, durably. Return whether it has the right hash."""
+    with os.fdopen(upload.file, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != path.name:
+            upload.path.unlink()
+            return False
+        os.fsync(file.fileno())
+    upload.path.replace(path)
+    sync_folder(path.parent)
+    return True
+
+
+def _unpacked(form: str, data: bytes) -> tuple[int, ...]:
+    try:
+        return struct.unpack(form, data)
+    except struct.error:
+        raise EngineError(f"a request of {len(data)} bytes where {struct.calcsize(form)} belong") from None
+
+
+class _Journal:
+    """The open cycle on disk: its opening, the commits in their order, and who had none when it was closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._execute(
+            "CREATE TABLE IF NOT EXISTS cycle (opening BLOB NOT NULL, deadline REAL NOT NULL, closed TEXT)",
+            "CREATE TABLE IF NOT EXISTS commits (place INTEGER PRIMARY KEY, statement BLOB NOT NULL)",
+            "CREATE TABLE IF NOT EXISTS evidence (opening BLOB, miner BLOB, statement BLOB, UNIQUE (opening, miner))",
+        )
+
+    def begin(self, opening: bytes, deadline: float) -> None:
+        """Forget the last cycle, and begin one."""
+        self._execute(
+            "DELETE FROM commits",
+            "DELETE FROM cycle",
+            ("INSERT INTO cycle VALUES (?, ?, NULL)", (opening, deadline)),
+        )
+
+    def add(self, place: int, statement: bytes) -> None:
+        """Add a commit."""
+        self._execute(("INSERT INTO commits VALUES (?, ?)", (place, statement)))
+
+    def close(self, why: Mapping[bytes, Reason]) -> None:
+        """Take no more commits."""
+        self._execute(("UPDATE cycle SET closed = ?", (json.dumps({key.hex(): each for key, each in why.items()}),)))
+
+    def keep_evidence(self, miner: bytes, statement: bytes) -> None:
+        """Keep a second, different commit of a miner; one for each cycle is enough."""
+        self._execute(("INSERT OR IGNORE INTO evidence SELECT opening, ?, ? FROM cycle", (miner, statement)))
+
+    def load(
+        self, read_commit: Callable[[bytes], Pledge], make_receipt: Callable[[bytes, int], bytes]
+    ) -> _Cycle | None:
+        """Return the open cycle, or None if there was none yet."""
+        with closing(sqlite3.connect(self._path)) as database:
+            row = database.execute("SELECT opening, deadline, closed FROM cycle").fetchone()
+            statements = database.execute("SELECT place, statement FROM commits ORDER BY place").fetchall()
+        if row is None:
+            return None
+        opening, deadline, closed = row
+        cycle = _Cycle(opening, hashlib.sha256(opening).digest(), deadline)
+        for place, statement in statements:
+            pledge = read_commit(statement)
+            cycle.commits[pledge.miner] = pledge.commit
+            cycle.receipts[pledge.miner] = make_receipt(statement, place)
+        if closed is not None:
+            cycle.closed = {bytes.fromhex(key): Reason(reason) for key, reason in json.loads(closed).items()}
+        return cycle
+
+    def _execute(self, *statements: str | tuple[str, tuple[object, ...]]) -> None:
+        """Execute all statements, or none, durably."""
+        with closing(sqlite3.connect(self._path, timeout=30, isolation_level=None)) as database, database:
+            database.execute("PRAGMA synchronous = EXTRA")
+            database.execute("BEGIN IMMEDIATE")
+            for statement in statements:
+                database.execute(*([statement] if isinstance(statement, str) else statement))
