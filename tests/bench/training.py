@@ -74,12 +74,12 @@ def _text(bench: Runs, job: TrainingJob) -> list[Row]:
     """From nothing, and from a model that plain PyTorch trained first, as in DiLoCo's own experiments."""
     trained = trained_text(bench)
     rows = []
-    for start, each in (("nothing", job), ("a trained model", trained)):
+    for start, each, bar in (("nothing", job, 1.02), ("a trained model", trained, 1.03)):
         plain, whole = bench.plain("text", each)["test_loss"], bench.run("text", each)["test_loss"]
         rows += [
             row(f"text from {start}, plain PyTorch: test loss", plain, "nats"),
             row(f"text from {start}, whole model, 4 miners: test loss", whole, "nats"),
-            row("the same, against plain PyTorch", whole / plain, "ratio", 1.03),
+            row("the same, against plain PyTorch", whole / plain, "ratio", bar),
         ]
     return [*rows, *_compression(bench, "text", trained, 0.0435, 1.01), *_speed(bench, "text", job)]
 
@@ -150,7 +150,7 @@ def _speed(bench: Runs, name: str, job: TrainingJob) -> list[Row]:
             f"the same, against two plain PyTorch processes side by side, median of {TURNS}",
             statistics.median(ratios),
             "ratio",
-            at_least=0.9,
+            at_least=0.95,
         ),
         row(f"{name}: share of a cycle that is not training, median of {TURNS}", statistics.median(shares), "%", 10),
     ]
