@@ -209,7 +209,7 @@ def open_coordinator(folder: CoordinatorFolder, datadir: Path, miners: int, view
         remote.attach(engine, trainer, run)
         signer = Signer(folder.folder / "journal.sqlite", params.chain_id, {0: secret})
         cosigned = Cosigned(signer, key, params, folder.members, engine, view.step)
-        connection.serve(engine.handlers)
+        connection.serve(engine.handlers, folder.members.roles)
         beacon = Beacon(load_secret(folder.folder / "keys" / "beacon.key"))
         coordinator = Coordinator(params, cosigned.sign, beacon, node, trainer, run, remote)
         yield Program(coordinator, run, folder.members, view)

@@ -1,683 +1,37 @@
 """A cosigner: it has one coordinator key, and signs a certificate only if it found true itself what it says.
 
-Its folder has
-
-    cosigner.json   its name, the broker's address, the network's parameters, and where its job is
-    cosigner.key    its secret key, one of the network's coordinator keys; it never leaves this machine
-    broker.seed     the credential that opens the broker's door, and proves nothing else
-    journal.sqlite  what it has signed
-    training.conf   the options of its node
-    store/          records, models, updates and velocities by their hash
-
-`Checker` says what is checked, and what no cosigner can check. This module imports torch only when a check needs it.
+Besides what every member's folder has (member.py), its folder has journal.sqlite: what it has signed. Its key is one of
+the network's coordinator keys. `checker.py` says what it checks.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import secrets
 import sqlite3
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import Any
 
-from bitcoin.core import b2lx, lx
-from coincurve import PrivateKey
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
-
-from traincert.bridge.broker import Credential, connect
-from traincert.bridge.chain import check_network, read_certificate
+from traincert.bridge.chain import check_network
+from traincert.bridge.checker import PATIENCE, Checker, CosignError, parse_certificate
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.codec import Reader
-from traincert.bridge.consensus.lottery import contribution_weight
 from traincert.bridge.consensus.params import TrainingParams
-from traincert.bridge.consensus.rules import (
-    check_coordinator_signatures,
-    check_totals,
-    contextual_check_training_certificate,
-)
-from traincert.bridge.errors import BridgeError, CertificateError, JournalError
+from traincert.bridge.errors import BridgeError, JournalError
+from traincert.bridge.invitations import COSIGNER
 from traincert.bridge.keys import create_secret, load_secret, xonly_key
-from traincert.bridge.messages import (
-    CommitMessage,
-    Cosignature,
-    Hash,
-    Join,
-    MessageError,
-    Opening,
-    Proposal,
-    Uint,
-    assignment_seed,
-    commits_root,
-    score_seed,
-    seal,
-    unseal,
-)
+from traincert.bridge.member import Member, MemberFolder, View
+from traincert.bridge.messages import Cosignature, Proposal
 from traincert.bridge.rpc import NodeClient
 from traincert.bridge.signer import Signer
 from traincert.regtest.errors import RegtestError
-from traincert.trainer.engines.broker import Connection, RefusedError, StoppedError
-from traincert.trainer.errors import EngineError, IntegrityError, Reason
-from traincert.trainer.job import TrainingJob, differences
-from traincert.trainer.store import prune, read_blob, write_blob, write_file
-from traincert.trainer.tasks import assign
+from traincert.trainer.engines.broker import RefusedError
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.store import prune, read_blob, write_blob
 
-if TYPE_CHECKING:
-    import torch
-
-    from traincert.bridge.coordinator import Slot
-    from traincert.bridge.invitations import Invitation
-    from traincert.bridge.miner import View
-    from traincert.trainer.aggregation import Accepted
-    from traincert.trainer.records import Record
-    from traincert.trainer.segments import Layout, Segment
-    from traincert.trainer.state import State
-
-VERSION = 1
-"""Of cosigner.json."""
-PATIENCE = 30.0
-"""Seconds that a cosigner waits for its node to have a certificate's parent."""
 MAX_PATIENCE = 100.0
 """Seconds that it waits at most, for its clock to allow a round too: the coordinator does not wait much longer."""
-
-_SHARES = {0.0, 1.0, 0.5, 0.25, 0.125, 0.0625}
-_WITHOUT_COMMIT = {Reason.WORKER_DIED, Reason.LATE, Reason.ABSENT}
-_UNCHECKED = {Reason.WITHHELD, Reason.NO_IMPROVEMENT}
-"""Refusals of a committed update that are the coordinator's word. All others are for the update's form."""
-_SHOWN = 120  # characters of a value in a message
-
-
-class CosignError(BridgeError):
-    """A certificate that must not be signed. `name` is the short name of the check that failed; `detail` says why."""
-
-    def __init__(self, name: str, detail: str) -> None:
-        super().__init__(f"{name}: {detail}")
-        self.name = name
-        self.detail = detail
-
-
-# A record, as trainer/records.py writes it. A field that is not here is not checked: a record that has one is refused.
-
-_CONFIG = ConfigDict(strict=True, extra="forbid", ser_json_bytes="hex", val_json_bytes="hex", allow_inf_nan=False)
-_HexHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class _Task:
-    miner: Hash
-    segment: Uint
-    shard: Hash
-    seed: Hash
-    memory: Hash | None
-    memory_after: Hash | None
-    update_hash: Hash | None
-    update_size: Uint
-    commit: bytes | None
-    params: Uint
-    loss_reduction: Uint
-    weight: Uint
-    refusal: Reason | None
-    detail: str | None
-
-    @property
-    def name(self) -> str:
-        """The miner, as messages name it."""
-        return f"miner {self.miner.hex()[:16]}"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class _State:
-    """What all records have."""
-
-    cycle: Uint
-    dataset_root: Hash
-    model_after: Hash
-    loss_after: Uint
-    loss_offset: float
-    metric: float | None
-    more_metrics: list[float | None]
-    velocity: Hash
-    memories: dict[_HexHash, Hash]
-    tasks: list[_Task]
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class _Cycle(_State):
-    """What the record of a cycle has too. Record 0, the state before the first cycle, lacks it."""
-
-    opening: bytes
-    parent: Hash
-    model_before: Hash
-    loss_before: Uint
-    score_seed: Hash
-    share: float
-
-    @property
-    def accepted(self) -> list[_Task]:
-        return [task for task in self.tasks if task.refusal is None]
-
-
-_S = TypeVar("_S", _State, _Cycle)
-_READERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (_State, _Cycle)}
-
-
-class _Records(NamedTuple):
-    """A cycle's record and the one before, as JSON and with types."""
-
-    files: tuple[Record, Record]
-    before: _State
-    cycle: _Cycle
-
-
-_FIELDS: Mapping[str, str] = {
-    "version": "wrong-form",
-    "height": "wrong-height",
-    "prev_block": "wrong-parent",
-    "beacon_reveal": "wrong-beacon",
-    "model_before": "wrong-lineage",
-    "model_after": "wrong-model",
-    "dataset_root": "wrong-dataset",
-    "loss_before": "wrong-loss",
-    "loss_after": "wrong-loss",
-    "params_trained": "wrong-table",
-    "contributions_root": "wrong-table",
-    "contributions_weight": "wrong-table",
-    "contributions_count": "wrong-table",
-    "winner_key": "wrong-winner",
-    "draw": "wrong-winner",
-}
-"""What it is called if a certificate's field is not what the records say. The other fields name them."""
-
-_RULES: Mapping[str, str] = {
-    "totals": "wrong-table",
-    "award": "wrong-winner",
-    "weight": "wrong-winner",
-    "draw": "wrong-winner",
-    "beacon": "wrong-beacon",
-    "model": "wrong-lineage",
-}
-"""What it is called if a consensus rule does not hold."""
-
-
-class Checker:
-    """Checks proposals against a cosigner's own node and the files of the cycle.
-
-    `job` is its own copy of the job, `params` are the network's. `node` is its own node, which it trusts. `fetch`
-    returns the bytes of the file with a SHA-256 (32 bytes); it may raise EngineError or IntegrityError if there is no
-    such file. `keep` is called with the bytes of files that the next check will need. `patience` are the seconds that a
-    check may wait for the node to have the parent block, and for the clock to allow the round.
-
-    What is checked, in this order; in brackets the names of the refusals:
-
-    - The certificate is well formed (wrong-form). Its parent is the node's tip, and it is for the next height
-      (wrong-parent, wrong-height).
-    - The consensus rules hold: beacon, draw, lineage, totals.
-    - The record hashes to what the certificate says, is canonical and has known fields only (wrong-record). Its parent
-      is the record that the parent's certificate names, and that of the first cycle is the network's start
-      (wrong-lineage). Data, model and loss continue those of the record before (wrong-dataset, wrong-lineage,
-      wrong-loss).
-    - The opening is signed by the coordinator, for this job, slot, model and data. It offers each miner its own memory,
-      and at least the job's time (wrong-opening). It has the miners of the record's tasks (left-out).
-    - Segment, shard and seed of each task follow from the parent block (wrong-assignment).
-    - Each commit is the miner's statement for this opening, and its hashes and size are the record's (forged-commit).
-      A commit is neither late nor absent, and what is accepted has one (left-out). What drew the examples for scoring
-      follows from the beacon and the commits (wrong-score-seed).
-    - Parameters, weights and memories follow from the tasks (wrong-params, wrong-weight, wrong-score, wrong-memories).
-      A share of the step is one that the guard can give; where the model stays, so does the loss; where it moves, the
-      loss is not above the guard's bound (wrong-share, wrong-loss).
-    - All fields of the certificate are the record's: losses, models, table, winner (wrong-table and so on).
-    - There is a certificate with all signatures for each earlier round, for the same cycle (skipped-round). The round
-      has its time by this machine's clock, and so had the round before since this checker first saw its certificate
-      (too-early). The rules alone would let a coordinator whose cycle took long go through many rounds at once.
-    - An update that is refused for its form is refused by our own reading, for the same reason (left-out). An accepted
-      one is the one committed to, and can be read (wrong-update).
-    - The accepted updates, aggregated, give the next model (wrong-model) and velocity (wrong-velocity).
-
-    What cannot be checked without held-out data, or without having been there: the losses, and so each loss reduction,
-    the refusal `no-improvement`, and the share of the step; whether an update was `withheld`; whether a miner without a
-    commit in the record was `late`, `absent` or `worker-died` (a miner that committed has a receipt); whether another
-    opening was announced before; whether a winner got its award.
-
-    A failed check says nothing of the next one: another proposal for the slot can be true.
-    """
-
-    def __init__(
-        self,
-        job: TrainingJob,
-        params: TrainingParams,
-        node: NodeClient,
-        fetch: Callable[[bytes], bytes],
-        keep: Callable[[bytes], object] = lambda _data: None,
-        patience: float = PATIENCE,
-    ) -> None:
-        self.patience = patience
-        self.needed: set[bytes] = set()
-        """SHA-256 of the files that the next check needs, 32 bytes each. Empty before the first successful check."""
-        self._job = job
-        self._params = params
-        self._node = node
-        self._fetch_file = fetch
-        self._keep = keep
-        self._coordinator = params.keys_at(params.start_height).keys[0]
-        self._model: _Model | None = None
-        self._true: tuple[bytes, bytes] | None = None  # parent block and record of the last cycle that was found true
-        self._slot = b""
-        self._seen: dict[int, float] = {}  # when each round of this slot was first seen, time.monotonic()
-
-    def check(self, proposal: Proposal) -> Certificate:
-        """Return a proposal's certificate if it is true.
-
-        Raises CosignError for the first check that fails, RegtestError if the node does not answer, JobError if the
-        job's model cannot be built, and StoppedError if the connection that `fetch` uses has ended.
-        """
-        certificate = _read_certificate(proposal.certificate, "wrong-form")
-        _require("wrong-form", "number of signatures in a proposal", 0, len(certificate.coordinator_signatures))
-        slot, parent = self._find_parent(certificate)
-        with _renaming(_RULES):
-            check_totals(certificate)
-            allowed = slot.parent_time + certificate.round * self._params.round_seconds  # the round is checked below
-            contextual_check_training_certificate(certificate, parent, allowed, slot.parent_time, self._params)
-        records = self._read_records(certificate, parent)
-        known = self._true == (certificate.prev_block, certificate.record)
-        if not known:
-            self._check_lineage(records, slot, parent)
-            self._check_tasks(records, slot, certificate)
-            self._check_scores(records)
-        self._check_fields(certificate, records, slot)
-        self._check_earlier(certificate, proposal.earlier, records, slot)
-        if not known:
-            self._check_updates(records)
-        self._wait_for_round(certificate, slot)
-        before, cycle = records.before, records.cycle
-        self._true = certificate.prev_block, certificate.record
-        self.needed = {certificate.record, cycle.parent, cycle.dataset_root, cycle.model_before, cycle.model_after}
-        self.needed |= {before.velocity, cycle.velocity}
-        return certificate
-
-    # The slot, by our own node.
-
-    def _find_parent(self, certificate: Certificate) -> tuple[Slot, Certificate | None]:
-        """Return the slot after our node's tip, and the tip's certificate; None below the start height."""
-        from traincert.bridge.coordinator import Slot
-
-        parent = b2lx(certificate.prev_block)
-        if not self._node.wait_for_tip(parent, self.patience):
-            tip = self._node.call("getbestblockhash")
-            raise CosignError("wrong-parent", f"our node's tip is {tip}, the certificate's parent is {parent}")
-        header = self._node.call("getblockheader", parent)
-        slot = Slot(header["height"] + 1, lx(parent), header["time"])
-        _require("wrong-height", "height", slot.height, certificate.height)
-        if slot.height < self._params.start_height:
-            raise CosignError("wrong-height", f"certificates begin at height {self._params.start_height}")
-        return slot, read_certificate(self._node, parent) if slot.height > self._params.start_height else None
-
-    def _check_earlier(self, certificate: Certificate, earlier: Sequence[bytes], records: _Records, slot: Slot) -> None:
-        """Check that each earlier round has a certificate with all signatures, for the same cycle."""
-        _require("skipped-round", "number of earlier rounds' certificates", certificate.round, len(earlier))
-        keys = self._params.keys_at(slot.height)
-        for round_, data in enumerate(earlier):
-            found = _read_certificate(data, "skipped-round")
-            expected = _expected_certificate(records, slot, round_, certificate.beacon_reveal)
-            if found.body() != expected.body():
-                raise CosignError("skipped-round", f"round {round_}: its certificate is not of this cycle and round")
-            with _renaming({"coordinator-sig": "skipped-round"}):
-                check_coordinator_signatures(found, keys, self._params.chain_id)
-
-    def _wait_for_round(self, certificate: Certificate, slot: Slot) -> None:
-        """Wait until the round is allowed, and note that it and all earlier ones have been seen."""
-        if slot.prev_block != self._slot:
-            self._slot, self._seen = slot.prev_block, {}
-        round_, seconds = certificate.round, self._params.round_seconds
-        for earlier in range(round_):
-            self._seen.setdefault(earlier, time.monotonic())
-        until = time.monotonic() + self.patience
-        while round_:
-            by_clock = slot.parent_time + round_ * seconds - time.time()
-            since_seen = self._seen[round_ - 1] + seconds - time.monotonic()
-            left = max(by_clock, since_seen)
-            if left <= 0:
-                break
-            if time.monotonic() + left > until:
-                raise CosignError("too-early", f"round {round_} is allowed in {left:.1f} s, not now")
-            time.sleep(left)
-        self._seen.setdefault(round_, time.monotonic())
-
-    # The records.
-
-    def _read_records(self, certificate: Certificate, parent: Certificate | None) -> _Records:
-        file, cycle = self._read_record(certificate.record, _Cycle)
-        if parent:
-            _require("wrong-lineage", "the record's parent", parent.record, cycle.parent)
-        first = cycle.cycle == 1
-        before_file, before = self._read_record(cycle.parent, _State if first else _Cycle)
-        return _Records((before_file, file), before, cycle)
-
-    def _read_record(self, digest: bytes, kind: type[_S]) -> tuple[Record, _S]:
-        data = self._fetch(digest, "record")
-        try:
-            record: _S = _READERS[kind].validate_json(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise CosignError("wrong-record", f"{where}: {first['msg']}: is the coordinator another version?") from None
-        file: Record = _READERS[kind].dump_python(record, mode="json")
-        if json.dumps(file, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n" != data:
-            raise CosignError("wrong-record", f"the record {digest.hex()} is not canonical JSON")
-        return file, record
-
-    def _check_lineage(self, records: _Records, slot: Slot, parent: Certificate | None) -> None:
-        """Check that the cycle continues from the record before, and that from the chain."""
-        before, cycle = records.before, records.cycle
-        number = slot.height - self._params.start_height + 1
-        _require("wrong-record", "cycle", number, cycle.cycle)
-        _require("wrong-record", "cycle of the record before", number - 1, before.cycle)
-        _require("wrong-record", "loss_offset", self._job.loss_offset, cycle.loss_offset)
-        model = parent.model_after if parent else self._params.model
-        _require("wrong-lineage", "model after the cycle before", model, before.model_after)
-        if parent is None:
-            _require("wrong-lineage", "tasks of record 0", [], before.tasks)
-            _require("wrong-lineage", "memories of record 0", {}, before.memories)
-            _require("wrong-lineage", "velocity of record 0", self._built(before).no_velocity, before.velocity)
-        else:
-            root = _table(records.files[0]).root
-            _require("wrong-lineage", "table of the record before", parent.contributions_root, root)
-        _require("wrong-lineage", "model_before", before.model_after, cycle.model_before)
-        _require("wrong-dataset", "dataset_root", before.dataset_root, cycle.dataset_root)
-        _require("wrong-loss", "loss_before", before.loss_after, cycle.loss_before)
-
-    def _check_tasks(self, records: _Records, slot: Slot, certificate: Certificate) -> None:
-        """Check who had which task, and what each miner committed to."""
-        before, cycle = records.before, records.cycle
-        opening = self._read_opening(cycle.opening)
-        for name, expected in {
-            "job": self._job.digest(),
-            "cycle": cycle.cycle - 1,
-            "height": slot.height,
-            "prev_block": slot.prev_block,
-            "model": cycle.model_before,
-            "dataset_root": cycle.dataset_root,
-            "miners": sorted(set(opening.miners)),
-            "memories": [before.memories.get(miner.hex()) for miner in opening.miners],
-        }.items():
-            _require("wrong-opening", name, expected, getattr(opening, name))
-        if not opening.miners:
-            raise CosignError("wrong-opening", "miners: at least one expected, found none")
-        if opening.deadline - opening.opened < self._job.task_seconds:
-            allowed, found = self._job.task_seconds, opening.deadline - opening.opened
-            raise CosignError("wrong-opening", f"deadline: at least {allowed:g} s after the opening, found {found} s")
-        _require("left-out", "miners of the tasks", opening.miners, [task.miner for task in cycle.tasks])
-        shards = self._shards(cycle)
-        seed = assignment_seed(self._job.seed, slot.prev_block)
-        assigned = assign(seed, opening.cycle, opening.miners, self._job.segments, len(shards))
-        for given, task, memory in zip(assigned, cycle.tasks, opening.memories, strict=True):
-            right = given.segment, shards[given.shard], given.seed
-            if (task.segment, task.shard, task.seed) != right:
-                raise CosignError("wrong-assignment", f"{task.name} has not the segment, shard and seed that follow")
-            self._check_commit(task, memory, hashlib.sha256(cycle.opening).digest())
-        root = commits_root({task.miner: task.update_hash for task in cycle.tasks if task.update_hash})
-        _require("wrong-score-seed", "score_seed", score_seed(certificate.beacon_reveal, root), cycle.score_seed)
-
-    def _read_opening(self, statement: bytes) -> Opening:
-        try:
-            key, opening = unseal(self._params.chain_id, Opening, statement)
-        except MessageError as error:
-            raise CosignError("wrong-opening", str(error)) from None
-        _require("wrong-opening", "its signer", self._coordinator, key)
-        return opening
-
-    def _check_commit(self, task: _Task, memory: bytes | None, opening: bytes) -> None:
-        """Check a task's commit. Its memory_before may be any: a miner that lost its memory has none."""
-        if task.commit is None:
-            nothing: tuple[object, ...] = (memory, None, None, 0)
-            found = task.memory, task.memory_after, task.update_hash, task.update_size
-            _require("forged-commit", f"{task.name} without a commit", nothing, found)
-            if task.refusal not in _WITHOUT_COMMIT:
-                raise CosignError("left-out", f"{task.name} has no commit, but is {task.refusal or 'accepted'}")
-            return
-        try:
-            key, message = unseal(self._params.chain_id, CommitMessage, task.commit)
-        except MessageError as error:
-            raise CosignError("forged-commit", f"{task.name}: {error}") from None
-        _require("forged-commit", f"{task.name}: the signer", task.miner, key)
-        _require("forged-commit", f"{task.name}: opening", opening, message.opening)
-        for name, value in {
-            "update_hash": task.update_hash,
-            "update_size": task.update_size,
-            "memory_before": task.memory,
-            "memory_after": task.memory_after,
-        }.items():
-            _require("forged-commit", f"{task.name}: {name}", getattr(message, name), value)
-        if task.refusal in _WITHOUT_COMMIT:
-            raise CosignError("left-out", f"{task.name} has a commit, but is {task.refusal}")
-
-    def _check_scores(self, records: _Records) -> None:
-        """Check parameters and weights, and what must follow from them without held-out data."""
-        before, cycle = records.before, records.cycle
-        segments = self._built(cycle).segments
-        for task in cycle.tasks:
-            _require("wrong-params", f"{task.name}: params", segments[task.segment].params, task.params)
-            if task.refusal is not None:
-                _require("wrong-weight", f"{task.name} is refused: its weight", 0, task.weight)
-                _require("wrong-weight", f"{task.name} is refused: its loss_reduction", 0, task.loss_reduction)
-            elif not task.weight or task.weight != contribution_weight(task.params, task.loss_reduction):
-                what = f"{task.weight} is not that of {task.params} parameters and {task.loss_reduction} nano-nats"
-                raise CosignError("wrong-weight", f"{task.name}: {what}, or is 0")
-            # Scored on all validation examples, no update takes off more than all of their loss.
-            elif not self._job.score_examples and task.loss_reduction > cycle.loss_before:
-                what = f"a loss of {cycle.loss_before} nano-nats cannot fall by {task.loss_reduction}"
-                raise CosignError("wrong-score", f"{task.name}: {what}")
-            if (task.refusal is None) != (task.detail is None):
-                raise CosignError("wrong-record", f"{task.name}: a refusal has a detail, and nothing else has one")
-        if cycle.share not in _SHARES or (cycle.share and not cycle.accepted):
-            raise CosignError("wrong-share", f"share {cycle.share:g} with {len(cycle.accepted)} accepted updates")
-        moved = {task.miner.hex(): task.memory_after for task in cycle.accepted if task.memory_after and cycle.share}
-        _require("wrong-memories", "memories", {**before.memories, **moved}, cycle.memories)
-        if not cycle.share:
-            _require("wrong-loss", "loss_after of an unchanged model", cycle.loss_before, cycle.loss_after)
-        elif cycle.loss_after > (most := cycle.loss_before * (1 + self._job.guard)):
-            raise CosignError("wrong-loss", f"loss_after: the guard allows {most:.0f}, found {cycle.loss_after}")
-
-    def _check_fields(self, certificate: Certificate, records: _Records, slot: Slot) -> None:
-        """Check each field of the certificate against the records."""
-        expected = _expected_certificate(records, slot, certificate.round, certificate.beacon_reveal)
-        for name, wrong in _FIELDS.items():
-            _require(wrong, name, getattr(expected, name), getattr(certificate, name))
-        _require("wrong-form", "body", expected.body(), certificate.body())
-
-    # The files.
-
-    def _check_updates(self, records: _Records) -> None:
-        """Check refusals for an update's form, and the next model and velocity."""
-        before, cycle = records.before, records.cycle
-        built = self._built(cycle)
-        state: State | None = None
-        accepted: list[Accepted] = []
-        for task in cycle.tasks:
-            if task.update_hash is None or task.refusal in _UNCHECKED:
-                continue
-            if state is None:
-                state = built.read_state(self._fetch(cycle.model_before, "model"))
-            data = self._fetch(task.update_hash, f"update of {task.name}")
-            _require("wrong-update", f"{task.name}: size of the update", task.update_size, len(data))
-            if each := built.read_task(task, data, state):
-                accepted.append(each)
-        model_after, velocity_after = cycle.model_before, before.velocity
-        if accepted and state is not None:
-            if cycle.share:
-                velocity = (
-                    built.zeros()
-                    if before.velocity == built.no_velocity
-                    else built.read_velocity(self._fetch(before.velocity, "velocity"))
-                )
-                files = built.aggregated(state, velocity, accepted, cycle.share)
-                for data in files:
-                    self._keep(data)
-                model_after, velocity_after = (hashlib.sha256(data).digest() for data in files)
-            else:
-                velocity_after = built.no_velocity
-        _require("wrong-model", "model_after", model_after, cycle.model_after)
-        _require("wrong-velocity", "velocity", velocity_after, cycle.velocity)
-
-    def _shards(self, cycle: _State) -> list[bytes]:
-        """Return the shards' hashes, from the manifest of the data."""
-        data = self._fetch(cycle.dataset_root, "manifest")
-        try:
-            shards = [bytes.fromhex(each) for each in json.loads(data)["shards"]]
-        except (ValueError, KeyError, TypeError):
-            raise CosignError("wrong-dataset", f"the manifest {cycle.dataset_root.hex()} lists no shards") from None
-        _require("wrong-dataset", "number of shards", self._job.shards, len(shards))
-        return shards
-
-    def _built(self, cycle: _State) -> _Model:
-        """Return the job's model, built once."""
-        if self._model is None:
-            shard = b""
-            if self._job.balance == "flops":
-                shard = self._fetch(self._shards(cycle)[0], "shard, by whose shapes the model is cut,")
-            self._model = _Model(self._job, shard)
-        return self._model
-
-    def _fetch(self, digest: bytes, what: str) -> bytes:
-        try:
-            data = self._fetch_file(digest)
-        except StoppedError:
-            raise
-        except (EngineError, IntegrityError) as error:
-            raise CosignError("missing-file", f"the {what} {digest.hex()} does not come: {error}") from None
-        if hashlib.sha256(data).digest() != digest:
-            raise CosignError("missing-file", f"the {what} {digest.hex()} does not come: it has another SHA-256")
-        return data
-
-
-class _Model:
-    """A job's model, as far as an aggregate needs it. `shard` is the file of a shard, or empty bytes."""
-
-    def __init__(self, job: TrainingJob, shard: bytes) -> None:
-        from traincert.trainer.examples import read_examples
-        from traincert.trainer.models import build_model
-        from traincert.trainer.segments import Layout, cut_segments
-        from traincert.trainer.state import state_hash, state_of
-
-        self._job = job
-        model = build_model(job)
-        self._layout: Layout = Layout(model)
-        self._shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in state_of(model).items()}
-        with TemporaryDirectory() as folder:
-            examples = read_examples(job, Path(folder), write_blob(Path(folder), shard)) if shard else None
-            self.segments: tuple[Segment, ...] = cut_segments(build_model(job), job, examples)
-        self.no_velocity: bytes = state_hash({"velocity": self.zeros()})
-        """SHA-256 of the velocity of a model that rests."""
-
-    def zeros(self) -> torch.Tensor:
-        """Return the velocity of a model that rests."""
-        import torch
-
-        return torch.zeros(self._layout.params)
-
-    def read_state(self, data: bytes) -> State:
-        """Read a model's file. Raises CosignError if it is none of the job's model."""
-        return self._read(data, self._shapes, "wrong-model")
-
-    def read_velocity(self, data: bytes) -> torch.Tensor:
-        """Read a velocity's file. Raises CosignError if it is none of the job's model."""
-        zeros = self.zeros()
-        return self._read(data, {"velocity": (zeros.dtype, zeros.shape)}, "wrong-velocity")["velocity"]
-
-    def read_task(self, task: _Task, data: bytes, state: State) -> Accepted | None:
-        """Read a task's update. Return None if it is rightly refused; raise CosignError if it is wrongly judged."""
-        from traincert.trainer.aggregation import Accepted
-        from traincert.trainer.scoring import Contribution
-        from traincert.trainer.updates import UpdateError, read_update
-
-        segment = self.segments[task.segment]
-        try:
-            update = read_update(data, self._job, segment, state)
-        except UpdateError as error:
-            if task.refusal is None:
-                raise CosignError("wrong-update", f"{task.name} is accepted, but its update is {error}") from None
-            _require("left-out", f"{task.name}: why the update is refused", error.reason, task.refusal)
-            return None
-        if task.refusal is not None:
-            raise CosignError("left-out", f"{task.name} is refused as {task.refusal}, but its update has no such fault")
-        digest = hashlib.sha256(data).digest()
-        contribution = Contribution(task.miner, digest, task.params, task.loss_reduction, task.weight)
-        return Accepted(contribution, segment, update)
-
-    def aggregated(
-        self, state: State, velocity: torch.Tensor, accepted: Sequence[Accepted], share: float
-    ) -> tuple[bytes, bytes]:
-        """Return the files of the next model and the next velocity."""
-        from traincert.trainer.aggregation import aggregate
-        from traincert.trainer.state import state_bytes
-
-        model, moving = aggregate(self._job, self._layout, state, velocity, accepted, share=share)
-        return state_bytes(model), state_bytes({"velocity": moving})
-
-    def _read(self, data: bytes, expected: Mapping[str, object], wrong: str) -> State:
-        from safetensors import SafetensorError
-
-        from traincert.trainer.state import state_from_bytes
-
-        try:
-            state = state_from_bytes(data)
-        except SafetensorError as error:
-            raise CosignError(wrong, f"a file of tensors cannot be read: {error}") from None
-        found = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
-        _require(wrong, "tensors of a file", expected, found)
-        return state
-
-
-def _expected_certificate(records: _Records, slot: Slot, round_: int, beacon_reveal: bytes) -> Certificate:
-    from traincert.bridge.coordinator import certificate_of
-
-    with _renaming({}, otherwise="wrong-table"):
-        return certificate_of(records.files, slot, round_, beacon_reveal)
-
-
-def _table(record: Record) -> Any:
-    from traincert.bridge.coordinator import contribution_table
-
-    with _renaming({}, otherwise="wrong-table"):
-        return contribution_table(record)
-
-
-def _read_certificate(data: bytes, wrong: str) -> Certificate:
-    reader = Reader(data)
-    with _renaming({}, otherwise=wrong):
-        certificate = Certificate.read(reader)
-    _require(wrong, "bytes after a certificate", 0, reader.left())
-    return certificate
-
-
-@contextmanager
-def _renaming(names: Mapping[str, str], otherwise: str = "") -> Iterator[None]:
-    """Turn a CertificateError into a CosignError, by the reason without bad-traincert-."""
-    try:
-        yield
-    except CertificateError as error:
-        reason = error.reason.removeprefix("bad-traincert-")
-        raise CosignError(names.get(reason, otherwise or f"wrong-{reason}"), str(error)) from None
-
-
-def _require(name: str, what: str, expected: object, found: object) -> None:
-    """Raise CosignError unless both are equal."""
-    if found != expected:
-        raise CosignError(name, f"{what}: expected {_shown(expected)}, found {_shown(found)}")
-
-
-def _shown(value: object) -> str:
-    text = value.hex() if isinstance(value, bytes) else str(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-# Signing.
 
 
 class CosignerSigner(Signer):
@@ -726,68 +80,6 @@ def cosign(checker: Checker, signer: CosignerSigner, proposal: Proposal) -> Cosi
     return Cosignature(digest, b"", name[:40], " ".join(detail.split())[:1000])  # one line
 
 
-# The program.
-
-
-class CosignerFolder:
-    """A cosigner's folder, see above."""
-
-    def __init__(self, folder: Path) -> None:
-        """Open a folder that `create` made. Raises BridgeError if it is none, or if its key is no cosigner's."""
-        self.folder = folder
-        self.store, self.journal = folder / "store", folder / "journal.sqlite"
-        path = folder / "cosigner.json"
-        try:
-            facts = json.loads(path.read_text())
-            if facts["version"] != VERSION:
-                raise BridgeError(f"{path} has format {facts['version']}, this traincert reads format {VERSION}")
-            self.name: str = facts["name"]
-            self.job: str = facts["job"]
-            self.params = TrainingParams.from_node_options(facts["options"])
-            self.coordinator = self.params.keys_at(self.params.start_height).keys[0]
-            seed = (folder / "broker.seed").read_text().strip()
-            self.credential = Credential(facts["url"], facts["ca"], seed)
-        except FileNotFoundError:
-            raise BridgeError(f"{folder} is no cosigner's folder: run traincert cosigner join {folder}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BridgeError(f"{path} cannot be read: {error!r}") from None
-        self.secret = load_secret(folder / "cosigner.key")
-        check_key(xonly_key(self.secret), self.params)
-
-    def lock(self) -> IO[str]:
-        """Lock the folder until the returned file is closed. Raises BridgeError if another process has it open."""
-        file = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise BridgeError(f"{self.folder} is in use by another process") from None
-        return file
-
-    @classmethod
-    def create(
-        cls, folder: Path, name: str, credential: Credential, params: TrainingParams, job: str
-    ) -> CosignerFolder:
-        """Make a cosigner's folder around its key, which `make_cosigner_key` has made. `job` is a job's name or file.
-
-        Raises BridgeError if the key is none of the network's, and KeyFileError if there is none.
-        """
-        check_key(xonly_key(load_secret(folder / "cosigner.key")), params)
-        (folder / "store").mkdir(exist_ok=True)
-        write_file(folder / "broker.seed", credential.seed.encode() + b"\n")
-        facts = {
-            "version": VERSION,
-            "name": name,
-            "url": credential.url,
-            "ca": credential.ca,
-            "options": params.node_options(),
-            "job": job,
-        }
-        write_file(folder / "training.conf", params.conf().encode(), 0o644)
-        write_file(folder / "cosigner.json", json.dumps(facts, indent=1).encode() + b"\n")
-        return cls(folder)
-
-
 def make_cosigner_key(folder: Path) -> bytes:
     """Make a cosigner's key in its folder, unless it is there. Return the public key (32 bytes, x-only).
 
@@ -811,42 +103,35 @@ def check_key(key: bytes, params: TrainingParams) -> None:
 class Cosigner:
     """The program of a cosigner. `node` is its own node."""
 
-    def __init__(
-        self, folder: CosignerFolder, job: TrainingJob, connection: Connection, node: NodeClient, view: View
-    ) -> None:
+    def __init__(self, folder: MemberFolder, job: TrainingJob, member: Member, node: NodeClient, view: View) -> None:
         self._folder = folder
-        self._job = job
-        self._connection = connection
+        self._member = member
         self._view = view
-        self._key = PrivateKey(folder.secret)
-        self.key: bytes = self._key.public_key_xonly.format()
         params = folder.params
-        self._signer = CosignerSigner(folder.journal, params.chain_id, folder.secret)
+        self._signer = CosignerSigner(folder.folder / "journal.sqlite", params.chain_id, folder.secret)
         patience = min(PATIENCE + params.round_seconds, MAX_PATIENCE)
         self._checker = Checker(job, params, node, self._fetch, partial(write_blob, folder.store), patience)
-        self._since: dict[str, Any] = {"boot": "", "version": 0, "session": secrets.token_hex(8)}
 
     def run(self) -> None:
         """Check and sign what the coordinator proposes, until the program is interrupted.
 
         Raises BridgeError or TrainerError if this cosigner cannot take part.
         """
-        register(self._folder, self._job, self._connection)
-        self._view.say("joined", f"{self._folder.name} cosigns with the key {self.key.hex()}", key=self.key.hex())
+        self._member.register()
+        key = self._member.key.hex()
+        self._view.say("joined", f"{self._folder.name} cosigns with the key {key}", key=key)
         while True:
-            for kind, statement in self._poll().items():
+            for kind, statement in self._member.poll().items():
                 if kind == "proposal":
                     self.answer(statement)
 
     def answer(self, statement: bytes) -> None:
         """Check a sealed proposal, and send the signature or the refusal. Raises MessageError if it is another's."""
-        key, proposal = unseal(self._folder.params.chain_id, Proposal, statement)
-        if key != self._folder.coordinator:
-            raise MessageError(f"a proposal is signed by {key.hex()}, which is not the coordinator's key")
+        proposal = self._member.read(Proposal, statement)
         answer = self._checked(proposal)
         self._say(proposal, answer)
         try:
-            self._connection.ask("cosign", seal(self._key, self._folder.params.chain_id, answer))
+            self._member.ask("cosign", answer)
         except RefusedError as error:
             raise BridgeError(f"the coordinator refuses the answer: {error}") from None
 
@@ -863,7 +148,7 @@ class Cosigner:
         facts: dict[str, Any] = {"certificate": answer.certificate.hex()}
         where = "a proposal"
         try:
-            certificate = _read_certificate(proposal.certificate, "wrong-form")
+            certificate = parse_certificate(proposal.certificate, "wrong-form")
             facts |= {"height": certificate.height, "round": certificate.round, "record": certificate.record.hex()}
             where = f"block {certificate.height}, round {certificate.round}"
         except CosignError:
@@ -875,45 +160,8 @@ class Cosigner:
             self._view.say("cosigned", f"{where}: found true, signed", **facts)
 
     def _fetch(self, digest: bytes) -> bytes:
-        self._connection.fetch(digest, self._folder.store)
+        self._member.connection.fetch(digest, self._folder.store)
         return read_blob(self._folder.store, digest)
-
-    def _poll(self) -> dict[str, bytes]:
-        """Ask what there is for us, and wait a while if there is nothing. Return statements by kind."""
-        began = time.time()
-        try:
-            answer = json.loads(self._connection.ask("poll", json.dumps(self._since).encode()))
-        except RefusedError as error:
-            raise BridgeError(str(error)) from None
-        self._since |= {"boot": answer["boot"], "version": answer["version"]}
-        now, limit = time.time(), self._folder.params.round_seconds
-        if not began - limit <= answer["time"] <= now + limit:
-            raise BridgeError(
-                f"this machine's clock differs from the coordinator's by {now - answer['time']:+.0f} seconds, which is "
-                f"more than a round ({limit} s): set the clock"
-            )
-        return {kind: bytes.fromhex(each) for kind, each in answer["notices"].items()}
-
-
-def create_cosigner(folder: Path, invitation: Invitation, job: str) -> CosignerFolder:
-    """Make a cosigner's folder around its key. `job` is the job's name or file.
-
-    Raises BridgeError if the key is none of the network's, and KeyFileError if there is none.
-    """
-    credential = Credential(invitation.url, invitation.ca, invitation.seed)
-    return CosignerFolder.create(folder, invitation.name, credential, invitation.params, TrainingJob.located(job))
-
-
-def join_as_cosigner(folder: Path, invitation: Invitation, job: str) -> bytes:
-    """Make a cosigner's folder around its key, and register the key. `job` is a job's name or file. Return the key.
-
-    Raises BridgeError or TrainerError if the network does not take it.
-    """
-    training_job = TrainingJob.named(job)
-    made = create_cosigner(folder, invitation, job)
-    with Connection(partial(connect, made.credential)) as connection:
-        register(made, training_job, connection)
-    return xonly_key(made.secret)
 
 
 def run_cosigner(folder: Path, datadir: Path, view: View) -> None:
@@ -921,33 +169,12 @@ def run_cosigner(folder: Path, datadir: Path, view: View) -> None:
 
     Raises BridgeError, RegtestError or TrainerError if it cannot take part.
     """
-    made = CosignerFolder(folder)
-    job = TrainingJob.named(made.job)
-
-    def on_lost(lost: bool) -> None:
-        view.say("broker", "the broker is away: waiting for it" if lost else "the broker is there again", lost=lost)
-
+    opened = MemberFolder(folder, COSIGNER)
+    check_key(xonly_key(opened.secret), opened.params)
+    job = TrainingJob.named(opened.job)
     with ExitStack() as stack:
-        stack.enter_context(made.lock())
+        stack.enter_context(opened.lock())
         node = stack.enter_context(NodeClient.from_datadir(datadir))
-        check_network(node, made.params)
-        connection = stack.enter_context(Connection(partial(connect, made.credential), on_lost))
-        Cosigner(made, job, connection, node, view).run()
-
-
-def register(folder: CosignerFolder, job: TrainingJob, connection: Connection) -> None:
-    """Register a cosigner's key with the coordinator. It may be registered already.
-
-    Raises BridgeError if the coordinator does not take it, is another one, or trains another job.
-    """
-    try:
-        answer = connection.ask("join", seal(PrivateKey(folder.secret), folder.params.chain_id, Join(folder.name)))
-    except RefusedError as error:
-        raise BridgeError(str(error)) from None
-    if answer != folder.coordinator:
-        raise BridgeError("the coordinator has another key than the invitation says: ask for a new invitation")
-    if different := differences(job.shared_identity(), json.loads(connection.ask("job"))):
-        raise BridgeError(
-            f"the coordinator trains another job than {folder.job}: {', '.join(different)}: use the same files as the "
-            "coordinator"
-        )
+        check_network(node, opened.params)
+        member = Member(opened, job, stack.enter_context(opened.connection(view)))
+        Cosigner(opened, job, member, node, view).run()

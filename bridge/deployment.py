@@ -24,10 +24,10 @@ import psutil
 
 from traincert.bridge.broker import server_command
 from traincert.bridge.coordinator_program import CoordinatorFolder, Settings
-from traincert.bridge.cosigner import create_cosigner, make_cosigner_key
+from traincert.bridge.cosigner import make_cosigner_key
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import COSIGNER, MINER
-from traincert.bridge.miner import create_miner
+from traincert.bridge.member import MemberFolder
 from traincert.regtest.node import free_ports
 from traincert.regtest.processes import kill, spawn
 from traincert.trainer.job import TrainingJob
@@ -58,11 +58,12 @@ class Deployment:
         self.coordinator = CoordinatorFolder.create(directory / "coordinator", settings, TrainingJob.named(job))
         self.params = self.coordinator.params
         for name in cosigners:
-            create_cosigner(directory / name, self.coordinator.invite(name, COSIGNER), job)
+            MemberFolder.create(directory / name, self.coordinator.invite(name, COSIGNER), job)
         self.secrets: dict[str, bytes] = {}
         """The miners' secret keys by name."""
         for name in self.names:
-            self.secrets[name] = create_miner(directory / name, self.coordinator.invite(name, MINER), job).secret
+            made = MemberFolder.create(directory / name, self.coordinator.invite(name, MINER), job)
+            self.secrets[name] = made.secret
 
     def __enter__(self) -> Self:
         return self
@@ -109,11 +110,12 @@ class Deployment:
         Raises BridgeError with its last words if it fails.
         """
         process = self._programs["coordinator"]
-        for line in process.stdout:
-            yield json.loads(line)
+        with process.stdout as lines:
+            for line in lines:
+                yield json.loads(line)
         if process.wait():
-            lines = (self.directory / "coordinator" / "log").read_text().splitlines()
-            said = lines[-1].removeprefix("traincert: ") if lines else f"it ended with code {process.returncode}"
+            log = (self.directory / "coordinator" / "log").read_text().splitlines()
+            said = log[-1].removeprefix("traincert: ") if log else f"it ended with code {process.returncode}"
             raise BridgeError(f"the coordinator: {said}")
 
     def stop(self) -> None:

@@ -40,11 +40,13 @@ def cosigner_join(folder: Path, job: str, invitation: IO[str]) -> None:
 
     The coordinator makes the invitation with `traincert coordinator invite FOLDER NAME --cosigner`. It has a secret.
     """
-    from traincert.bridge.cosigner import join_as_cosigner
+    from traincert.bridge.cosigner import check_key, make_cosigner_key
     from traincert.bridge.invitations import COSIGNER, Invitation
+    from traincert.bridge.member import join
 
     read = Invitation.read(invitation.read(), COSIGNER)
-    key = join_as_cosigner(folder, read, job)
+    check_key(make_cosigner_key(folder), read.params)
+    key = join(folder, read, job)
     click.echo(f"{read.name} has joined with the key {key.hex()}")
     click.echo(f"A node needs the options in {folder / 'training.conf'}. Next: traincert cosigner run {folder}")
 

@@ -30,10 +30,10 @@ def miner_join(folder: Path, job: str, invitation: IO[str]) -> None:
     already, the miner keeps it.
     """
     from traincert.bridge.invitations import MINER, Invitation  # of the extra `train`
-    from traincert.bridge.miner import join_as_miner
+    from traincert.bridge.member import join
 
     read = Invitation.read(invitation.read(), MINER)
-    key = join_as_miner(folder, read, job)
+    key = join(folder, read, job)
     click.echo(f"{read.name} has joined with the key {key.hex()}")
     click.echo(f"A node needs the options in {folder / 'training.conf'}. Next: traincert miner run {folder}")
 

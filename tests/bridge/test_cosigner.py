@@ -25,23 +25,16 @@ from coincurve import PrivateKey
 
 from traincert.bridge import rpc
 from traincert.bridge.broker import Credential
+from traincert.bridge.checker import Checker, CosignError, _Model
 from traincert.bridge.consensus.beacon import Beacon
 from traincert.bridge.consensus.certificate import Certificate, CoordinatorSignature, draw_of
 from traincert.bridge.consensus.codec import verify_schnorr
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.coordinator import Slot, certificate_of, contribution_table
-from traincert.bridge.cosigner import (
-    Checker,
-    Cosigner,
-    CosignerFolder,
-    CosignError,
-    CosignerSigner,
-    _Model,
-    check_key,
-    cosign,
-    make_cosigner_key,
-)
-from traincert.bridge.errors import BridgeError, CertificateError, KeyFileError
+from traincert.bridge.cosigner import Cosigner, CosignerSigner, check_key, cosign, make_cosigner_key
+from traincert.bridge.errors import BridgeError, CertificateError
+from traincert.bridge.invitations import COSIGNER, Invitation
+from traincert.bridge.member import Member, MemberFolder
 from traincert.bridge.messages import (
     CommitMessage,
     Cosignature,
@@ -797,7 +790,7 @@ class Wire:
         self.notices: list[bytes] = []
         self.answers: list[tuple[bytes, Cosignature]] = []
 
-    def ask(self, kind: str, data: bytes = b"") -> bytes:
+    def ask(self, kind: str, data: bytes = b"", *, seconds: float = 0) -> bytes:  # noqa: ARG002
         chain_id = self.world.params.chain_id
         match kind:
             case "join":
@@ -808,7 +801,9 @@ class Wire:
                 if not self.notices:
                     raise StoppedError("the end")
                 notices = {"proposal": self.notices.pop(0).hex(), "receipt": ""}
-                return json.dumps({"boot": "", "version": 1, "time": time.time(), "notices": notices}).encode()
+                return json.dumps(
+                    {"boot": "", "version": 1, "time": time.time(), "hold": 1.0, "notices": notices}
+                ).encode()
             case "cosign":
                 self.answers.append(unseal(chain_id, Cosignature, data))
                 return b""
@@ -821,19 +816,27 @@ class Wire:
 
 
 @pytest.fixture
-def folder(world: Lies, tmp_path: Path) -> CosignerFolder:
+def folder(world: Lies, tmp_path: Path) -> MemberFolder:
     (tmp_path / "cosigner").mkdir()
     (tmp_path / "cosigner" / "cosigner.key").write_text(OWN.secret.hex())
     (tmp_path / "cosigner" / "cosigner.key").chmod(0o600)
-    return CosignerFolder.create(tmp_path / "cosigner", "carol", CREDENTIAL, world.params, "digits")
+    return MemberFolder.create(tmp_path / "cosigner", invitation(world), "digits")
 
 
 CREDENTIAL = Credential("tls://localhost:4222", "a certificate", "a seed")
 
 
-def test_the_program_answers_each_proposal_and_keeps_its_store_small(world: Lies, folder: CosignerFolder) -> None:
+def invitation(world: Lies) -> Invitation:
+    return Invitation("carol", COSIGNER, *CREDENTIAL, options=world.params.node_options(), job="")
+
+
+def program(world: Lies, folder: MemberFolder, wire: Wire, events: Events) -> Cosigner:
+    return Cosigner(folder, world.job, Member(folder, world.job, cast(Connection, wire)), world.node, events)
+
+
+def test_the_program_answers_each_proposal_and_keeps_its_store_small(world: Lies, folder: MemberFolder) -> None:
     wire, events = Wire(world), Events()
-    cosigner = Cosigner(folder, world.job, cast(Connection, wire), world.node, events)
+    cosigner = program(world, folder, wire, events)
     for proposal in (LIES["wrong-model"]["the whole step"](world), world.propose(world.record)):
         wire.notices.append(seal(COORDINATORS[0], world.params.chain_id, proposal))
     with pytest.raises(StoppedError):
@@ -841,7 +844,7 @@ def test_the_program_answers_each_proposal_and_keeps_its_store_small(world: Lies
     assert [event for event, _ in events.said] == ["joined", "not-cosigned", "cosigned"]
     assert events.said[1][1].startswith("block 2, round 0: not signed: wrong-model: model_after: expected ")
     (key, refusal), (_, signature) = wire.answers
-    assert key == cosigner.key == OWN.public_key_xonly.format()
+    assert key == OWN.public_key_xonly.format()
     assert (refusal.refusal, signature.refusal) == ("wrong-model", "")
     assert verify_schnorr(key, world.certificate(world.record).sighash(world.params.chain_id), signature.signature)
     before, record = world.run.records[-1], world.record
@@ -850,24 +853,24 @@ def test_the_program_answers_each_proposal_and_keeps_its_store_small(world: Lies
     assert {path.name for path in folder.store.iterdir()} == kept
 
 
-def test_what_only_a_refused_proposal_needed_is_removed(world: Lies, folder: CosignerFolder) -> None:
-    cosigner = Cosigner(folder, world.job, cast(Connection, Wire(world)), world.node, Events())
+def test_what_only_a_refused_proposal_needed_is_removed(world: Lies, folder: MemberFolder) -> None:
+    cosigner = program(world, folder, Wire(world), Events())
     write_blob(folder.store, b"from before")
     proposal = LIES["wrong-model"]["the whole step"](world)
     cosigner.answer(seal(COORDINATORS[0], world.params.chain_id, proposal))
     assert [path.read_bytes() for path in folder.store.iterdir()] == [b"from before"]
 
 
-def test_another_ones_proposal_is_not_answered(world: Lies, folder: CosignerFolder) -> None:
+def test_another_ones_proposal_is_not_answered(world: Lies, folder: MemberFolder) -> None:
     wire = Wire(world)
-    cosigner = Cosigner(folder, world.job, cast(Connection, wire), world.node, Events())
+    cosigner = program(world, folder, wire, Events())
     with pytest.raises(MessageError, match="which is not the coordinator's key"):
         cosigner.answer(seal(COORDINATORS[2], world.params.chain_id, world.propose(world.record)))
     assert not wire.answers
 
 
-def test_a_folder_is_opened_again(world: Lies, folder: CosignerFolder) -> None:
-    again = CosignerFolder(folder.folder)
+def test_a_folder_is_opened_again(world: Lies, folder: MemberFolder) -> None:
+    again = MemberFolder(folder.folder, COSIGNER)
     assert (again.name, again.job, again.params, again.secret) == ("carol", "digits", world.params, OWN.secret)
     assert again.credential == CREDENTIAL
     assert make_cosigner_key(folder.folder) == OWN.public_key_xonly.format()
@@ -878,10 +881,8 @@ def test_a_folder_is_opened_again(world: Lies, folder: CosignerFolder) -> None:
 def test_a_key_that_is_no_cosigners_is_refused(world: Lies, tmp_path: Path) -> None:
     with pytest.raises(BridgeError, match="is the coordinator's own"):
         check_key(COORDINATORS[0].public_key_xonly.format(), world.params)
-    with pytest.raises(KeyFileError, match="cannot read"):
-        CosignerFolder.create(tmp_path, "carol", CREDENTIAL, world.params, "digits")
     key = make_cosigner_key(tmp_path)
     with pytest.raises(BridgeError, match=f"the key {key.hex()} is none of the network's"):
-        CosignerFolder.create(tmp_path, "carol", CREDENTIAL, world.params, "digits")
+        check_key(key, world.params)
     with pytest.raises(BridgeError, match="is no cosigner's folder"):
-        CosignerFolder(tmp_path)
+        MemberFolder(tmp_path, COSIGNER)
