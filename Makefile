@@ -18,7 +18,7 @@ CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder;
 # nothing: the command that needs $(1) then fails and names it.
 if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
-.PHONY: check demo data test test-upstream thread-safety bench setup node images lock
+.PHONY: check demo data test soak test-upstream thread-safety bench setup node images lock
 
 demo: setup
 	.venv/bin/traincert demo
@@ -43,6 +43,10 @@ test: check node data
 	find bitcoind-patch/src -name '*.h' -o -name '*.cpp' | \
 	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
 	.venv/bin/pytest --numprocesses $(PROCESSES) --dist loadfile
+
+# Kills the programs of a network at random, 200 times. It takes about 20 minutes.
+soak: node
+	TRAINCERT_KILLS=200 .venv/bin/pytest tests/bridge/test_roles.py -k random
 
 # Runs all of upstream's tests, on the node with and without the patch. It takes hours. An interrupted run continues.
 test-upstream: setup

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bitcoin.core import CBlock
@@ -78,6 +81,25 @@ def read_certificate(node: NodeClient, block_hash: str) -> Certificate:
     """Return the certificate of a node's block, given by its hash as RPC shows it."""
     block = CBlock.deserialize(bytes.fromhex(node.call("getblock", block_hash, 0)))
     return read_training_payload(block.vtx[0]).certificate
+
+
+def check_records(chain: Sequence[CertifiedBlock], params: TrainingParams, run: Path) -> None:
+    """Check that each block's certificate has the hash of its cycle's record in the run folder `run`.
+
+    Raises BridgeError for the first that does not.
+    """
+    for block in chain:
+        cycle = block.certificate.height - params.start_height + 1
+        path = run / "cycles" / f"{cycle:08}.json"
+        try:
+            found = hashlib.sha256(path.read_bytes()).digest()
+        except OSError as error:
+            raise BridgeError(f"block {block.certificate.height}: {path}: {error.strerror}") from None
+        if found != block.certificate.record:
+            raise BridgeError(
+                f"block {block.certificate.height}: the certificate has record {block.certificate.record.hex()}, but "
+                f"{path} is {found.hex()}"
+            )
 
 
 def read_chain(node: NodeClient, params: TrainingParams) -> list[CertifiedBlock]:

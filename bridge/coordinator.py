@@ -129,6 +129,8 @@ class Coordinator:
         self._trainer = trainer
         self._run = run
         self._miners = miners
+        self.awaiting = "the start of a cycle"
+        """What the coordinator waits for, for people."""
         self._tip, self.closed = self._find_tip()
         """How many of the run's cycles have their block."""
 
@@ -173,7 +175,9 @@ class Coordinator:
     def _train(self, slot: Slot, on_commit: OnCommit | None) -> None:
         """Run the slot's cycle, and record it."""
         cycle = self._run.cycles
+        self.awaiting = f"miners for cycle {cycle + 1}"
         miners, opening = self._miners.open(slot, cycle)
+        self.awaiting = f"commits and updates of cycle {cycle + 1}"
         beacon_reveal = self._beacon.reveal(cycle)
 
         def draw_examples(commits: Mapping[bytes, Commit]) -> bytes:
@@ -199,10 +203,12 @@ class Coordinator:
         certificates: list[Certificate] = []
         for round_ in range(MAX_ROUND + 1):
             unsigned = certificate_of(self._run.records, slot, round_, beacon_reveal)
+            self.awaiting = f"signatures for block {slot.height}, round {round_}"
             certificates.append(self._sign(unsigned))
             reached("signed")
             # A winner has the whole round from now on. The next round's block must also be late enough for the rules.
             begin = max(time.time(), slot.parent_time + round_ * self.params.round_seconds)
+            self.awaiting = f"block {slot.height}, round {round_}"
             self._miners.award(certificates[-1])
             reached("awarded")
             if self._wait_for_block(slot.height, begin + self.params.round_seconds):

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, Protocol
 
 from coincurve import PrivateKey
@@ -38,6 +39,7 @@ from traincert.bridge.keys import create_secret, load_secret, xonly_key
 from traincert.bridge.members import MemberList, RemoteMiners
 from traincert.bridge.rpc import NodeClient
 from traincert.bridge.signer import Signer
+from traincert.bridge.status import write_status
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.broker import Connection
 from traincert.trainer.engines.nats import NatsEngine
@@ -48,6 +50,8 @@ from traincert.trainer.store import write_file
 
 VERSION = 1
 """Of coordinator.json."""
+STATUS_SECONDS = 1.0
+"""How often a running coordinator writes its status."""
 
 
 class View(Protocol):
@@ -149,7 +153,9 @@ class CoordinatorFolder:
 class Program:
     """A coordinator that is ready to run cycles."""
 
+    folder: Path
     coordinator: Coordinator
+    engine: NatsEngine
     run: RunFolder
     members: MemberList
     view: View
@@ -160,10 +166,29 @@ class Program:
         def on_absent(certificate: Certificate, reason: str) -> None:
             self.view.absent(certificate.height, self._name(certificate.winner_key), reason)
 
-        while (done := self.coordinator.closed) < cycles:
-            self.view.step(f"cycle {done + 1} of {cycles}")
-            slot = self.coordinator.close_slot(self.view.update, on_absent)
-            self.view.closed(cycle_facts(slot, self._name(slot.certificate.winner_key)))
+        with self._noting():
+            while (done := self.coordinator.closed) < cycles:
+                self.view.step(f"cycle {done + 1} of {cycles}")
+                slot = self.coordinator.close_slot(self.view.update, on_absent)
+                self.view.closed(cycle_facts(slot, self._name(slot.certificate.winner_key)))
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Keep status.json true while the code inside runs."""
+        over = Event()
+
+        def note() -> None:
+            while not over.wait(STATUS_SECONDS):
+                coordinator = {"closed": self.coordinator.closed, "awaiting": self.coordinator.awaiting}
+                write_status(self.folder, coordinator | self.engine.status())
+
+        thread = Thread(target=note, name="status", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _name(self, key: bytes) -> str:
         return next((name for name, each in self.members.keys().items() if each == key), key.hex()[:16])
@@ -212,7 +237,7 @@ def open_coordinator(folder: CoordinatorFolder, datadir: Path, miners: int, view
         connection.serve(engine.handlers, folder.members.roles)
         beacon = Beacon(load_secret(folder.folder / "keys" / "beacon.key"))
         coordinator = Coordinator(params, cosigned.sign, beacon, node, trainer, run, remote)
-        yield Program(coordinator, run, folder.members, view)
+        yield Program(folder.folder, coordinator, engine, run, folder.members, view)
 
 
 def cycle_facts(slot: ClosedSlot, winner: str) -> dict[str, Any]:

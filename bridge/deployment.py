@@ -28,8 +28,9 @@ from traincert.bridge.cosigner import make_cosigner_key
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import COSIGNER, MINER
 from traincert.bridge.member import MemberFolder
+from traincert.regtest import processes
 from traincert.regtest.node import free_ports
-from traincert.regtest.processes import kill, spawn
+from traincert.regtest.processes import spawn
 from traincert.trainer.job import TrainingJob
 
 COSIGNERS = 2
@@ -100,6 +101,11 @@ class Deployment:
             command = ["env", *variables, *self.commands[name]] if variables else self.commands[name]
             self._programs[name] = spawn(command, keep=False, stdout=stdout, stderr=log)
 
+    def kill(self, name: str) -> None:
+        """Kill a program (SIGKILL)."""
+        self._programs[name].kill()
+        self._programs[name].wait()
+
     def program(self, name: str) -> psutil.Popen:
         """Return the process of a program that was started."""
         return self._programs[name]
@@ -126,4 +132,7 @@ class Deployment:
                 program.terminate()
         _, alive = psutil.wait_procs(list(programs.values()), STOP_SECONDS)
         for process in alive:
-            kill(process)
+            processes.kill(process)
+        for program in programs.values():
+            if program.stdout:
+                program.stdout.close()

@@ -130,13 +130,13 @@ class Member:
 
         Raises BridgeError if the coordinator does not take it, is another one, or trains another job.
         """
+        self.check_job()  # first: a member that cannot take part must not use up its invitation
         try:
             answer = self.ask("join", Join(self._folder.name))
         except RefusedError as error:
             raise BridgeError(str(error)) from None
         if answer != self._folder.coordinator:
             raise BridgeError("the coordinator has another key than the invitation says: ask for a new invitation")
-        self.check_job()
 
     def check_job(self) -> None:
         """Raise BridgeError that says in what the coordinator's job differs from ours, if it does."""

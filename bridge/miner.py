@@ -73,6 +73,12 @@ class Earned:
     """The weight of all miners in these cycles."""
     blocks: int = 0
 
+    @classmethod
+    def read(cls, folder: Path) -> Earned:
+        """Return what the miner in a folder has earned."""
+        path = folder / "earned.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
 
 class _Line:
     """Does steps one after the other in a thread of its own, which does not hold up the end of the program."""
@@ -114,7 +120,7 @@ class Miner:
         *,
         compat_pow: bool = True,
     ) -> None:
-        self.earned = Earned(**json.loads(_read_text(folder.folder / "earned.json") or "{}"))
+        self.earned = Earned.read(folder.folder)
         self._folder = folder
         self._data, self._receipts = folder.folder / "data", folder.folder / "receipts"
         for each in (self._data, self._receipts):
@@ -336,7 +342,8 @@ class Miner:
 
     def _saved_task(self) -> dict[str, Any]:
         """Return the last task's state; an empty one before the first task, or if it has another format."""
-        task: dict[str, Any] = json.loads(_read_text(self._folder.folder / "task.json") or "{}")
+        path = self._folder.folder / "task.json"
+        task: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return task if task.get("version") == VERSION else {}
 
     def _save_earned(self) -> None:
@@ -357,8 +364,3 @@ def run_miner(folder: Path, datadir: Path | None, view: View, *, compat_pow: boo
         engine = stack.enter_context(LocalEngine(job, opened.store, workers=1))
         member = Member(opened, job, stack.enter_context(opened.connection(view)))
         Miner(opened, job, member, engine, datadir, view, compat_pow=compat_pow).run()
-
-
-def _read_text(path: Path) -> str:
-    """Return a file's text; nothing if there is no such file."""
-    return path.read_text() if path.exists() else ""

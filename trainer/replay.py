@@ -21,7 +21,7 @@ class Replayed:
     recorded: str
     """SHA-256 of the update in the record."""
     found: str
-    """SHA-256 of the update that the replay gave."""
+    """SHA-256 of the update that the replay gave; empty if only the miner has the memory that the task began with."""
 
     @property
     def same(self) -> bool:
@@ -61,5 +61,8 @@ def replay_tasks(run: RunFolder, cycle: int | None = None) -> Iterator[Replayed]
                 bytes.fromhex(task["shard"]),
                 bytes.fromhex(task["memory"]) if task["memory"] else None,
             )
+            if order.memory_hash and not (run.store / order.memory_hash.hex()).exists():
+                yield Replayed(number, task["miner"], task["update_hash"], "")
+                continue
             found = hashlib.sha256(executor.execute(dataset.shard_folder, order).update).hexdigest()
             yield Replayed(number, task["miner"], task["update_hash"], found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import click
@@ -157,3 +159,32 @@ def coordinator_remove(folder: Path, name: str) -> None:
 
     CoordinatorFolder(folder).remove(name)
     click.echo(f"{name} is removed")
+
+
+@coordinator.command("status")
+@FOLDER
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def coordinator_status(folder: Path, as_json: bool) -> None:
+    """Say who is present, who has committed, and what the coordinator in FOLDER waits for.
+
+    Exit code 3 if it does not run.
+    """
+    from traincert.bridge.coordinator_program import CoordinatorFolder
+    from traincert.bridge.status import is_locked, read_status
+
+    CoordinatorFolder(folder)
+    runs, status = is_locked(folder / "run" / ".lock"), read_status(folder)
+    if as_json:
+        click.echo(json.dumps({"runs": runs, **status}))
+    elif not runs or not status:
+        click.echo("the coordinator does not run" if not runs else "the coordinator starts")
+    else:
+        click.echo(f"{status['closed']} cycles are closed; waiting for {status['awaiting']}")
+        click.echo(f"present: {', '.join(status['present']) or 'nobody'}")
+        if status["miners"]:
+            late = sorted(set(status["miners"]) - set(status["committed"]))
+            left = status["deadline"] - time.time()
+            click.echo(f"committed: {', '.join(status['committed']) or 'nobody'}")
+            click.echo(f"awaited: {', '.join(late) or 'nobody'}, for {max(0, left):.0f} s more")
+    if not runs:
+        raise SystemExit(3)

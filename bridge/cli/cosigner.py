@@ -67,4 +67,4 @@ def cosigner_run(folder: Path, datadir: Path, as_json: bool) -> None:
     """
     from traincert.bridge.cosigner import run_cosigner
 
-    run_cosigner(folder, datadir, Events(as_json=as_json))
+    run_cosigner(folder, datadir, Events(as_json=as_json, folder=folder))

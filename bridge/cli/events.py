@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
+
+from traincert.bridge.status import write_status
 
 
 class Events:
     """A view that says each event in a line. With `as_json` each line is an object with the key `event`."""
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, folder: Path | None = None) -> None:
+        """Events of the program in `folder`, whose status.json has the last one."""
         self._as_json = as_json
+        self._folder = folder
 
     def say(self, event: str, text: str, **facts: Any) -> None:
         """Say an event: its name and facts for programs, a sentence for people."""
+        if self._folder:
+            write_status(self._folder, {"event": event, "text": text, **facts})
         if self._as_json:
             click.echo(json.dumps({"event": event, "time": round(time.time(), 3), "text": text, **facts}))
         else:

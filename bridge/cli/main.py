@@ -88,23 +88,33 @@ def _fail(message: str, code: int) -> None:
     show_default=True,
     help="The data directory of a running node.",
 )
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The coordinator's run folder, for example demo/coordinator/run: compare its records with the blocks, too.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: certificates as gettrainingcertificate has them.")
-def chain(datadir: Path, as_json: bool) -> None:
+def chain(datadir: Path, run: Path | None, as_json: bool) -> None:
     """Read a training chain from a running node, check every rule on it, and show its blocks.
 
     The last lines name each winner that signed two blocks under one certificate, as far as this node saw it.
     """
-    from traincert.bridge.chain import certificate_json, read_chain, read_params
+    from traincert.bridge.chain import certificate_json, check_records, read_chain, read_params
     from traincert.bridge.rpc import NodeClient
 
     with NodeClient.from_datadir(datadir) as client:
-        blocks = read_chain(client, read_params(client))
+        params = read_params(client)
+        blocks = read_chain(client, params)
         equivocations = client.call("gettrainingequivocations")
+    if run:
+        check_records(blocks, params, run)
     if as_json:
         click.echo(json.dumps([certificate_json(block) for block in blocks], indent=2))
     else:
         console = stdout_console()
         console.print(chain_table(blocks))
+        if run:
+            console.print(f"{run} has the record of each block", soft_wrap=True)
         print_equivocations(console, equivocations)
 
 

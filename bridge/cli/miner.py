@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from traincert.bridge.cli.events import Events
+from traincert.bridge.status import is_locked, read_status
+
+if TYPE_CHECKING:
+    from traincert.bridge.member import MemberFolder
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 
@@ -58,4 +64,34 @@ def miner_run(folder: Path, datadir: Path | None, compat_pow: bool, as_json: boo
     """
     from traincert.bridge.miner import run_miner
 
-    run_miner(folder, datadir, Events(as_json=as_json), compat_pow=compat_pow)
+    run_miner(folder, datadir, Events(as_json=as_json, folder=folder), compat_pow=compat_pow)
+
+
+@miner.command("status")
+@FOLDER
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def miner_status(folder: Path, as_json: bool) -> None:
+    """Say what the miner in FOLDER does now, and what it has earned.
+
+    Exit code 3 if it does not run.
+    """
+    from traincert.bridge.invitations import MINER
+    from traincert.bridge.member import MemberFolder
+    from traincert.bridge.miner import Earned
+
+    opened = MemberFolder(folder, MINER)
+    show_status(opened, {"earned": vars(Earned.read(folder))}, as_json=as_json)
+
+
+def show_status(folder: MemberFolder, more: dict[str, Any], *, as_json: bool) -> None:
+    """Print what a member's program does now. Exits with 3 if it does not run."""
+    runs, status = is_locked(folder.folder / ".lock"), read_status(folder.folder)
+    if as_json:
+        click.echo(json.dumps({"name": folder.name, "runs": runs, **more, "last": status}))
+    else:
+        said = f"{status['text']} ({time.time() - status['time']:.0f} s ago)" if status else "nothing yet"
+        click.echo(f"{folder.name} {'runs' if runs else 'does not run'}: {said}")
+        for name, facts in more.items():
+            click.echo(f"{name}: {', '.join(f'{key} {value:,}' for key, value in facts.items())}")
+    if not runs:
+        raise SystemExit(3)

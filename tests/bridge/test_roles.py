@@ -70,10 +70,6 @@ class Trial:
         if name == "coordinator":
             self._drain()
 
-    def kill(self, name: str) -> None:
-        self.deployment.program(name).kill()
-        self.deployment.program(name).wait()
-
     def height(self) -> int:
         return int(self.network.nodes[0].rpc("getblockcount"))
 
@@ -201,8 +197,8 @@ def test_the_coordinator_goes_on_from_each_of_its_steps(trial: Trial) -> None:
     """It is killed at each step once; and a miner at each of its own."""
     trial.start()
     trial.wait_for_height(1)
-    trial.kill("coordinator")
-    trial.kill("miner1")
+    trial.deployment.kill("coordinator")
+    trial.deployment.kill("miner1")
     miner_steps = iter([*MINER_STEPS, ""])
     trial.restart("miner1", next(miner_steps))
     for step in STEPS:
@@ -231,7 +227,7 @@ def test_the_chain_grows_while_processes_are_killed_at_random(trial: Trial) -> N
             node.start()
             trial.network.connect()
         else:
-            trial.kill(name)
+            trial.deployment.kill(name)
             trial.restart(name)
     height = trial.height()
     trial.wait_for_height(height + 3)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
+from threading import Lock
 
 import pytest
 
@@ -74,6 +75,7 @@ class InlineEngine(LocalEngine):
         store.mkdir(parents=True, exist_ok=True)
         self.job, self.store = job, store
         self._workers = []
+        self._closing = Lock()
         self._executor = Executor(job, store)
 
     def collect(

@@ -17,7 +17,7 @@ from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from types import TracebackType
 from typing import cast
 
@@ -42,8 +42,8 @@ class LocalEngine:
 
     `store` is the folder of models and miners' memories. It is made if it does not exist.
 
-    Use the engine as a context manager, or call `close`. It is not thread-safe. A script that makes an engine needs
-    `if __name__ == "__main__":`, because workers use the spawn start method.
+    Use the engine as a context manager, or call `close`. Only `close` may be called from another thread. A script that
+    makes an engine needs `if __name__ == "__main__":`, because workers use the spawn start method.
 
     Workers end when the process that made them ends, even if it is killed. They ignore Ctrl-C, which that process
     handles. If a worker dies, a new worker tries its task once more.
@@ -63,6 +63,7 @@ class LocalEngine:
         self.store = store
         store.mkdir(parents=True, exist_ok=True)
         self._workers: list[_Worker] = []
+        self._closing = Lock()
         self._updates: list[bytes | Reason] = []
         try:
             for number in range(workers):
@@ -85,10 +86,11 @@ class LocalEngine:
         return [worker.process.pid for worker in self._workers if worker.process.pid is not None]
 
     def close(self) -> None:
-        """Kill the workers. Closing twice is allowed."""
-        for worker in self._workers:
-            _end(worker)  # killing is safe, because a worker has nothing to save
-        self._workers = []
+        """Kill the workers. Closing twice is allowed, also while another thread waits in `collect`, which then ends."""
+        with self._closing:
+            workers, self._workers = self._workers, []
+            for worker in workers:
+                _end(worker)  # killing is safe, because a worker has nothing to save
 
     def collect(
         self, shards: Path, orders: Sequence[Order], on_commit: OnCommit | None = None
@@ -164,9 +166,12 @@ class LocalEngine:
         return [busy[cast(Connection, ready)] for ready in connection.wait(list(busy), timeout)]
 
     def _replace(self, worker: _Worker) -> None:
-        _end(worker)
-        number = self._workers.index(worker)
-        self._workers[number] = self._start(number)
+        with self._closing:
+            if worker not in self._workers:
+                raise EngineError("the engine is closed")
+            _end(worker)
+            number = self._workers.index(worker)
+            self._workers[number] = self._start(number)
 
     def _start(self, number: int) -> _Worker:
         ours, theirs = _SPAWN.Pipe()

@@ -1,0 +1,247 @@
+"""Miners over the broker against engine `local`, in the same run. No chain is needed: blocks cost nothing here.
+
+    tests/bench/network.py FOLDER [--miners N]
+
+runs the part with many simulated miners alone, for example with 2,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import secrets
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import psutil
+import torch
+from coincurve import PrivateKey
+from nats.aio.client import Client
+
+from bench.rows import Row, row, timed
+from traincert.bridge.broker import Members, connect, coordinator_credential, server_command
+from traincert.bridge.coordinator import Slot
+from traincert.bridge.coordinator_program import CoordinatorFolder, Settings
+from traincert.bridge.invitations import MINER, Invitation
+from traincert.bridge.keys import load_secret, xonly_key
+from traincert.bridge.member import MemberFolder
+from traincert.bridge.members import RemoteMiners
+from traincert.bridge.messages import CommitMessage, Join, Opening, seal, unseal
+from traincert.regtest.node import free_ports
+from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
+from traincert.trainer.engines.broker import CHUNK, Connection
+from traincert.trainer.engines.local import LocalEngine
+from traincert.trainer.engines.nats import NatsEngine
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.records import RunFolder
+from traincert.trainer.updates import Update, encode_update
+
+MINERS = 4
+CYCLES = 8
+TURNS = 3
+LARGE = {"inputs": 64, "hidden": [4964, 4964], "classes": 10}  # 25 million parameters, 100 MB
+TRAINCERT = [sys.executable, "-m", "traincert.bridge.cli.main"]
+
+
+def measure(folder: Path) -> Iterator[list[Row]]:
+    """Run all parts, one after the other."""
+    yield _fashion(folder / "fashion")
+    yield _large(folder / "large")
+    yield _many(folder / "many")
+
+
+class Remote:
+    """A coordinator's side without a node: trainer, engine and broker. Miners are invited with `invite`."""
+
+    def __init__(self, folder: Path, job: TrainingJob, stack: ExitStack) -> None:
+        path = folder / "job.toml"
+        folder.mkdir(parents=True)
+        path.write_text(job.to_toml())
+        self.folder = CoordinatorFolder.create(folder / "coordinator", Settings(str(path), ["127.0.0.1"], _port()), job)
+        with (folder / "log").open("wb") as log:
+            self.broker = psutil.Popen(server_command(self.folder.folder), stderr=log)
+        stack.callback(_end, self.broker)
+        key = PrivateKey(load_secret(self.folder.folder / "keys" / "coordinator.key"))
+        run = stack.enter_context(RunFolder(self.folder.folder / "run", job))
+        dataset = run.dataset()
+        self.miners = RemoteMiners(
+            self.folder.members, key, self.folder.params, wanted=1, waiting=lambda _present, _wanted: None
+        )
+        credential = coordinator_credential(self.folder.folder)
+        self.connection = stack.enter_context(Connection(_patient(credential)))
+        self.engine = NatsEngine(
+            job,
+            run.store,
+            self.folder.folder / "cycle.sqlite",
+            self.connection,
+            members=self.folder.members.keys,
+            read_commit=self.miners.read_commit,
+            make_receipt=self.miners.make_receipt,
+            shared=self.miners.shared,
+        )
+        self.trainer = stack.enter_context(Trainer(dataset, self.engine))
+        run.begin(self.trainer.start(), dataset)
+        self.miners.attach(self.engine, self.trainer, run)
+        self.connection.serve(self.engine.handlers, self.folder.members.roles)
+        self.job_file, self.run = path, run
+        self.state = run.load()
+
+    def cycle(self, number: int, miners: int) -> CycleResult:
+        """Run a cycle, as a coordinator does, with as many miners."""
+        self.miners._wanted = miners
+        prev_block = hashlib.sha256(number.to_bytes(4, "little")).digest()
+        self.miners._wait(miners)
+        present, opening = self.miners.open(Slot(number + 1, prev_block, 0), number)
+        result = self.trainer.run_cycle(self.state, present, seed=prev_block)
+        self.run.save(self.run.next_record(result, opening))
+        self.state = result.after
+        return result
+
+
+def _patient(credential: Any) -> Any:
+    async def connected(**options: Any) -> Client:
+        for _ in range(100):
+            try:
+                return await connect(credential, **options)
+            except Exception:
+                await asyncio.sleep(0.1)
+        return await connect(credential, **options)
+
+    return connected
+
+
+def _port() -> int:
+    return free_ports(1)[0]
+
+
+def _end(process: psutil.Popen) -> None:
+    process.terminate()
+    process.wait()
+
+
+def _start_miners(remote: Remote, folder: Path, count: int, stack: ExitStack) -> None:
+    for number in range(count):
+        invitation = remote.folder.invite(f"miner{number}", MINER)
+        MemberFolder.create(folder / f"miner{number}", invitation, str(remote.job_file))
+        command = [*TRAINCERT, "miner", "run", str(folder / f"miner{number}"), "--json"]
+        with (folder / f"miner{number}" / "log").open("wb") as log:
+            process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        stack.callback(_end, process)
+
+
+def _local(folder: Path, job: TrainingJob, workers: int, miners: int, cycles: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of cycles after the first, and those beside training, with engine `local`."""
+    with ExitStack() as stack:
+        run = stack.enter_context(RunFolder(folder, job))
+        dataset = run.dataset()
+        engine = stack.enter_context(LocalEngine(job, run.store, workers=workers))
+        trainer = stack.enter_context(Trainer(dataset, engine))
+        run.begin(trainer.start(), dataset)
+        state = run.load()
+        ids = [hashlib.sha256(bytes([number])).digest() for number in range(miners)]
+        times, beside = [], []
+        for number in range(cycles):
+            seconds, state = timed(partial(_step, trainer, run, state, ids, number))
+            times.append(seconds)
+            beside.append(seconds - sum(run_seconds))
+    return times[1:], beside[1:]
+
+
+run_seconds: list[float] = []
+
+
+def _step(trainer: Trainer, run: RunFolder, state: Checkpoint, ids: list[bytes], number: int) -> Checkpoint:
+    result = trainer.run_cycle(state, ids, seed=bytes([number]))
+    run.save(run.next_record(result))
+    run_seconds[:] = [task.commit.seconds for task in result.tasks if task.commit]
+    return result.after
+
+
+def _loopback() -> int:
+    return int(psutil.net_io_counters(pernic=True)["lo"].bytes_sent)
+
+
+def _fashion(folder: Path) -> list[Row]:
+    job = replace(TrainingJob.named("fashion"), cycles=CYCLES, warmup_cycles=0)
+    local, _ = _local(folder / "local", job, MINERS, MINERS, CYCLES)
+    with ExitStack() as stack:
+        remote = Remote(folder / "nats", job, stack)
+        before = _loopback()
+        _start_miners(remote, folder / "nats", MINERS, stack)
+        times, moved = [], 0
+        for number in range(CYCLES):
+            seconds, result = timed(partial(remote.cycle, number, MINERS))
+            times.append(seconds)
+            moved += sum(task.commit.update_size for task in result.tasks if task.commit)
+            moved += MINERS * (remote.run.store / result.model_before.hex()).stat().st_size
+        sent = (_loopback() - before) / 2  # each byte goes to the broker, and from it
+        shards = {task.order.shard_hash for task in result.tasks}
+        folder_of = remote.trainer.dataset.shard_folder
+        moved += MINERS * sum((folder_of / shard.hex()).stat().st_size for shard in shards)
+    ratio = statistics.median(times[1:]) / statistics.median(local)
+    return [
+        row("fashion, 4 miners over the broker: seconds of a cycle, median", statistics.median(times[1:]), "s"),
+        row("the same, against engine local", ratio, "ratio", 1.1),
+        row("the same: bytes on the wire, against models, shards and updates", sent / moved, "ratio", 1.1),
+    ]
+
+
+def _large(folder: Path) -> list[Row]:
+    job = replace(
+        TrainingJob.named("digits"), model_options=LARGE, segments=1, local_steps=1, batch_size=8, cycles=4, shards=1,
+        max_update_norm=1e6, validation_examples=32, score_examples=0, learning_rate=1e-4,
+    )
+    data = os.urandom(25_000_000 * 4)
+    once = statistics.median(timed(lambda: hashlib.sha256(data).digest())[0] for _ in range(5))
+    _, local = _local(folder / "local", job, 1, 1, 4)
+    with ExitStack() as stack:
+        remote = Remote(folder / "nats", job, stack)
+        _start_miners(remote, folder / "nats", 1, stack)
+        beside = []
+        for number in range(4):
+            seconds, result = timed(partial(remote.cycle, number, 1))
+            beside.append(seconds - result.training_seconds)
+    return [
+        row("100 MB: one SHA-256", once, "s"),
+        row("25 million parameters, engine local: seconds beside training", statistics.median(local), "s"),
+        row("the same, against one SHA-256", statistics.median(local) / once, "ratio", 12),
+        row("over the broker: seconds beside training", statistics.median(beside[1:]), "s"),
+        row("the same, against one SHA-256", statistics.median(beside[1:]) / once, "ratio", 25),
+    ]
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _many(folder: Path, sizes: tuple[int, ...] = (50, 500)) -> list[Row]:
+    raise NotImplementedError
+
+
+def main() -> None:
+    """Run one part alone."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--part", default="large")
+    arguments = parser.parse_args()
+    for each in {"fashion": _fashion, "large": _large, "many": _many}[arguments.part](arguments.folder):
+        print(each["name"], each["value"], each["unit"], each["bar"], each["holds"])
+
+
+if __name__ == "__main__":
+    main()
