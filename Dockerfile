@@ -1,4 +1,4 @@
-# Builds two images: `node` has the patched bitcoind, `traincert` also has the coordinator and the miners.
+# Builds two images: `node` has the patched bitcoind, `traincert` also has the programs of all other roles.
 # `make images` builds both.
 #
 # PROGRAMS=cached copies bitcoind and bitcoin-cli from build/programs/ and does not build them. Those programs must come
@@ -64,9 +64,11 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,t
     apt-get update && apt-get install --yes --no-install-recommends python3
 COPY --from=python /opt/traincert /opt/traincert
 ENV PATH=/opt/traincert/bin:$PATH
+COPY docker/prepare docker/member /usr/local/bin/
 # compose.yaml mounts volumes on these folders. A new volume gets its folder's owner, so the user bitcoin can write.
 RUN install --directory --owner=bitcoin --group=bitcoin --mode=700 \
-    /coordinator /coordinator/node0 /coordinator/node1 /coordinator/node2
+    /coordinator /broker /broker/broker /broker/broker/server /cosigner /miner /node0 /node1 /node2 /handover \
+    /handovers /handovers/cosigner1 /handovers/cosigner2 /handovers/miner0 /handovers/miner1 /handovers/miner2 /handovers/miner3
 USER bitcoin
 HEALTHCHECK NONE
 # A container's first process ignores SIGTERM unless it handles it. Python handles only SIGINT.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from coincurve import PrivateKey
 
@@ -26,6 +26,20 @@ ASK_SECONDS = 10.0
 """Cosigners are asked again after this time."""
 PASSING = {"too-early", "wrong-parent", "no-node", "missing-file", "no-journal"}
 """Refusals that may pass: a cosigner's node or clock is behind, or its disk is full."""
+
+
+@dataclass
+class _Asked:
+    """A certificate that is being signed. Another thread adds what cosigners say, so each has an object of its own."""
+
+    certificate: Certificate
+    """Without signatures."""
+    digest: bytes
+    """SHA-256 of it."""
+    signatures: dict[int, bytes]
+    """By the number of the key."""
+    refusals: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By the cosigner's name: the name of the check that failed, and a sentence."""
 
 
 class Cosigned:
@@ -51,10 +65,7 @@ class Cosigned:
         self._waiting = waiting
         self._slot: bytes = b""
         self._earlier: list[bytes] = []  # the slot's certificates so far
-        self._asked: Certificate | None = None
-        self._digest = b""
-        self._signatures: dict[int, bytes] = {}
-        self._refusals: dict[str, tuple[str, str]] = {}
+        self._asked: _Asked | None = None
         engine.handlers["cosign"] = self._cosign
 
     def sign(self, certificate: Certificate) -> Certificate:
@@ -75,22 +86,21 @@ class Cosigned:
     def _cosigned(self, own: Certificate, threshold: int) -> Certificate:
         bare = replace(own, coordinator_signatures=())
         earlier = self._earlier if own.prev_block == self._slot else []
-        self._signatures = {each.key_index: each.signature for each in own.coordinator_signatures}
-        self._refusals = {}
-        self._digest = hashlib.sha256(bare.serialize()).digest()
-        self._asked = bare
+        signatures = {each.key_index: each.signature for each in own.coordinator_signatures}
+        self._asked = asked = _Asked(bare, hashlib.sha256(bare.serialize()).digest(), signatures)
         proposal = seal(self._key, self._params.chain_id, Proposal(bare.serialize(), earlier))
         cosigners = self._members.with_role(COSIGNER)
         deadline = time.monotonic() + COSIGN_SECONDS
         again = 0.0
-        while len(self._signatures) < threshold:
-            final = [name for name, (kind, _) in self._refusals.items() if kind not in PASSING]
-            refused = "".join(f"; {name}: {kind}: {why}" for name, (kind, why) in sorted(self._refusals.items()))
+        while len(signatures) < threshold:
+            refusals = sorted(asked.refusals.copy().items())
+            final = [name for name, (kind, _) in refusals if kind not in PASSING]
+            refused = "".join(f"; {name}: {kind}: {why}" for name, (kind, why) in refusals)
             now = time.monotonic()
             if now >= deadline or 1 + len(cosigners) - len(final) < threshold:
                 where = f"block {own.height}, round {own.round}"
                 raise BridgeError(
-                    f"{where}: {len(self._signatures)} of {threshold} signatures{refused}: nothing is lost, start the "
+                    f"{where}: {len(signatures)} of {threshold} signatures{refused}: nothing is lost, start the "
                     "coordinator again when the cosigners sign"
                 )
             if now >= again:  # ask again: a cosigner may be away, or its node may be behind
@@ -100,10 +110,10 @@ class Cosigned:
                         self._engine.post(key, "proposal", proposal)
             self._engine.wait(0.5)
             if now > deadline - COSIGN_SECONDS + ASK_SECONDS:
-                missing = threshold - len(self._signatures)
+                missing = threshold - len(signatures)
                 self._waiting(f"block {own.height}: waiting for {missing} more signatures of cosigners{refused}")
         self._engine.clear("proposal")
-        chosen = sorted(self._signatures.items())[:threshold]
+        chosen = sorted(signatures.copy().items())[:threshold]
         return replace(bare, coordinator_signatures=tuple(CoordinatorSignature(*each) for each in chosen))
 
     async def _cosign(self, member: str, data: bytes) -> bytes:
@@ -113,15 +123,15 @@ class Cosigned:
         except MessageError as error:
             raise EngineError(str(error)) from None
         asked = self._asked
-        if asked is None or answer.certificate != self._digest:
+        if asked is None or answer.certificate != asked.digest:
             return b""  # of an earlier proposal
-        keys = self._params.keys_at(asked.height).keys
+        keys = self._params.keys_at(asked.certificate.height).keys
         if key != self._members.keys().get(member) or key not in keys:
             raise EngineError(f"{key.hex()} is not the key of the cosigner {member}")
         if answer.refusal:
-            self._refusals[member] = answer.refusal, answer.detail
-        elif verify_schnorr(key, asked.sighash(self._params.chain_id), answer.signature):
-            self._signatures[keys.index(key)] = answer.signature
+            asked.refusals[member] = answer.refusal, answer.detail
+        elif verify_schnorr(key, asked.certificate.sighash(self._params.chain_id), answer.signature):
+            asked.signatures[keys.index(key)] = answer.signature
         else:
             raise EngineError("the signature does not verify")
         self._engine.notify()

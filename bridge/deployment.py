@@ -124,12 +124,16 @@ class Deployment:
             said = log[-1].removeprefix("traincert: ") if log else f"it ended with code {process.returncode}"
             raise BridgeError(f"the coordinator: {said}")
 
-    def stop(self) -> None:
-        """Stop all programs: miners first, the broker last. One that does not end is killed."""
-        programs, self._programs = self._programs, {}
-        for program in reversed(programs.values()):
+    def terminate(self) -> None:
+        """Tell all programs to end, and do not wait for it."""
+        for program in reversed(self._programs.values()):  # miners first, the broker last
             with suppress(psutil.NoSuchProcess):
                 program.terminate()
+
+    def stop(self) -> None:
+        """Stop all programs. One that does not end is killed."""
+        self.terminate()
+        programs, self._programs = self._programs, {}
         _, alive = psutil.wait_procs(list(programs.values()), STOP_SECONDS)
         for process in alive:
             processes.kill(process)

@@ -40,7 +40,10 @@ class Invitation:
             if not text.startswith(_PREFIX):
                 raise ValueError
             invitation = cls(**json.loads(zlib.decompress(base64.urlsafe_b64decode(text[len(_PREFIX) :]))))
-        except (ValueError, TypeError, zlib.error):
+            if not all(isinstance(value, str) for name, value in asdict(invitation).items() if name != "options"):
+                raise TypeError
+            _ = invitation.params  # raises if it has none
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error):
             raise BridgeError(
                 "this is no invitation of this version of traincert, or a part of it is missing: copy all of the line "
                 "that traincert coordinator invite printed"

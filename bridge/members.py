@@ -129,7 +129,8 @@ class RemoteMiners:
         self._params = params
         self._wanted = wanted
         self._waiting = waiting
-        self._reports: dict[tuple[int, int], str] = {}
+        self._reports: dict[bytes, Report] = {}  # each member's last one, by its key
+        self._records: dict[bytes, int] = {}  # the cycle of each record, by its hash
         self._engine: NatsEngine
         self._trainer: Trainer
         self._job_digest: bytes
@@ -171,8 +172,9 @@ class RemoteMiners:
 
     def why_absent(self, certificate: Certificate) -> str:
         """Return what a winner said about its block, or what else is known."""
-        if said := self._reports.get((certificate.height, certificate.round)):
-            return said
+        said = self._reports.get(certificate.winner_key)
+        if said and (said.height, said.round) == (certificate.height, certificate.round):
+            return said.problem or f"its node took block {said.block_hash}, but ours has not heard of it"
         members = self._members.with_role(MINER)
         if certificate.winner_key not in members.values():
             return "it takes part no longer"
@@ -181,7 +183,8 @@ class RemoteMiners:
     def closed(self, slot: ClosedSlot) -> None:
         """Give each miner of the cycle its receipt."""
         self._reports.clear()
-        self._engine.clear("award")
+        for kind in ("opening", "reveal", "award"):
+            self._engine.clear(kind)
         for miner, receipt in receipts(slot.record):
             self._engine.post(miner, "receipt", self._seal(receipt))
 
@@ -189,8 +192,10 @@ class RemoteMiners:
         """Return a file that a member may read: the manifest, closed cycles' records; for cosigners models, too."""
         if digest == self._trainer.dataset.root:
             return self._trainer.dataset.directory / digest.hex()
-        if digest in (hashes := self._run.hashes):
-            return self._run.record_path(hashes.index(digest))
+        for cycle in range(len(self._records), len(self._run.records)):
+            self._records[record_hash(self._run.records[cycle])] = cycle
+        if digest in self._records:
+            return self._run.record_path(self._records[digest])
         role, _ = self._members.roles().get(member, ("", None))
         if role != COSIGNER:
             return None
@@ -217,11 +222,14 @@ class RemoteMiners:
 
     def _wait(self, wanted: int) -> list[bytes]:
         """Wait until so many miners are present. Return their keys, sorted."""
+        told = -1
         while True:
             miners = sorted(set(self._engine.present()) & set(self._members.with_role(MINER).values()))
             if len(miners) >= wanted:
                 return miners
-            self._waiting(len(miners), wanted)
+            if len(miners) != told:
+                told = len(miners)
+                self._waiting(told, wanted)
             self._engine.wait(1.0)
 
     async def _join(self, member: str, data: bytes) -> bytes:
@@ -243,8 +251,7 @@ class RemoteMiners:
         """Note what a winner says about its block."""
         key, report = self._unseal(Report, data)
         if key == self._members.keys().get(member):
-            said = f"its node took block {report.block_hash}, but ours has not heard of it"
-            self._reports[report.height, report.round] = report.problem or said
+            self._reports[key] = report
         return b""
 
     def _seal(self, message: Message) -> bytes:

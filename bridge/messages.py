@@ -7,6 +7,7 @@ is JSON; bytes are in hex. Nobody encodes it again to verify it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -181,10 +182,13 @@ def unseal(chain_id: bytes, kind: type[M], statement: bytes) -> tuple[bytes, M]:
         raise MessageError(f"{name}: the signature does not verify: it is forged, altered, or of another network")
     try:
         message: M = _READERS[kind].validate_json(data)
+        json.loads(data, object_pairs_hook=_each_once)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise MessageError(f"{name}: {where}: {first['msg']}: is it another version of traincert?") from None
+        where = "".join(f"{ascii(each)[:50]}: " for each in first["loc"])  # it may be what a stranger chose
+        raise MessageError(f"{name}: {where}{first['msg']}: is it another version of traincert?") from None
+    except ValueError as error:
+        raise MessageError(f"{name}: {error}") from None
     return key, message
 
 
@@ -211,6 +215,12 @@ def score_seed(beacon_reveal: bytes, root: bytes) -> bytes:
 def assignment_seed(job_seed: int, prev_block: bytes) -> bytes:
     """Return what decides who trains what, 32 bytes. Nobody knows it before the parent's winner signs its block."""
     return tagged_hash("traincert/assignment", encode_uint("seed", job_seed, 8) + encode_b32("prev_block", prev_block))
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> None:
+    """Refuse an object that has a key twice: readers differ in which of the values they take."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key is there twice")
 
 
 def _sighash(chain_id: bytes, kind: type, data: bytes) -> bytes:

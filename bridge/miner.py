@@ -165,7 +165,11 @@ class Miner:
         digest = hashlib.sha256(statement).digest()
         task = self._saved_task()
         if task.get("opening") != digest.hex():
-            task = self._do(opening, digest)
+            try:
+                task = self._do(opening, digest)
+            except RefusedError as error:  # the cycle is over, and its files are not for us any more
+                self._view.say("refused", f"cycle {opening.cycle + 1}: too late: {error}", detail=str(error))
+                return
             write_file(self._folder.folder / "task.json", json.dumps(task, indent=1).encode() + b"\n")
             reached("task-saved")
         sealed = bytes.fromhex(task["commit"])

@@ -92,14 +92,15 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
             deployment.start(datadirs, [] if plan.compat_pow else ["--no-compat-pow"])
             for event in deployment.events():
                 show(event, view)
-        view.step("checking")
-        network.wait_until_same_tip()
-        names = {xonly_key(secret): name for name, secret in deployment.secrets.items()}
-        with ExitStack() as stack:
-            clients = [stack.enter_context(NodeClient.from_datadir(datadir)) for datadir in datadirs]
-            run = stack.enter_context(RunFolder(deployment.coordinator.folder / "run", job))
-            chain, claims = _check(deployment, run, clients, replace(plan, cycles=cycles))
-            draw_picture(directory / PICTURE, chain, [record["metric"] for record in run.records], names)
+            view.step("checking")
+            deployment.terminate()  # they end while we check
+            network.wait_until_same_tip()
+            names = {xonly_key(secret): name for name, secret in deployment.secrets.items()}
+            with ExitStack() as stack:
+                clients = [stack.enter_context(NodeClient.from_datadir(datadir)) for datadir in datadirs]
+                run = stack.enter_context(RunFolder(deployment.coordinator.folder / "run", job))
+                chain, claims = _check(deployment, run, clients, replace(plan, cycles=cycles))
+                draw_picture(directory / PICTURE, chain, [record["metric"] for record in run.records], names)
     except BaseException:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
         network.stop()

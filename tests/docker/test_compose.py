@@ -54,9 +54,22 @@ def wait_for_line(coordinator: Container, start: str) -> None:
     wait_for(lambda: f"\n{start}" in output(coordinator), TIMEOUT, f"a line {start!r}", lambda: output(coordinator))
 
 
-def output(coordinator: Container) -> str:
-    said: str = coordinator.logs().decode()
+def output(container: Container) -> str:
+    said: str = container.logs().decode()
     return said
+
+
+def wait_for_all_cycles(engine: DockerClient) -> None:
+    """Wait until the coordinator has ended, and all nodes have its twelve blocks."""
+    coordinator = container(engine, "coordinator")
+    assert coordinator.wait(timeout=TIMEOUT)["StatusCode"] == 0, output(coordinator)
+    for node in NODES:
+        wait_for(lambda node=node: bitcoin_cli(node, "getblockcount") == "12", TIMEOUT, f"{node} to have 12 blocks")  # type: ignore[misc]
+    assert len({bitcoin_cli(node, "getbestblockhash") for node in NODES}) == 1
+
+
+def bitcoin_cli(node: str, *arguments: str) -> str:
+    return compose("exec", "-T", node, "bitcoin-cli", *arguments).strip()
 
 
 def test_a_network_of_containers_trains_to_height_12_though_its_coordinator_is_stopped_and_killed(
@@ -72,25 +85,84 @@ def test_a_network_of_containers_trains_to_height_12_though_its_coordinator_is_s
     coordinator.kill()
     coordinator.wait(timeout=TIMEOUT)
     compose("up", "--detach")
-    assert coordinator.wait(timeout=TIMEOUT)["StatusCode"] == 0, output(coordinator)
-
-    tips = {compose("exec", "-T", node, "bitcoin-cli", "getbestblockhash") for node in NODES}
-    assert len(tips) == 1
-    assert compose("exec", "-T", "node0", "bitcoin-cli", "getblockcount").strip() == "12"
-    certificate = json.loads(compose("exec", "-T", "node0", "bitcoin-cli", "gettrainingcertificate", "5"))
-    assert certificate["height"] == 5
+    wait_for_all_cycles(project)
+    assert json.loads(bitcoin_cli("node0", "gettrainingcertificate", "5"))["height"] == 5
 
     compose("stop", "--timeout", "60")
     for node in NODES:
         assert container(project, node).wait(timeout=TIMEOUT)["StatusCode"] == 0
+    for member in ("miner0", "cosigner1"):
+        assert container(project, member).wait(timeout=TIMEOUT)["StatusCode"] == 130
 
 
-def test_only_the_coordinator_has_keys_and_they_are_its_users_alone(project: DockerClient) -> None:
-    compose("run", "--rm", "prepare")
-    options = ("run", "--rm", "--no-deps", "-T")
-    listed = compose(*options, "prepare", "sh", "-c", "stat --format '%a %u' /coordinator/keys/*.key")
-    assert listed.splitlines() == ["600 1000"] * (3 + 1 + 4)
-    seen = compose(*options, "node0", "sh", "-c", "ls / /home/bitcoin/.bitcoin")
-    assert "bitcoin.conf" in seen.split()
-    assert "coordinator" not in seen.split()
-    assert not project.containers.list(filters={"label": f"com.docker.compose.project={PROJECT}"})
+def test_the_chain_goes_on_without_a_miner_that_is_killed_or_cut_off_and_after_the_broker_is_killed(
+    project: DockerClient,
+) -> None:
+    compose("up", "--detach")
+    coordinator = container(project, "coordinator")
+    wait_for_line(coordinator, "block 1 ")
+    container(project, "miner0").kill()
+    wait_for_line(coordinator, "block 3 ")
+    (network,) = project.networks.list(filters={"label": f"com.docker.compose.project={PROJECT}"})
+    network.disconnect(container(project, "miner1"))
+    wait_for_line(coordinator, "block 5 ")
+    broker = container(project, "broker")
+    broker.kill()
+    wait_for_line(coordinator, "the broker is away")
+    compose("up", "--detach")  # starts the broker and miner0
+    wait_for_all_cycles(project)
+    miner0 = container(project, "miner0")
+    assert miner0.status == "running", output(miner0)
+    assert " takes part " in output(container(project, "miner1"))
+
+    for service, expected in MOUNTS.items():
+        mounts = container(project, service).attrs["Mounts"]
+        named = {mount["Name"].removeprefix(f"{PROJECT}_") + ("" if mount["RW"] else ":ro") for mount in mounts}
+        assert {name for name in named if len(name) < 64} == expected  # the images' own volumes have long names
+    members = [name for name in MOUNTS if name[:-1] in ("miner", "cosigner")]
+    secrets = {}
+    for name in members:
+        look = f"cat /{name[:-1]}/folder/*.key /{name[:-1]}/folder/broker.seed; ls /handover"
+        said = compose("run", "--rm", "--no-deps", "-T", name, "sh", "-c", look).split()
+        secrets[name], handed_over = said[:2], said[2:]
+        assert handed_over == (["key"] if "cosigner" in name else []), "the invitation is still there"
+    for name, folders in {"coordinator": "/coordinator /broker", "miner2": "/miner /handover /node2"}.items():
+        others = [secret for member in members if member != name for secret in secrets[member]]
+        search = f"if grep -raF {' '.join(f'-e {secret}' for secret in others)} {folders}; then exit 1; fi"
+        compose("run", "--rm", "--no-deps", "-T", name, "sh", "-c", search)
+
+
+MOUNTS = {
+    "cosigner1-key": {"cosigner1", "hand-cosigner1"},
+    "cosigner2-key": {"cosigner2", "hand-cosigner2"},
+    "node0": {"node0"},
+    "node1": {"node1"},
+    "node2": {"node2"},
+    "broker": {"broker:ro"},
+    "coordinator": {"coordinator", "broker", "node0:ro"},
+    "cosigner1": {"cosigner1", "hand-cosigner1", "node1:ro"},
+    "cosigner2": {"cosigner2", "hand-cosigner2", "node2:ro"},
+    "miner0": {"miner0", "hand-miner0", "node0:ro"},
+    "miner1": {"miner1", "hand-miner1", "node1:ro"},
+    "miner2": {"miner2", "hand-miner2", "node2:ro"},
+    "miner3": {"miner3", "hand-miner3", "node0:ro"},
+}
+"""Which volumes each service has; all others are closed to it."""
+
+
+def test_an_interrupted_preparation_goes_on_and_only_the_coordinator_has_its_keys(project: DockerClient) -> None:
+    compose("up", "--detach", "prepare")
+    prepare = container(project, "prepare")
+    inside = ("run", "--rm", "--no-deps", "-T", "coordinator", "sh", "-c")
+    compose(*inside, "until [ -e /coordinator/network ]; do sleep 0.1; done")
+    prepare.kill()
+    prepare.wait(timeout=TIMEOUT)
+    for _ in range(2):
+        compose("run", "--rm", "prepare")
+    listed = compose(*inside, "stat --format '%a %u' /coordinator/network/keys/*.key /broker/broker/server/server.key")
+    assert listed.splitlines() == ["600 1000"] * 3
+    told = compose("run", "--rm", "--no-deps", "-T", "prepare", "sh", "-c", "cat /handovers/*/invitation").split()
+    assert len(told) == len(set(told)) == 6
+    seen = compose("run", "--rm", "--no-deps", "-T", "node0", "ls", "/", "/home/bitcoin/.bitcoin").split()
+    assert "bitcoin.conf" in seen
+    assert "coordinator" not in seen

@@ -4,7 +4,9 @@ nats-py is asynchronous. Its event loop runs in a thread of its own here, so tha
 program trains, scores or waits for a node.
 
 A member's request goes to `traincert.KIND`. The coordinator sees it as `traincert.MEMBER.KIND`: the broker itself puts
-the member's name there.
+the member's name there. The coordinator has a connection of its own for each member: the broker closes a connection on
+which too much waits, and nats-py stops reading from one on which something malformed came. So a member that floods, or
+sends what is malformed, stops only its own requests.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import struct
 import tempfile
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
-from threading import Event, Thread
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -34,8 +38,17 @@ WINDOW = 8
 """How many chunks of a file are on their way at once."""
 ANSWER_SECONDS = 12.0
 """A request that has no answer by then is repeated."""
+MOST_REQUESTS = 32
+"""So many requests of one member are handled at once."""
 _PAUSE = 0.5  # seconds between two attempts
+_FOLLOW_SECONDS = 1.0  # a new member is served within this time
+_CLOSE_SECONDS = 5.0  # a server that hangs does not hold up our end for longer
+_WAITING_MESSAGES = 64  # of one member; more are dropped: members repeat their requests
+_WAITING_BYTES = 16 << 20
+_MOST_UNSENT = 1 << 20  # bytes of answers to one member; above it, requests wait until the broker has taken them
+_LONGEST_ERROR = 1000  # characters
 _ERROR = "Traincert-Error"
+_REMOVED = re.compile("Authorization Violation|Authentication Revoked|Account Authentication Expired", re.IGNORECASE)
 _T = TypeVar("_T")
 
 Handler = Callable[[str, bytes], Awaitable[bytes]]
@@ -58,21 +71,23 @@ class Connection:
     """
 
     def __init__(
-        self, connect: Callable[..., Awaitable[Client]], on_lost: Callable[[bool], None] | None = None
+        self, connect: Callable[..., Coroutine[Any, Any, Client]], on_lost: Callable[[bool], None] | None = None
     ) -> None:
         self._connect = connect
         self._on_lost = on_lost or (lambda _lost: None)
         self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="broker", daemon=True)
+        self._lock = Lock()
+        self._stopped = False  # the loop takes nothing more
         self._client: Client | None = None
+        self._served: dict[str, Client] = {}  # by member
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._failure = "the connection to the broker is closed"
-        self.ended = Event()
-        """Is set when the connection has ended for good."""
 
     def __enter__(self) -> Self:
         """Connect. Raises what `connect` raises."""
-        Thread(target=self._loop.run_forever, name="broker", daemon=True).start()
+        self._thread.start()
         callbacks = {
             "disconnected_cb": self._disconnected,
             "reconnected_cb": self._reconnected,
@@ -87,21 +102,33 @@ class Connection:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.run(self._close())
-        self._stop_loop()
+        self.close()
 
-    def run(self, awaitable: Awaitable[_T]) -> _T:
-        """Run something in the connection's loop, and return its result."""
+    def close(self) -> None:
+        """End the connection: all that waits for an answer raises StoppedError. Closing twice is allowed."""
+        with contextlib.suppress(StoppedError):  # it is closed
+            self.run(self._close())
+            self._stop_loop()
 
-        async def awaited() -> _T:
-            return await awaitable
-
-        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine in the connection's loop, and return its result. Raises StoppedError if that has ended."""
+        with self._lock:
+            if self._stopped:
+                coroutine.close()
+                raise StoppedError(self._failure)
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise StoppedError(self._failure) from None
         except BaseException:
             future.cancel()
             raise
+
+    def check(self) -> None:
+        """Raise StoppedError if the connection has ended for good."""
+        if self._ended.is_set():
+            raise StoppedError(self._failure)
 
     def call(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Call a function in the connection's thread, and return its result."""
@@ -111,16 +138,19 @@ class Connection:
 
         return self.run(called())
 
-    def serve(self, handlers: dict[str, Handler]) -> None:
-        """Answer the members' requests, each kind with its handler. `handlers` may be changed later."""
+    def serve(self, handlers: Mapping[str, Handler], members: Callable[[], Collection[str]]) -> None:
+        """Answer the requests of the members with these names, each kind with its handler. Both may change later."""
 
-        async def received(message: Msg) -> None:
-            task = asyncio.create_task(self._answer(handlers, message))  # a request that waits must not hold up others
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        async def follow() -> None:
+            while True:
+                await asyncio.sleep(_FOLLOW_SECONDS)
+                await self._follow(handlers, members)
 
-        assert self._client  # noqa: S101 - it is connected
-        self.run(self._client.subscribe("traincert.*.>", cb=received))
+        async def begin() -> None:
+            await self._follow(handlers, members)
+            self._start(follow())
+
+        self.run(begin())
 
     def ask(self, kind: str, data: bytes = b"", *, seconds: float = ANSWER_SECONDS) -> bytes:
         """Send a request to the coordinator, again and again until there is an answer. `seconds` are for one attempt.
@@ -178,12 +208,9 @@ class Connection:
             await _windowed(put(offset) for offset in range(CHUNK, len(data), CHUNK))
 
     async def _ask(self, kind: str, data: bytes, seconds: float) -> bytes:
-        assert self._client  # noqa: S101 - it is connected
         while True:
-            if self._ended.is_set():
-                raise StoppedError(self._failure)
             try:
-                answer = await self._client.request(f"traincert.{kind}", data, timeout=seconds)
+                answer = await self._request(kind, data, seconds)
             except (TimeoutError, nats.errors.Error, OSError):
                 # The broker or the coordinator is away, or a message was lost. To ask twice does no harm.
                 with contextlib.suppress(asyncio.TimeoutError):
@@ -193,20 +220,71 @@ class Connection:
                 raise RefusedError(answer.headers[_ERROR])
             return answer.data
 
-    async def _answer(self, handlers: dict[str, Handler], message: Msg) -> None:
+    async def _request(self, kind: str, data: bytes, seconds: float) -> Msg:
+        """Send a request once, and return the answer. Raises StoppedError as soon as the connection ends."""
         assert self._client  # noqa: S101 - it is connected
-        _, member, kind = message.subject.split(".", 2)
+        self.check()
+        ended = asyncio.create_task(self._ended.wait())
+        answered = asyncio.create_task(self._client.request(f"traincert.{kind}", data, timeout=seconds))
+        try:
+            await asyncio.wait([ended, answered], return_when=asyncio.FIRST_COMPLETED)
+            if not answered.done():
+                raise StoppedError(self._failure)
+            return answered.result()
+        finally:
+            ended.cancel()
+            answered.cancel()
+
+    async def _follow(self, handlers: Mapping[str, Handler], members: Callable[[], Collection[str]]) -> None:
+        """Have a connection for each member, and for nobody else."""
+        names = set(members())
+        gone = [name for name, client in self._served.items() if name not in names or client.is_closed]
+        await _close_all(self._served.pop(name) for name in gone)
+        await _windowed(self._serve(handlers, name) for name in names - self._served.keys())
+
+    async def _serve(self, handlers: Mapping[str, Handler], member: str) -> None:
+        free = asyncio.Semaphore(MOST_REQUESTS)
+
+        async def received(message: Msg) -> None:
+            await free.acquire()
+            task = self._start(self._answer(handlers, client, member, message))  # one must not hold up the others
+            task.add_done_callback(lambda _: free.release())
+
+        async def failed(error: Exception) -> None:
+            if isinstance(error, nats.errors.SlowConsumerError):  # it floods: while we do not read, the broker waits
+                await asyncio.sleep(_PAUSE)
+
+        with contextlib.suppress(Exception):  # the broker is away: we try it again
+            client = await self._connect(error_cb=failed)
+            self._served[member] = client
+            await client.subscribe(
+                f"traincert.{member}.>",
+                cb=received,
+                pending_msgs_limit=_WAITING_MESSAGES,
+                pending_bytes_limit=_WAITING_BYTES,
+            )
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _answer(self, handlers: Mapping[str, Handler], client: Client, member: str, message: Msg) -> None:
+        kind = message.subject.split(".", 2)[2]
         headers = None
         try:
             if kind not in handlers:
                 raise EngineError(f"there is no request {kind!r}: is this another version of traincert?")
             answer = await handlers[kind](member, message.data)
         except EngineError as error:
-            answer, headers = b"", {_ERROR: str(error).replace("\n", " ")}
+            answer, headers = b"", {_ERROR: _one_line(str(error))}
         # Without a connection there is no answer: the member asks again.
         with contextlib.suppress(nats.errors.Error):
             # Not with message.respond, which sends the request's headers back.
-            await self._client.publish(message.reply, answer, headers=headers)
+            await client.publish(message.reply, answer, headers=headers)
+            while client.pending_data_size > _MOST_UNSENT and client.is_connected:
+                await asyncio.sleep(_PAUSE)
 
     async def _disconnected(self) -> None:
         if not self._ended.is_set():
@@ -215,22 +293,28 @@ class Connection:
     async def _reconnected(self) -> None:
         self._on_lost(False)
 
-    async def _closed(self) -> None:
-        self._ended.set()
-        self.ended.set()
-
     async def _failed(self, error: Exception) -> None:
-        if "authorization" in str(error).lower() or "revoked" in str(error).lower():
+        """End the connection if it was lost because we were removed. nats-py would try again without end."""
+        if _REMOVED.search(str(error)) and self._client and not self._ended.is_set():
+            self._end(error)
+            self._start(_close_all([self._client]))
+
+    async def _closed(self) -> None:
+        if self._client and not self._ended.is_set():
+            self._end(self._client.last_error)
+
+    def _end(self, error: Exception | None) -> None:
+        self._failure = f"the broker has closed the connection: {error}"
+        if _REMOVED.search(str(error)):
             self._failure = "the broker does not let us in any more: the coordinator has removed us"
+        self._ended.set()
 
     async def _close(self) -> None:
         self._ended.set()
-        self.ended.set()
-        if self._client:
-            await asyncio.wait([asyncio.create_task(self._client.close())])  # it may cancel the task that it runs in
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _close_all([*self._served.values(), *([self._client] if self._client else [])])
 
     def _stop_loop(self) -> None:
         async def rest() -> None:
@@ -238,9 +322,31 @@ class Connection:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            await self._loop.shutdown_default_executor()
 
-        self.run(rest())
+        with self._lock:
+            self._stopped = True
+            future = asyncio.run_coroutine_threadsafe(rest(), self._loop)
+        future.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _close_all(clients: Iterable[Client]) -> None:
+    # In tasks of their own, because a client may cancel the task in which it is closed.
+    closing = [asyncio.create_task(client.close()) for client in clients]
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(asyncio.gather(*closing, return_exceptions=True), _CLOSE_SECONDS)
+
+
+async def _ignore(error: Exception) -> None:
+    del error
+
+
+def _one_line(text: str) -> str:
+    """Return a text as a header can have it. It may say what a member sent, which may be long, and anything."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_ERROR])
 
 
 async def _windowed(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> None:

@@ -22,7 +22,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from traincert.trainer.engines.broker import CHUNK, Connection, Handler
 from traincert.trainer.engines.orders import Commit, OnCommit, Order
@@ -42,6 +42,7 @@ GRACE_SECONDS = 5.0
 REVEAL_SECONDS = 120.0
 """By then the updates must have come, after the commits are closed."""
 _SIZE_SLACK = 1 << 20  # bytes that an update may be larger than two models
+_LONGEST_COMMIT = 4096  # bytes of a commit's statement, which is in the record
 
 
 class Pledge(NamedTuple):
@@ -59,11 +60,15 @@ class _Upload:
     file: int  # descriptor
     path: Path
     missing: set[int]  # offsets
+    end: asyncio.Task[bool] | None = None  # what happens as soon as nothing is missing, see `_finish`
 
 
 @dataclass
 class _Cycle:
-    """The open cycle. `closed` has why those without a commit have none, as soon as no more commits are taken."""
+    """The open cycle. `closed` has why those without a commit have none, as soon as no more commits are taken.
+
+    It is `revealed` as soon as no more updates are taken.
+    """
 
     opening: bytes  # the statement that is announced
     digest: bytes  # SHA-256 of it
@@ -71,6 +76,7 @@ class _Cycle:
     commits: dict[bytes, Commit] = field(default_factory=dict)
     receipts: dict[bytes, bytes] = field(default_factory=dict)
     closed: dict[bytes, Reason] | None = None
+    revealed: bool = False
     orders: dict[bytes, Order] = field(default_factory=dict)
     uploads: dict[bytes, _Upload] = field(default_factory=dict)
 
@@ -109,6 +115,7 @@ class NatsEngine:
         self._news = asyncio.Event()
         self._changed = Event()  # for the thread that runs the cycle
         self._seen: dict[str, float] = {}  # when a member last asked for something, time.monotonic()
+        self._sessions: dict[str, list[str]] = {}  # of the programs that polled as a member, the last one last
         self._shards = Path()
         self._journal = _Journal(journal)
         self._cycle = self._journal.load(read_commit, make_receipt)
@@ -147,7 +154,11 @@ class NatsEngine:
         self._connection.call(cleared)
 
     def wait(self, seconds: float) -> None:
-        """Wait until a member has asked for something or sent something, for at most so many seconds."""
+        """Wait until a member has asked for something or sent something, for at most so many seconds.
+
+        Raises StoppedError if the connection has ended for good.
+        """
+        self._connection.check()
         self._changed.wait(seconds)
         self._changed.clear()
 
@@ -156,6 +167,18 @@ class NatsEngine:
         members = self._members()
         since = time.monotonic() - 2 * self._hold(members) - GRACE_SECONDS
         return sorted(members[name] for name, seen in self._seen.copy().items() if seen >= since and name in members)
+
+    def status(self) -> dict[str, Any]:
+        """Return who is present, who has committed, and until when commits are awaited (Unix time), by name."""
+        names = {key: name for name, key in self._members().items()}
+        cycle = self._cycle
+        is_open = cycle is not None and cycle.closed is None
+        return {
+            "present": sorted(names[key] for key in self.present()),
+            "miners": sorted(names.get(key, key.hex()) for key in cycle.orders) if cycle and is_open else [],
+            "committed": sorted(names.get(key, key.hex()) for key in cycle.commits.copy()) if cycle and is_open else [],
+            "deadline": cycle.deadline if cycle and is_open else None,
+        }
 
     def post(self, miner: bytes, kind: str, statement: bytes) -> None:
         """Put a statement where its miner, or another member with this key, finds it. It replaces one of its kind."""
@@ -180,6 +203,7 @@ class NatsEngine:
                 why = {miner: Reason.LATE if miner in present else Reason.ABSENT for miner in without}
                 self._connection.call(self._close, cycle, why)
             else:
+                self._connection.check()
                 self._changed.wait(min(left, 1.0))
         on_commit(len(orders), len(orders))
         return [cycle.commits.get(miner) or cycle.closed[miner] for miner in cycle.orders]
@@ -198,7 +222,9 @@ class NatsEngine:
                 self._lacks(commit) and miner in present for miner, commit in cycle.commits.items()
             ):
                 break
+            self._connection.check()
             self._changed.wait(min(left, 1.0))
+        self._connection.run(self._end_uploads(cycle))
         return [
             Reason.WITHHELD
             if isinstance(commit, Commit) and self._lacks(commit)
@@ -217,6 +243,9 @@ class NatsEngine:
         self._shards = shards
 
         def announce() -> None:
+            for notices in self._notices.values():  # of the cycle before
+                notices.pop("opening", None)
+                notices.pop("reveal", None)
             cycle.orders = {order.task.miner: order for order in orders}
             now = time.monotonic()
             for name, key in self._members().items():
@@ -234,7 +263,10 @@ class NatsEngine:
         return self._cycle
 
     def _lacks(self, commit: Commit) -> bool:
-        return not (self.store / commit.update_hash.hex()).exists()
+        try:
+            return (self.store / commit.update_hash.hex()).stat().st_size != commit.update_size
+        except FileNotFoundError:
+            return True
 
     # What runs in the connection's thread.
 
@@ -255,11 +287,16 @@ class NatsEngine:
     async def _poll(self, member: str, data: bytes) -> bytes:
         try:
             asked = json.loads(data)
-            since = int(asked["version"]) if asked["boot"] == self._boot else 0
-        except (ValueError, KeyError, TypeError):
-            raise EngineError("a poll must be JSON with boot and version") from None
+            boot, since, session = asked["boot"], asked["version"], asked["session"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            since = session = None
+        if not isinstance(since, int) or not isinstance(session, str):
+            raise EngineError("a poll must be JSON with boot, version and session")
+        if boot != self._boot:
+            since = 0
         if member not in self._members():
             raise EngineError("this member has not joined: run traincert miner join")
+        self._check_session(member, session[:32])
         hold = self._hold(self._members())
         until = time.monotonic() + hold
         while True:
@@ -281,6 +318,14 @@ class NatsEngine:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(news.wait(), left)
 
+    def _check_session(self, member: str, session: str) -> None:
+        """Raise EngineError if another program has begun to poll as this member: the last one counts."""
+        sessions = self._sessions.setdefault(member, [session])
+        if session in sessions[:-1]:
+            raise EngineError(f"another program takes part as {member} now: each member needs an invitation of its own")
+        if session != sessions[-1]:
+            self._sessions[member] = [*sessions[-9:], session]
+
     async def _file(self, member: str, data: bytes) -> bytes:
         digest, (offset,) = data[:32], _unpacked("<Q", data[32:])
         path = self._readable(member, digest)
@@ -291,7 +336,8 @@ class NatsEngine:
         if file < 0:
             raise EngineError(f"there is no file {digest.hex()} for {member}")
         try:
-            return struct.pack("<Q", os.fstat(file).st_size) + os.pread(file, CHUNK, offset)
+            size = os.fstat(file).st_size
+            return struct.pack("<Q", size) + os.pread(file, CHUNK, min(offset, size))
         finally:
             os.close(file)
 
@@ -307,18 +353,20 @@ class NatsEngine:
         return None
 
     async def _commit(self, member: str, data: bytes) -> bytes:
+        if len(data) > _LONGEST_COMMIT:
+            raise EngineError(f"a commit of {len(data)} bytes is refused: at most {_LONGEST_COMMIT}")
         pledge = self._read_commit(data)
         cycle = self._cycle
         if pledge.miner != self._members().get(member):
             raise EngineError(f"the commit is signed by {pledge.miner.hex()}, which is not the key of {member}")
         if cycle is None or pledge.opening != cycle.digest:
             raise EngineError("the commit is for a cycle that is not open")
-        if pledge.miner not in cycle.orders:
-            raise EngineError(f"{member} has no task in this cycle")
         if first := cycle.commits.get(pledge.miner):
-            if first.statement != data:
+            if pledge.commit._replace(statement=first.statement) != first:
                 self._journal.keep_evidence(pledge.miner, data)
             return cycle.receipts[pledge.miner]
+        if pledge.miner not in cycle.orders:
+            raise EngineError(f"{member} has no task in this cycle")
         if cycle.closed is not None:
             raise EngineError("the commit came too late: the cycle takes no more commits")
         limit = _SIZE_SLACK + 2 * (self.store / cycle.orders[pledge.miner].model_hash.hex()).stat().st_size
@@ -342,15 +390,23 @@ class NatsEngine:
             raise EngineError("updates are taken when all commits are in")
         if not self._lacks(commit):
             return b"whole"
+        if cycle.revealed:
+            raise EngineError("the update came too late: the cycle takes no more updates")
         if offset % CHUNK or len(chunk) != min(CHUNK, commit.update_size - offset):
             raise EngineError(f"{len(chunk)} bytes at {offset} are no chunk of {commit.update_size} bytes")
         upload = cycle.uploads.get(miner) or self._new_upload(cycle, miner, commit)
-        os.pwrite(upload.file, chunk, offset)
-        upload.missing.discard(offset)
+        if offset in upload.missing:
+            os.pwrite(upload.file, chunk, offset)
+            upload.missing.discard(offset)
         if upload.missing:
             return b""
-        del cycle.uploads[miner]
-        whole = await asyncio.to_thread(_finish, upload, self.store / digest.hex())
+        if upload.end is None:
+            upload.end = asyncio.create_task(asyncio.to_thread(_finish, upload, self.store / digest.hex()))
+        try:
+            whole = await asyncio.shield(upload.end)
+        finally:
+            if cycle.uploads.get(miner) is upload:
+                del cycle.uploads[miner]
         if not whole:
             raise EngineError(f"the update is not what {member} committed to: its SHA-256 is not {digest.hex()}")
         reached("revealed")
@@ -361,6 +417,17 @@ class NatsEngine:
         handle, path = tempfile.mkstemp(dir=self.store, prefix=".writing-")
         cycle.uploads[miner] = _Upload(handle, Path(path), set(range(0, commit.update_size, CHUNK)))
         return cycle.uploads[miner]
+
+    async def _end_uploads(self, cycle: _Cycle) -> None:
+        """Take no more updates. After this nothing is written into the store."""
+        cycle.revealed = True
+        uploads, cycle.uploads = cycle.uploads, {}
+        for upload in uploads.values():
+            if upload.end:
+                await asyncio.wait([upload.end])
+            else:
+                os.close(upload.file)
+                upload.path.unlink()
 
 
 def _finish(upload: _Upload, path: Path) -> bool:
