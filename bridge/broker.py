@@ -29,7 +29,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 
 from traincert.bridge.errors import BridgeError
@@ -137,6 +136,14 @@ def coordinator_credential(folder: Path) -> Credential:
     return _own_credential(folder / "broker", "coordinator")
 
 
+def check_name(name: str) -> None:
+    """Raise BridgeError if no member can have this name."""
+    if not NAME.fullmatch(name):
+        raise BridgeError(f"the name {name!r} is impossible: use 1 to 32 of the characters A-Z a-z 0-9 _ -")
+    if name.lower() in RESERVED:
+        raise BridgeError(f"the name {name} is reserved for the broker's own accounts: choose another one")
+
+
 class Members:
     """The members that a coordinator's broker admits.
 
@@ -159,10 +166,7 @@ class Members:
         When this returns, a running broker knows the credential; a stopped one will know it when it starts.
         Raises BridgeError if the name is impossible, or if the running broker did not take the change.
         """
-        if not NAME.fullmatch(name):
-            raise BridgeError(f"the name {name!r} is impossible: use 1 to 32 of the characters A-Z a-z 0-9 _ -")
-        if name.lower() in RESERVED:
-            raise BridgeError(f"the name {name} is reserved for the broker's own accounts: choose another one")
+        check_name(name)
         seed = _new_seed()
         with _locked(self._broker):
             content = _read(self._broker)
@@ -249,23 +253,6 @@ async def connect(credential: Credential, **options: Any) -> Client:
         await client.close()
         raise
     state = "connected"
-    return client
-
-
-async def serve_member(folder: Path, name: str, answer: Callable[[Msg], Awaitable[None]], **options: Any) -> Client:
-    """Connect as the coordinator, and call `answer` with each request of the member `name`.
-
-    Use one connection for each member: the broker closes a connection on which too much waits, so a member that floods
-    stops only its own requests. What is too much for `answer` is dropped; members repeat their requests. Answer
-    within ANSWER_SECONDS, with `client.publish(message.reply, data)` and at most MAX_PAYLOAD bytes. `message.respond`
-    also sends the request's headers back, and the broker closes a connection that sends more than MAX_PAYLOAD.
-    Raises as `connect` does.
-    """
-    client = await connect(coordinator_credential(folder), **options)
-    await client.subscribe(
-        f"traincert.{name}.>", cb=answer, pending_msgs_limit=1000, pending_bytes_limit=16 * MAX_PAYLOAD
-    )
-    await client.flush(CONNECT_SECONDS)
     return client
 
 

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from coincurve import PrivateKey
 
-from traincert.bridge.broker import Members, connect, coordinator_credential, create_broker
+from traincert.bridge.broker import Members, check_name, connect, coordinator_credential, create_broker
 from traincert.bridge.chain import check_network
 from traincert.bridge.consensus.beacon import Beacon
 from traincert.bridge.consensus.certificate import Certificate
@@ -138,6 +138,7 @@ class CoordinatorFolder:
 
         Raises BridgeError if a member of this name has joined already.
         """
+        check_name(name)
         self.members.invite(name, role)
         credential = Members(self.folder).admit(name)
         digest = TrainingJob.named(self.job).digest().hex()
@@ -145,8 +146,10 @@ class CoordinatorFolder:
 
     def remove(self, name: str) -> None:
         """End a member's part, at once. Raises BridgeError if there is no such member."""
+        broker = Members(self.folder)
+        if name in broker.names():  # first the broker: if it does not take the change, another call repeats it
+            broker.remove(name)
         self.members.remove(name)
-        Members(self.folder).remove(name)
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,7 @@ def open_coordinator(folder: CoordinatorFolder, datadir: Path, miners: int, view
             members=folder.members.keys,
             read_commit=remote.read_commit,
             make_receipt=remote.make_receipt,
+            make_closing=remote.make_closing,
             shared=remote.shared,
         )
         trainer = stack.enter_context(Trainer(dataset, engine))

@@ -8,7 +8,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -22,6 +22,7 @@ from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import COSIGNER, MINER
 from traincert.bridge.messages import (
     Award,
+    Closing,
     CommitMessage,
     CommitReceipt,
     Join,
@@ -31,6 +32,7 @@ from traincert.bridge.messages import (
     Opening,
     Receipt,
     Report,
+    commits_root,
     seal,
     unseal,
 )
@@ -219,6 +221,10 @@ class RemoteMiners:
     def make_receipt(self, statement: bytes, place: int) -> bytes:
         """Return the signed receipt of a commit."""
         return self._seal(CommitReceipt(hashlib.sha256(statement).digest(), place))
+
+    def make_closing(self, opening: bytes, updates: Mapping[bytes, bytes]) -> bytes:
+        """Return the signed statement that a cycle takes no more commits."""
+        return self._seal(Closing(opening, commits_root(updates)))
 
     def _wait(self, wanted: int) -> list[bytes]:
         """Wait until so many miners are present. Return their keys, sorted."""

@@ -84,6 +84,15 @@ class CommitReceipt:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class Closing:
+    """The coordinator's: the cycle takes no more commits; send your update. `commits` is their `commits_root`."""
+
+    opening: Hash
+    """SHA-256 of the opening's statement."""
+    commits: Hash
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class Award:
     """The coordinator's, for the winner: a certificate with all signatures, as in a block."""
 
@@ -146,14 +155,15 @@ class Report:
     problem: Annotated[str, Field(max_length=500)]
 
 
-Message = Join | Opening | CommitMessage | CommitReceipt | Award | Proposal | Cosignature | Receipt | Report
-M = TypeVar("M", Join, Opening, CommitMessage, CommitReceipt, Award, Proposal, Cosignature, Receipt, Report)
+Message = Join | Opening | CommitMessage | CommitReceipt | Closing | Award | Proposal | Cosignature | Receipt | Report
+M = TypeVar("M", Join, Opening, CommitMessage, CommitReceipt, Closing, Award, Proposal, Cosignature, Receipt, Report)
 
 _KINDS: Mapping[type, str] = {
     Join: "join",
     Opening: "opening",
     CommitMessage: "commit",
     CommitReceipt: "commit-receipt",
+    Closing: "closing",
     Award: "award",
     Proposal: "proposal",
     Cosignature: "cosignature",

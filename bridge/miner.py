@@ -39,6 +39,7 @@ from traincert.bridge.keys import payout_script
 from traincert.bridge.member import Member, MemberFolder, View
 from traincert.bridge.messages import (
     Award,
+    Closing,
     CommitMessage,
     CommitReceipt,
     Opening,
@@ -242,10 +243,10 @@ class Miner:
             "commit": self._member.seal(message).hex(),
         }
 
-    def _reveal(self, digest: bytes) -> None:
+    def _reveal(self, statement: bytes) -> None:
         """Send the update that we committed to in a cycle: the commits are closed."""
         task = self._saved_task()
-        if task.get("opening") != digest.hex():
+        if task.get("opening") != self._member.read(Closing, statement).opening.hex():
             return
         update = bytes.fromhex(task["update"])
         try:

@@ -10,14 +10,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import json
 import os
-import secrets
 import statistics
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,27 +24,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
-import torch
 from coincurve import PrivateKey
 from nats.aio.client import Client
 
 from bench.rows import Row, row, timed
-from traincert.bridge.broker import Members, connect, coordinator_credential, server_command
+from traincert.bridge.broker import connect, coordinator_credential, server_command
 from traincert.bridge.coordinator import Slot
 from traincert.bridge.coordinator_program import CoordinatorFolder, Settings
-from traincert.bridge.invitations import MINER, Invitation
-from traincert.bridge.keys import load_secret, xonly_key
+from traincert.bridge.invitations import MINER
+from traincert.bridge.keys import load_secret
 from traincert.bridge.member import MemberFolder
 from traincert.bridge.members import RemoteMiners
-from traincert.bridge.messages import CommitMessage, Join, Opening, seal, unseal
 from traincert.regtest.node import free_ports
 from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
-from traincert.trainer.engines.broker import CHUNK, Connection
+from traincert.trainer.engines.broker import Connection
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.nats import NatsEngine
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import RunFolder
-from traincert.trainer.updates import Update, encode_update
 
 MINERS = 4
 CYCLES = 8
@@ -91,6 +84,7 @@ class Remote:
             members=self.folder.members.keys,
             read_commit=self.miners.read_commit,
             make_receipt=self.miners.make_receipt,
+            make_closing=self.miners.make_closing,
             shared=self.miners.shared,
         )
         self.trainer = stack.enter_context(Trainer(dataset, self.engine))
@@ -202,8 +196,17 @@ def _fashion(folder: Path) -> list[Row]:
 
 def _large(folder: Path) -> list[Row]:
     job = replace(
-        TrainingJob.named("digits"), model_options=LARGE, segments=1, local_steps=1, batch_size=8, cycles=4, shards=1,
-        max_update_norm=1e6, validation_examples=32, score_examples=0, learning_rate=1e-4,
+        TrainingJob.named("digits"),
+        model_options=LARGE,
+        segments=1,
+        local_steps=1,
+        batch_size=8,
+        cycles=4,
+        shards=1,
+        max_update_norm=1e6,
+        validation_examples=32,
+        score_examples=0,
+        learning_rate=1e-4,
     )
     data = os.urandom(25_000_000 * 4)
     once = statistics.median(timed(lambda: hashlib.sha256(data).digest())[0] for _ in range(5))

@@ -36,7 +36,6 @@ from traincert.bridge.broker import (
     coordinator_credential,
     create_broker,
     public_key,
-    serve_member,
     server_command,
 )
 from traincert.bridge.cli.broker import broker as broker_commands
@@ -369,7 +368,9 @@ async def served(broker: Broker, name: str, size: int) -> AsyncIterator[Client]:
         if message.reply:
             await client.publish(message.reply, bytes(size))
 
-    client = await serve_member(broker.folder, name, answer, error_cb=ignore)
+    client = await connect(coordinator_credential(broker.folder), error_cb=ignore)
+    await client.subscribe(f"traincert.{name}.>", cb=answer, pending_msgs_limit=1000, pending_bytes_limit=16 << 20)
+    await client.flush(PATIENCE)
     try:
         yield client
     finally:

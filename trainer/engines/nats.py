@@ -87,6 +87,8 @@ class NatsEngine:
     `store` is the run's store. `journal` is a SQLite file for the open cycle. `members` returns the keys (32 bytes) of
     the members that have joined, by name. `read_commit` checks a commit's signature and reads it; it raises EngineError
     if it must be refused. `make_receipt` returns the signed receipt of a commit's statement, given its place in order.
+    `make_closing` returns the signed statement that a cycle takes no more commits, given the SHA-256 of its opening and
+    the SHA-256 of each miner's update.
     `shared` returns the file that a member, given by its name, may read under a hash besides its task's, or None.
     """
 
@@ -100,6 +102,7 @@ class NatsEngine:
         members: Callable[[], Mapping[str, bytes]],
         read_commit: Callable[[bytes], Pledge],
         make_receipt: Callable[[bytes, int], bytes],
+        make_closing: Callable[[bytes, Mapping[bytes, bytes]], bytes],
         shared: Callable[[str, bytes], Path | None],
     ) -> None:
         self.job = job
@@ -108,6 +111,7 @@ class NatsEngine:
         self._members = members
         self._read_commit = read_commit
         self._make_receipt = make_receipt
+        self._make_closing = make_closing
         self._shared = shared
         self._boot = secrets.token_hex(8)  # a miner that sees another one asks for everything again
         self._version = 0
@@ -211,8 +215,11 @@ class NatsEngine:
     def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[bytes | Reason]:  # noqa: ARG002
         """Ask those who have committed for their updates. The reason why one does not come is WITHHELD."""
         cycle = self._open_cycle()
+        closing = self._make_closing(
+            cycle.digest, {miner: commit.update_hash for miner, commit in cycle.commits.items()}
+        )
         for miner in cycle.commits:
-            self.post(miner, "reveal", cycle.digest)
+            self.post(miner, "reveal", closing)
         deadline = time.monotonic() + REVEAL_SECONDS
         while True:
             self._changed.clear()

@@ -46,6 +46,7 @@ from traincert.bridge.coordinator import Slot
 from traincert.bridge.invitations import MINER
 from traincert.bridge.members import MemberList, RemoteMiners
 from traincert.bridge.messages import (
+    Closing,
     CommitMessage,
     CommitReceipt,
     Join,
@@ -166,6 +167,7 @@ class Coordinator:
             members=self.members.keys,
             read_commit=self.remote.read_commit,
             make_receipt=self.remote.make_receipt,
+            make_closing=self.remote.make_closing,
             shared=self.remote.shared,
         )
         self.trainer = self.stack.enter_context(Trainer(self.dataset, self.engine))
@@ -354,12 +356,18 @@ UPDATES = {name: name.encode() * 100 for name in NAMES}
 BIG = random.Random(1).randbytes(2 * CHUNK + 1)  # noqa: S311
 
 
+def closing_of(statement: bytes) -> Closing:
+    key, closing = unseal(PARAMS.chain_id, Closing, statement)
+    assert key == KEYS["coordinator"]
+    return closing
+
+
 def closes(cycle: Cycle, alice: Miner, bob: Miner) -> None:
     """Both commit, unless they have, and send their updates: the cycle closes, and has them."""
     for miner in (alice, bob):
         miner.commit(cycle, UPDATES[miner.name])
     for miner in (alice, bob):
-        assert miner.wait_for("reveal") == cycle.digest
+        assert closing_of(miner.wait_for("reveal")).opening == cycle.digest
         miner.send(UPDATES[miner.name])
     hashes, updates = cycle.result()
     assert updates == {"alice": UPDATES["alice"], "bob": UPDATES["bob"]}
@@ -866,8 +874,8 @@ def train(miner: Miner, job: TrainingJob, files: Path, executing: threading.Lock
             message = CommitMessage(digest, *commit[:-1])
             miner.ask("commit", seal(SECRETS[miner.name], PARAMS.chain_id, message))
             updates[digest] = answer.update
-        if digest := notices.get("reveal", b""):
-            miner.send(updates[digest])
+        if statement := notices.get("reveal", b""):
+            miner.send(updates[closing_of(statement).opening])
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["without-memory", "density-and-memory"])
