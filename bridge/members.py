@@ -54,6 +54,7 @@ class MemberList:
         self._database.execute("CREATE TABLE IF NOT EXISTS members (name TEXT PRIMARY KEY, role TEXT, key BLOB UNIQUE)")
         self._version: int | None = None
         self._roles: dict[str, tuple[str, bytes | None]] = {}
+        self._keys: dict[str, bytes] = {}
 
     def roles(self) -> dict[str, tuple[str, bytes | None]]:
         """Return each member's role, and its key if it has joined, by its name."""
@@ -62,11 +63,13 @@ class MemberList:
             if version != self._version:
                 rows = self._database.execute("SELECT name, role, key FROM members ORDER BY name").fetchall()
                 self._roles, self._version = {name: (role, key) for name, role, key in rows}, version
+                self._keys = {name: key for name, _, key in rows if key}
             return self._roles
 
     def keys(self) -> dict[str, bytes]:
-        """Return the keys of all who have joined, by name."""
-        return {name: key for name, (_, key) in self.roles().items() if key}
+        """Return the keys of all who have joined, by name. It is the same dict until somebody joins or leaves."""
+        self.roles()
+        return self._keys
 
     def with_role(self, role: str) -> dict[str, bytes]:
         """Return the keys of those of a role who have joined, by name."""

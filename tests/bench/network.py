@@ -1,8 +1,8 @@
 """Miners over the broker against engine `local`, in the same run. No chain is needed: blocks cost nothing here.
 
-    tests/bench/network.py FOLDER [--miners N]
+    tests/bench/network.py FOLDER --part many --miners 50 2000
 
-runs the part with many simulated miners alone, for example with 2,000.
+runs one part alone.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from coincurve import PrivateKey
 from nats.aio.client import Client
 
 from bench.rows import Row, row, timed
-from traincert.bridge.broker import connect, coordinator_credential, server_command
+from traincert.bridge.broker import Credential, connect, coordinator_credential, server_command
 from traincert.bridge.coordinator import Slot
 from traincert.bridge.coordinator_program import CoordinatorFolder, Settings
 from traincert.bridge.invitations import MINER
@@ -36,7 +37,7 @@ from traincert.bridge.keys import load_secret
 from traincert.bridge.member import MemberFolder
 from traincert.bridge.members import RemoteMiners
 from traincert.regtest.node import free_ports
-from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
+from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.engines.broker import Connection
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.nats import NatsEngine
@@ -46,6 +47,7 @@ from traincert.trainer.records import RunFolder
 MINERS = 4
 CYCLES = 8
 TURNS = 3
+SMALL = {"inputs": 64, "hidden": [332], "classes": 10}  # 25,000 parameters, 100 KB
 LARGE = {"inputs": 64, "hidden": [4964, 4964], "classes": 10}  # 25 million parameters, 100 MB
 TRAINCERT = [sys.executable, "-m", "traincert.bridge.cli.main"]
 
@@ -60,11 +62,14 @@ def measure(folder: Path) -> Iterator[list[Row]]:
 class Remote:
     """A coordinator's side without a node: trainer, engine and broker. Miners are invited with `invite`."""
 
-    def __init__(self, folder: Path, job: TrainingJob, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, job: TrainingJob, stack: ExitStack, members: int = 0) -> None:
+        """`members` miners are invited before the broker starts, which is faster than while it runs."""
         path = folder / "job.toml"
         folder.mkdir(parents=True)
         path.write_text(job.to_toml())
         self.folder = CoordinatorFolder.create(folder / "coordinator", Settings(str(path), ["127.0.0.1"], _port()), job)
+        names = [f"miner{number}" for number in range(members)]
+        self.credentials = [(name, self._invite(name)) for name in names]
         with (folder / "log").open("wb") as log:
             self.broker = psutil.Popen(server_command(self.folder.folder), stderr=log)
         stack.callback(_end, self.broker)
@@ -93,6 +98,10 @@ class Remote:
         self.connection.serve(self.engine.handlers, self.folder.members.roles)
         self.job_file, self.run = path, run
         self.state = run.load()
+
+    def _invite(self, name: str) -> Credential:
+        invitation = self.folder.invite(name, MINER)
+        return Credential(invitation.url, invitation.ca, invitation.seed)
 
     def cycle(self, number: int, miners: int) -> CycleResult:
         """Run a cycle, as a coordinator does, with as many miners."""
@@ -137,32 +146,32 @@ def _start_miners(remote: Remote, folder: Path, count: int, stack: ExitStack) ->
         stack.callback(_end, process)
 
 
-def _local(folder: Path, job: TrainingJob, workers: int, miners: int, cycles: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of cycles after the first, and those beside training, with engine `local`."""
+def _local(folder: Path, job: TrainingJob, miners: int, cycles: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of cycles after the first, and those beside training, with engine `local`.
+
+    It has as many workers as there are miners.
+    """
+    ids = [hashlib.sha256(bytes([number])).digest() for number in range(miners)]
+    times, beside = [], []
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder(folder, job))
         dataset = run.dataset()
-        engine = stack.enter_context(LocalEngine(job, run.store, workers=workers))
+        engine = stack.enter_context(LocalEngine(job, run.store, workers=miners))
         trainer = stack.enter_context(Trainer(dataset, engine))
         run.begin(trainer.start(), dataset)
         state = run.load()
-        ids = [hashlib.sha256(bytes([number])).digest() for number in range(miners)]
-        times, beside = [], []
+
+        def cycle(number: int) -> CycleResult:
+            result = trainer.run_cycle(state, ids, seed=bytes([number]))
+            run.save(run.next_record(result))
+            return result
+
         for number in range(cycles):
-            seconds, state = timed(partial(_step, trainer, run, state, ids, number))
+            seconds, result = timed(partial(cycle, number))
+            state = result.after
             times.append(seconds)
-            beside.append(seconds - sum(run_seconds))
+            beside.append(seconds - result.training_seconds)
     return times[1:], beside[1:]
-
-
-run_seconds: list[float] = []
-
-
-def _step(trainer: Trainer, run: RunFolder, state: Checkpoint, ids: list[bytes], number: int) -> Checkpoint:
-    result = trainer.run_cycle(state, ids, seed=bytes([number]))
-    run.save(run.next_record(result))
-    run_seconds[:] = [task.commit.seconds for task in result.tasks if task.commit]
-    return result.after
 
 
 def _loopback() -> int:
@@ -171,7 +180,7 @@ def _loopback() -> int:
 
 def _fashion(folder: Path) -> list[Row]:
     job = replace(TrainingJob.named("fashion"), cycles=CYCLES, warmup_cycles=0)
-    local, _ = _local(folder / "local", job, MINERS, MINERS, CYCLES)
+    local, _ = _local(folder / "local", job, MINERS, CYCLES)
     with ExitStack() as stack:
         remote = Remote(folder / "nats", job, stack)
         before = _loopback()
@@ -210,7 +219,7 @@ def _large(folder: Path) -> list[Row]:
     )
     data = os.urandom(25_000_000 * 4)
     once = statistics.median(timed(lambda: hashlib.sha256(data).digest())[0] for _ in range(5))
-    _, local = _local(folder / "local", job, 1, 1, 4)
+    _, local = _local(folder / "local", job, 1, 4)
     with ExitStack() as stack:
         remote = Remote(folder / "nats", job, stack)
         _start_miners(remote, folder / "nats", 1, stack)
@@ -227,23 +236,47 @@ def _large(folder: Path) -> list[Row]:
     ]
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _many(folder: Path, sizes: tuple[int, ...] = (50, 500)) -> list[Row]:
-    raise NotImplementedError
+def _many(folder: Path, sizes: Sequence[int] = (50, 500)) -> list[Row]:
+    """Miners that train nothing, with updates of 100 KB: what is left is the coordinator's and the broker's work."""
+    rows, each = [], []
+    for count in sizes:
+        job = replace(TrainingJob.named("digits"), model_options=SMALL, segments=1, score_examples=32, shards=4)
+        with ExitStack() as stack:
+            remote = Remote(folder / str(count), job, stack, members=count)
+            facts = {
+                "options": remote.folder.params.node_options(),
+                "size": remote.trainer.layout.params,
+                "miners": [{"name": name, "credential": list(credential)} for name, credential in remote.credentials],
+            }
+            described = folder / str(count) / "miners.json"
+            described.write_text(json.dumps(facts))
+            program = Path(__file__).with_name("simulated.py")
+            stack.callback(_end, psutil.Popen([sys.executable, str(program), str(described)], stdout=sys.stderr))
+            times = [timed(partial(remote.cycle, number, count))[0] for number in range(5)]
+            memory = psutil.Process().memory_info().rss / 1e9
+        each.append(statistics.median(times[1:]) / count)
+        rows += [
+            row(f"{count} simulated miners: seconds of a cycle, median", statistics.median(times[1:]), "s"),
+            row("the same: memory of the coordinator", memory, "GB", 1.5),
+        ]
+    rows.append(row(f"for each of {sizes[-1]} miners, against {sizes[0]}", each[-1] / each[0], "ratio", 1.3))
+    return rows
 
 
 def main() -> None:
     """Run one part alone."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--part", default="large")
+    parser.add_argument("--part", choices=["fashion", "large", "many"], default="many")
+    parser.add_argument("--miners", type=int, nargs="+", default=[50, 500])
     arguments = parser.parse_args()
-    for each in {"fashion": _fashion, "large": _large, "many": _many}[arguments.part](arguments.folder):
-        print(each["name"], each["value"], each["unit"], each["bar"], each["holds"])
+    parts: dict[str, Callable[[Path], list[Row]]] = {
+        "fashion": _fashion,
+        "large": _large,
+        "many": partial(_many, sizes=arguments.miners),
+    }
+    for each in parts[arguments.part](arguments.folder.absolute()):
+        print(each["name"], each["value"], each["unit"], each["bar"] or "", "" if each["holds"] else "NO")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import harness, instructions, reindex, submit, table, training
+from bench import harness, instructions, network, reindex, submit, table, training
 from bench.blocks import certificate_blocks, stock_blocks
 from bench.rows import Row
 from traincert.regtest import NodeKind, RegtestError, build_node, node_folder
@@ -47,6 +47,7 @@ def measure(patched: Path, stock: Path) -> Iterator[list[Row]]:
         yield reindex.measure(patched, stock, folder / "reindex", ours, theirs)
         yield instructions.measure(patched, stock, folder / "instructions")
         yield harness.measure(patched, folder / "harness")
+        yield from network.measure(folder / "network")
         yield from training.measure(folder / "training")
 
 

@@ -18,10 +18,10 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any, NamedTuple
 
 from traincert.trainer.engines.broker import CHUNK, Connection, Handler
@@ -85,11 +85,11 @@ class NatsEngine:
     """The coordinator's side. Use `handlers` to serve it.
 
     `store` is the run's store. `journal` is a SQLite file for the open cycle. `members` returns the keys (32 bytes) of
-    the members that have joined, by name. `read_commit` checks a commit's signature and reads it; it raises EngineError
-    if it must be refused. `make_receipt` returns the signed receipt of a commit's statement, given its place in order.
-    `make_closing` returns the signed statement that a cycle takes no more commits, given the SHA-256 of its opening and
-    the SHA-256 of each miner's update.
-    `shared` returns the file that a member, given by its name, may read under a hash besides its task's, or None.
+    the members that have joined, by name: the same mapping until that changes. `read_commit` checks a commit's
+    signature and reads it; it raises EngineError if it must be refused. `make_receipt` returns the signed receipt of a
+    commit's statement, given its place in order. `make_closing` returns the signed statement that a cycle takes no more
+    commits, given the SHA-256 of its opening and the SHA-256 of each miner's update. `shared` returns the file that a
+    member, given by its name, may read under a hash besides its task's, or None.
     """
 
     def __init__(
@@ -116,9 +116,10 @@ class NatsEngine:
         self._boot = secrets.token_hex(8)  # a miner that sees another one asks for everything again
         self._version = 0
         self._notices: dict[str, dict[str, tuple[int, bytes]]] = {}  # by member and kind
-        self._news = asyncio.Event()
+        self._news: dict[str, asyncio.Event] = {}  # for the polls that wait, by member
         self._changed = Event()  # for the thread that runs the cycle
         self._seen: dict[str, float] = {}  # when a member last asked for something, time.monotonic()
+        self._named: tuple[Mapping[str, bytes], dict[bytes, str]] = {}, {}
         self._sessions: dict[str, list[str]] = {}  # of the programs that polled as a member, the last one last
         self._shards = Path()
         self._journal = _Journal(journal)
@@ -174,7 +175,7 @@ class NatsEngine:
 
     def status(self) -> dict[str, Any]:
         """Return who is present, who has committed, and until when commits are awaited (Unix time), by name."""
-        names = {key: name for name, key in self._members().items()}
+        names = self._names()
         cycle = self._cycle
         is_open = cycle is not None and cycle.closed is None
         return {
@@ -183,6 +184,13 @@ class NatsEngine:
             "committed": sorted(names.get(key, key.hex()) for key in cycle.commits.copy()) if cycle and is_open else [],
             "deadline": cycle.deadline if cycle and is_open else None,
         }
+
+    def _names(self) -> dict[bytes, str]:
+        """Return the members' names by key. They are sought for each statement, so they are kept while nobody joins."""
+        members = self._members()
+        if members is not self._named[0]:
+            self._named = members, {key: name for name, key in members.items()}
+        return self._named[1]
 
     def post(self, miner: bytes, kind: str, statement: bytes) -> None:
         """Put a statement where its miner, or another member with this key, finds it. It replaces one of its kind."""
@@ -284,12 +292,11 @@ class NatsEngine:
         cycle.closed = why
 
     def _post(self, miner: bytes, kind: str, statement: bytes) -> None:
-        for name, key in self._members().items():
-            if key == miner:
-                self._version += 1
-                self._notices.setdefault(name, {})[kind] = (self._version, statement)
-        self._news.set()
-        self._news = asyncio.Event()
+        if name := self._names().get(miner):
+            self._version += 1
+            self._notices.setdefault(name, {})[kind] = (self._version, statement)
+            if news := self._news.pop(name, None):
+                news.set()
 
     async def _poll(self, member: str, data: bytes) -> bytes:
         try:
@@ -309,7 +316,7 @@ class NatsEngine:
         while True:
             self._seen[member] = time.monotonic()
             self._changed.set()
-            news = self._news
+            news = self._news.setdefault(member, asyncio.Event())
             notices = self._notices.get(member, {})
             fresh = {kind: each.hex() for kind, (version, each) in notices.items() if version > since}
             left = until - time.monotonic()
@@ -460,8 +467,12 @@ class _Journal:
     """The open cycle on disk: its opening, the commits in their order, and who had none when it was closed."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._lock = Lock()  # for the coordinator's thread and the connection's
+        self._database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        # With a write-ahead log and FULL each transaction costs one fsync: there is one for each commit.
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")
         self._execute(
             "CREATE TABLE IF NOT EXISTS cycle (opening BLOB NOT NULL, deadline REAL NOT NULL, closed TEXT)",
             "CREATE TABLE IF NOT EXISTS commits (place INTEGER PRIMARY KEY, statement BLOB NOT NULL)",
@@ -492,9 +503,9 @@ class _Journal:
         self, read_commit: Callable[[bytes], Pledge], make_receipt: Callable[[bytes, int], bytes]
     ) -> _Cycle | None:
         """Return the open cycle, or None if there was none yet."""
-        with closing(sqlite3.connect(self._path)) as database:
-            row = database.execute("SELECT opening, deadline, closed FROM cycle").fetchone()
-            statements = database.execute("SELECT place, statement FROM commits ORDER BY place").fetchall()
+        with self._lock:
+            row = self._database.execute("SELECT opening, deadline, closed FROM cycle").fetchone()
+            statements = self._database.execute("SELECT place, statement FROM commits ORDER BY place").fetchall()
         if row is None:
             return None
         opening, deadline, closed = row
@@ -509,8 +520,7 @@ class _Journal:
 
     def _execute(self, *statements: str | tuple[str, tuple[object, ...]]) -> None:
         """Execute all statements, or none, durably."""
-        with closing(sqlite3.connect(self._path, timeout=30, isolation_level=None)) as database, database:
-            database.execute("PRAGMA synchronous = EXTRA")
+        with self._lock, self._database as database:
             database.execute("BEGIN IMMEDIATE")
             for statement in statements:
                 database.execute(*([statement] if isinstance(statement, str) else statement))
