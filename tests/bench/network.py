@@ -36,6 +36,7 @@ from traincert.bridge.invitations import MINER
 from traincert.bridge.keys import load_secret
 from traincert.bridge.member import MemberFolder
 from traincert.bridge.members import RemoteMiners
+from traincert.bridge.messages import assignment_seed
 from traincert.regtest.node import free_ports
 from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.engines.broker import Connection
@@ -109,7 +110,8 @@ class Remote:
         prev_block = hashlib.sha256(number.to_bytes(4, "little")).digest()
         self.miners._wait(miners)
         present, opening = self.miners.open(Slot(number + 1, prev_block, 0), number)
-        result = self.trainer.run_cycle(self.state, present, seed=prev_block)
+        seed = assignment_seed(self.trainer.job.seed, prev_block)
+        result = self.trainer.run_cycle(self.state, present, seed=seed)
         self.run.save(self.run.next_record(result, opening))
         self.state = result.after
         return result

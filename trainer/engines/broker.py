@@ -29,8 +29,8 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from traincert.trainer.errors import EngineError
-from traincert.trainer.store import sync_folder
+from traincert.trainer.errors import EngineError, IntegrityError
+from traincert.trainer.store import verify_blob
 
 CHUNK = 512 * 1024
 """Bytes of a file in one message."""
@@ -160,12 +160,13 @@ class Connection:
         return self.run(self._ask(kind, data, seconds))
 
     def fetch(self, digest: bytes, folder: Path) -> None:
-        """Get the file with this SHA-256 (32 bytes) into a folder, unless it is there already.
+        """Get the file with this SHA-256 (32 bytes) into a folder, unless it is there already, and is not damaged.
 
         Raises RefusedError if the coordinator has no such file for us, and EngineError if it sent another one.
         """
         path = folder / digest.hex()
-        if path.exists():
+        with contextlib.suppress(IntegrityError):
+            verify_blob(folder, digest)
             return
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
         try:
@@ -175,12 +176,10 @@ class Connection:
                 found = hashlib.file_digest(file, "sha256").digest()
                 if found != digest:
                     raise EngineError(f"the coordinator sent the file {found.hex()} for {digest.hex()}")
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
+            Path(temporary).replace(path)  # without fsync: a file that a power failure damaged is fetched again
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        sync_folder(folder)
 
     def send(self, kind: str, digest: bytes, data: bytes) -> None:
         """Send the bytes with this SHA-256 in chunks, until the coordinator has all of them.
