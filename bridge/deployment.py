@@ -23,7 +23,7 @@ from typing import Any, Self
 import psutil
 
 from traincert.bridge.broker import server_command
-from traincert.bridge.coordinator_program import CoordinatorFolder, Settings
+from traincert.bridge.coordinator_folder import CoordinatorFolder, Settings
 from traincert.bridge.cosigner import make_cosigner_key
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import COSIGNER, MINER

@@ -22,8 +22,9 @@ ORDER = {
     ),
     "bridge": (
         "errors consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "
-        "consensus.block consensus.rules status keys signer messages invitations broker member rpc chain producer "
-        "coordinator appointing members cosigning coordinator_program miner checker cosigner deployment "
+        "consensus.block consensus.rules status keys signer messages invitations broker members member "
+        "coordinator_folder rpc chain producer coordinator appointing remote_miners cosigning coordinator_program "
+        "miner checker cosigner deployment "
         "testing.invalid testing.network testing.plugin "
         "cli.view cli.events cli.picture cli.demo cli.node cli.job cli.broker cli.coordinator cli.miner cli.cosigner "
         "cli.network cli.main"

@@ -77,7 +77,7 @@ def coordinator_init(
     threshold: int | None,
 ) -> None:
     """Make the folder FOLDER of a new network: keys, beacon, broker, prepared data."""
-    from traincert.bridge.coordinator_program import CoordinatorFolder, Settings
+    from traincert.bridge.coordinator_folder import CoordinatorFolder, Settings
     from traincert.trainer.job import TrainingJob
 
     training_job = TrainingJob.named(job)
@@ -112,7 +112,8 @@ def coordinator_run(folder: Path, datadir: Path, cycles: int | None, miners: int
 
     The broker must run. A coordinator that was interrupted or killed goes on where it was, and trains nothing again.
     """
-    from traincert.bridge.coordinator_program import CoordinatorFolder, open_coordinator
+    from traincert.bridge.coordinator_folder import CoordinatorFolder
+    from traincert.bridge.coordinator_program import open_coordinator
 
     opened = CoordinatorFolder(folder)
     if as_json:
@@ -134,7 +135,7 @@ def coordinator_invite(folder: Path, name: str, is_cosigner: bool) -> None:
 
     An earlier invitation of this NAME ends, if nobody has used it.
     """
-    from traincert.bridge.coordinator_program import CoordinatorFolder
+    from traincert.bridge.coordinator_folder import CoordinatorFolder
     from traincert.bridge.invitations import COSIGNER, MINER
 
     click.echo(CoordinatorFolder(folder).invite(name, COSIGNER if is_cosigner else MINER).text())
@@ -144,7 +145,7 @@ def coordinator_invite(folder: Path, name: str, is_cosigner: bool) -> None:
 @FOLDER
 def coordinator_miners(folder: Path) -> None:
     """List the miners and cosigners: names, roles and keys."""
-    from traincert.bridge.coordinator_program import CoordinatorFolder
+    from traincert.bridge.coordinator_folder import CoordinatorFolder
 
     for name, (role, key) in CoordinatorFolder(folder).members.roles().items():
         click.echo(f"{name}  {role}  {key.hex() if key else 'invited'}")
@@ -155,7 +156,7 @@ def coordinator_miners(folder: Path) -> None:
 @click.argument("name")
 def coordinator_remove(folder: Path, name: str) -> None:
     """End the part of the miner or cosigner called NAME, at once."""
-    from traincert.bridge.coordinator_program import CoordinatorFolder
+    from traincert.bridge.coordinator_folder import CoordinatorFolder
 
     CoordinatorFolder(folder).remove(name)
     click.echo(f"{name} is removed")
@@ -169,7 +170,7 @@ def coordinator_status(folder: Path, as_json: bool) -> None:
 
     Exit code 3 if it does not run.
     """
-    from traincert.bridge.coordinator_program import CoordinatorFolder
+    from traincert.bridge.coordinator_folder import CoordinatorFolder
     from traincert.bridge.status import is_locked, read_status
 
     CoordinatorFolder(folder)

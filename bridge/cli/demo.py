@@ -25,7 +25,7 @@ from traincert.regtest.network import Network
 from traincert.regtest.node import datadir_in_use
 from traincert.trainer.examples import Dataset, read_examples
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import RunFolder
+from traincert.trainer.records import RunFolder, number_of
 from traincert.trainer.scoring import Scorer, nats
 from traincert.trainer.state import state_hash
 
@@ -100,7 +100,8 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
                 clients = [stack.enter_context(NodeClient.from_datadir(datadir)) for datadir in datadirs]
                 run = stack.enter_context(RunFolder(deployment.coordinator.folder / "run", job))
                 chain, claims = _check(deployment, run, clients, replace(plan, cycles=cycles))
-                draw_picture(directory / PICTURE, chain, [record["metric"] for record in run.records], names)
+                values = [number_of(record["metric"]) for record in run.records]
+                draw_picture(directory / PICTURE, chain, job.metric_names[0], values, names)
     except BaseException:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
         network.stop()

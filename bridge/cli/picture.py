@@ -12,12 +12,12 @@ MAX_NAMED = 10  # as many winners get a colour and a place in the legend
 
 
 def draw_picture(
-    path: Path, chain: Sequence[CertifiedBlock], accuracies: Sequence[float], names: Mapping[bytes, str]
+    path: Path, chain: Sequence[CertifiedBlock], metric: str, values: Sequence[float], names: Mapping[bytes, str]
 ) -> None:
     """Write a PNG.
 
-    `accuracies` (0 to 1, on held-out data) has the accuracy of the model before the first block and after each block.
-    `names` has the winners' names by their key.
+    `values` has the metric of the model before the first block and after each block, on validation examples. `names`
+    has the winners' names by their key.
     """
     certificates = [each.certificate for each in chain]
     heights = [certificate.height for certificate in certificates]
@@ -42,18 +42,19 @@ def draw_picture(
     loss_axis.set_yscale("log")
     loss_axis.yaxis.set_major_formatter("{x:g}")
     loss_axis.set_xlabel("height")
-    loss_axis.set_ylabel("held-out loss (nats)")
+    loss_axis.set_ylabel("validation loss (nats)")
     loss_axis.set_xticks([first, *heights][:: 1 + len(heights) // 25])
     loss_axis.grid(axis="y", which="both", alpha=0.2)
 
-    accuracy_axis = loss_axis.twinx()
-    accuracy_axis.plot([first, *heights], accuracies, color="black", linestyle="--", label="accuracy (right)")
-    accuracy_axis.set_ylabel("accuracy on held-out data")
-    accuracy_axis.set_ylim(0, 1.02)
+    metric_axis = loss_axis.twinx()
+    metric_axis.plot([first, *heights], values, color="black", linestyle="--", label=f"{metric} (right)")
+    metric_axis.set_ylabel(f"{metric} on validation examples")
+    if all(0 <= value <= 1 for value in values):
+        metric_axis.set_ylim(0, 1.02)
 
     handles, labels = loss_axis.get_legend_handles_labels()
-    more_handles, more_labels = accuracy_axis.get_legend_handles_labels()
+    more_handles, more_labels = metric_axis.get_legend_handles_labels()
     shown = [*handles[:MAX_NAMED], *more_handles]
     loss_axis.legend(shown, [*labels[:MAX_NAMED], *more_labels], loc="center right", title="winner")
-    loss_axis.set_title("Loss and accuracy of the model that each block commits to")
+    loss_axis.set_title(f"Loss and {metric} of the model that each block commits to")
     figure.savefig(path, dpi=150)

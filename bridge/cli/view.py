@@ -197,7 +197,7 @@ def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | No
     """Return a table with a row for each block.
 
     A winner is shown by its name, or by the start of its key, with the round if the slot was drawn again. Losses are in
-    nats, on held-out data. The weight is shown with the total of the table from which the winner was drawn.
+    nats, on validation examples. The weight is shown with the total of the table from which the winner was drawn.
     """
     table = Table(box=None)
     table.add_column("height", justify="right")

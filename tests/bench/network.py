@@ -31,12 +31,12 @@ from nats.aio.client import Client
 from bench.rows import Row, row, timed
 from traincert.bridge.broker import Credential, connect, coordinator_credential, server_command
 from traincert.bridge.coordinator import Slot
-from traincert.bridge.coordinator_program import CoordinatorFolder, Settings
+from traincert.bridge.coordinator_folder import CoordinatorFolder, Settings
 from traincert.bridge.invitations import MINER
 from traincert.bridge.keys import load_secret
 from traincert.bridge.member import MemberFolder
-from traincert.bridge.members import RemoteMiners
 from traincert.bridge.messages import assignment_seed
+from traincert.bridge.remote_miners import RemoteMiners
 from traincert.regtest.node import free_ports
 from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.engines.broker import Connection

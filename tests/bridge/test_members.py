@@ -25,7 +25,7 @@ from traincert.bridge.cosigning import Cosigned
 from traincert.bridge.errors import BridgeError, CertificateError
 from traincert.bridge.invitations import COSIGNER, MINER
 from traincert.bridge.member import Member
-from traincert.bridge.members import MemberList, RemoteMiners, receipts
+from traincert.bridge.members import MemberList
 from traincert.bridge.messages import (
     Award,
     CommitReceipt,
@@ -41,6 +41,7 @@ from traincert.bridge.messages import (
     unseal,
 )
 from traincert.bridge.miner import Miner
+from traincert.bridge.remote_miners import RemoteMiners, receipts
 from traincert.bridge.signer import Signer
 from traincert.bridge.testing.invalid import digest
 from traincert.trainer.engines.nats import NatsEngine

@@ -44,7 +44,7 @@ from traincert.bridge.consensus.codec import tagged_hash
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.coordinator import Slot
 from traincert.bridge.invitations import MINER
-from traincert.bridge.members import MemberList, RemoteMiners
+from traincert.bridge.members import MemberList
 from traincert.bridge.messages import (
     Closing,
     CommitMessage,
@@ -57,6 +57,7 @@ from traincert.bridge.messages import (
     seal,
     unseal,
 )
+from traincert.bridge.remote_miners import RemoteMiners
 from traincert.regtest import wait_for
 from traincert.regtest.processes import kill, spawn
 from traincert.trainer.cycle import CycleResult, Trainer
