@@ -84,6 +84,7 @@ class Connection:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._failure = "the connection to the broker is closed"
+        self._fault: Exception | None = None  # what a handler raised that it must not
 
     def __enter__(self) -> Self:
         """Connect. Raises what `connect` raises."""
@@ -126,7 +127,9 @@ class Connection:
             raise
 
     def check(self) -> None:
-        """Raise StoppedError if the connection has ended for good."""
+        """Raise what a handler raised by accident, such as a full disk, or StoppedError if the connection has ended."""
+        if self._fault:
+            raise self._fault
         if self._ended.is_set():
             raise StoppedError(self._failure)
 
@@ -278,6 +281,9 @@ class Connection:
             answer = await handlers[kind](member, message.data)
         except EngineError as error:
             answer, headers = b"", {_ERROR: _one_line(str(error))}
+        except Exception as error:  # the member asks again; `check` tells our own program
+            self._fault = error
+            return
         # Without a connection there is no answer: the member asks again.
         with contextlib.suppress(nats.errors.Error):
             # Not with message.respond, which sends the request's headers back.

@@ -995,6 +995,35 @@ def test_requests_are_repeated_while_the_coordinator_is_down(coordinator: Coordi
     assert asked.result(PATIENCE) == KEYS["coordinator"]
 
 
+def test_what_the_coordinator_cannot_write_ends_it(coordinator: Coordinator, alice: Miner) -> None:
+    """And the member asks again: it was told nothing."""
+
+    async def full(member: str, data: bytes) -> bytes:
+        raise OSError(28, f"No space left on device: {member}, {len(data)}")
+
+    join = coordinator.engine.handlers["join"]
+    coordinator.engine.handlers["join"] = full
+    asked = coordinator.pool.submit(alice.ask, "join", JOIN)
+
+    def is_told() -> bool:
+        try:
+            coordinator.connection.check()
+        except OSError as error:
+            return error.errno == 28
+        return False
+
+    wait_for(is_told, PATIENCE, "the full disk to be told")
+    coordinator.engine.handlers["join"] = join
+    assert asked.result(PATIENCE) == KEYS["coordinator"]
+
+
+def test_a_damaged_file_of_our_own_is_fetched_again(coordinator: Coordinator, alice: Miner, tmp_path: Path) -> None:
+    digest = coordinator.share(b"whole")
+    (tmp_path / digest.hex()).write_bytes(b"half")
+    alice.connection.fetch(digest, tmp_path)
+    assert (tmp_path / digest.hex()).read_bytes() == b"whole"
+
+
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 10 * CHUNK + 12345])
 def test_a_file_of_any_size_is_fetched(coordinator: Coordinator, alice: Miner, tmp_path: Path, size: int) -> None:
     data = random.Random(size).randbytes(size)  # noqa: S311
