@@ -6,6 +6,7 @@ import fcntl
 import json
 import time
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 _NAME = "status.json"
@@ -13,7 +14,7 @@ _NAME = "status.json"
 
 def write_status(folder: Path, facts: dict[str, Any]) -> None:
     """Replace the status of the program whose folder this is. It need not survive a power failure."""
-    temporary = folder / f"{_NAME}.new"
+    temporary = folder / f"{_NAME}.{get_ident()}"  # another thread may write its own at the same time
     temporary.write_text(json.dumps({**facts, "time": time.time()}) + "\n")
     temporary.replace(folder / _NAME)
 
