@@ -44,7 +44,7 @@ test: check node data
 	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
 	.venv/bin/pytest --numprocesses $(PROCESSES) --dist loadfile
 
-# Kills the programs of a network at random, 200 times. It takes about 20 minutes.
+# Kills the programs of a network at random, 200 times. It takes about six minutes.
 soak: node
 	TRAINCERT_KILLS=200 .venv/bin/pytest tests/bridge/test_roles.py -k random
 

@@ -649,6 +649,3 @@ def _require(name: str, what: str, expected: object, found: object) -> None:
 def _shown(value: object) -> str:
     text = value.hex() if isinstance(value, bytes) else str(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-# Signing.

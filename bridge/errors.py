@@ -4,6 +4,9 @@ BridgeError
 ├── EncodingError      a value that its field cannot hold
 ├── CertificateError   a certificate that breaks a rule; `reason` is the node's name for the rule
 ├── KeyFileError       a key file that cannot be made or must not be used
+├── MessageError       a statement that is forged, altered or of a wrong form (messages.py)
+├── CosignError        a certificate that a cosigner must not sign (checker.py)
+├── BrokerUnreachableError  nothing listens at the broker's address (broker.py)
 └── JournalError       a journal that refuses to sign, or that cannot be used
 
 A node that refuses a call or does not answer raises the harness's errors, traincert.regtest.errors: RpcError and

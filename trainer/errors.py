@@ -5,6 +5,8 @@ TrainerError
 ├── IntegrityError    a stored file is missing or damaged
 ├── UpdateError       a miner's update is refused (updates.py)
 ├── EngineError       a task cannot be run (engines/)
+│   ├── RefusedError  the coordinator refused a request (engines/broker.py)
+│   └── StoppedError  the connection to the broker has ended (engines/broker.py)
 └── RunError          a run folder cannot be used (records.py)
 """
 

@@ -32,6 +32,7 @@ from bench.rows import Row, row, timed
 from traincert.bridge.broker import Credential, connect, coordinator_credential, server_command
 from traincert.bridge.coordinator import Slot
 from traincert.bridge.coordinator_folder import CoordinatorFolder, Settings
+from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import MINER
 from traincert.bridge.keys import load_secret
 from traincert.bridge.member import MemberFolder
@@ -122,7 +123,7 @@ def _patient(credential: Any) -> Any:
         for _ in range(100):
             try:
                 return await connect(credential, **options)
-            except Exception:
+            except BridgeError:  # it starts
                 await asyncio.sleep(0.1)
         return await connect(credential, **options)
 

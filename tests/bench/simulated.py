@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nats.errors
 import torch
 from coincurve import PrivateKey
 from nats.aio.client import Client
@@ -71,7 +72,7 @@ class Simulated:
         while True:
             try:
                 return (await self.client.request(f"traincert.{kind}", data, timeout=12)).data
-            except Exception:
+            except (TimeoutError, nats.errors.Error):
                 await asyncio.sleep(0.5)
 
 

@@ -1,1 +1,1 @@
-"""Engines, which run tasks; `LocalEngine` runs them in processes on this machine."""
+"""Engines, which have tasks done: in processes on this machine (`local`), or by miners on others (`nats`)."""

@@ -258,13 +258,17 @@ class Connection:
 
         with contextlib.suppress(Exception):  # the broker is away: we try it again
             client = await self._connect(error_cb=failed)
+            try:
+                await client.subscribe(
+                    f"traincert.{member}.>",
+                    cb=received,
+                    pending_msgs_limit=_WAITING_MESSAGES,
+                    pending_bytes_limit=_WAITING_BYTES,
+                )
+            except BaseException:
+                await client.close()
+                raise
             self._served[member] = client
-            await client.subscribe(
-                f"traincert.{member}.>",
-                cb=received,
-                pending_msgs_limit=_WAITING_MESSAGES,
-                pending_bytes_limit=_WAITING_BYTES,
-            )
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)

@@ -309,7 +309,7 @@ class NatsEngine:
         if boot != self._boot:
             since = 0
         if member not in self._members():
-            raise EngineError("this member has not joined: run traincert miner join")
+            raise EngineError("this member has not joined yet: join with its invitation first")
         self._check_session(member, session[:32])
         hold = self._hold(self._members())
         until = time.monotonic() + hold

@@ -646,7 +646,7 @@ def test_a_member_that_has_not_joined_is_told_so(coordinator: Coordinator, alice
     coordinator.members.remove("alice")
     coordinator.members.invite("alice", MINER)
     assert alice.refusal("poll", json.dumps(alice.since).encode()) == (
-        "this member has not joined: run traincert miner join"
+        "this member has not joined yet: join with its invitation first"
     )
 
 
