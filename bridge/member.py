@@ -105,12 +105,16 @@ class MemberFolder:
         return file
 
     def connection(self, view: View) -> Connection:
-        """Return a connection to the broker, which is not open yet. `view` is told when it is lost."""
+        """Return a connection to the broker, which is not open yet. `view` is told of each silence."""
 
         def on_lost(lost: bool) -> None:
             view.say("broker", "the broker is away: waiting for it" if lost else "the broker is there again", lost=lost)
 
-        return Connection(partial(connect, self.credential), on_lost)
+        def on_silent(silent: bool) -> None:
+            text = "the coordinator does not answer: waiting for it" if silent else "the coordinator answers again"
+            view.say("coordinator", text, silent=silent)
+
+        return Connection(partial(connect, self.credential), on_lost, on_silent)
 
 
 class Member:

@@ -67,14 +67,20 @@ class Connection:
     """A connection to the broker. Use it as a context manager. Its methods may be called from any thread.
 
     `connect` makes a connected client, with the given options of `nats.connect`; nats-py reconnects by itself.
-    `on_lost` is called with True when the connection is lost, and with False when it is there again.
+    `on_lost` is called with True when the connection is lost, and with False when it is there again. `on_silent` is
+    called with True when a request has no answer in its time, and with False when one is answered again.
     """
 
     def __init__(
-        self, connect: Callable[..., Coroutine[Any, Any, Client]], on_lost: Callable[[bool], None] | None = None
+        self,
+        connect: Callable[..., Coroutine[Any, Any, Client]],
+        on_lost: Callable[[bool], None] | None = None,
+        on_silent: Callable[[bool], None] | None = None,
     ) -> None:
         self._connect = connect
         self._on_lost = on_lost or (lambda _lost: None)
+        self._on_silent = on_silent or (lambda _silent: None)
+        self._silent = False
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="broker", daemon=True)
         self._lock = Lock()
@@ -215,12 +221,20 @@ class Connection:
                 answer = await self._request(kind, data, seconds)
             except (TimeoutError, nats.errors.Error, OSError):
                 # The broker or the coordinator is away, or a message was lost. To ask twice does no harm.
+                self._note_silence(True)
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._ended.wait(), _PAUSE)
                 continue
+            self._note_silence(False)
             if answer.headers and _ERROR in answer.headers:
                 raise RefusedError(answer.headers[_ERROR])
             return answer.data
+
+    def _note_silence(self, silent: bool) -> None:
+        """Tell `on_silent` when requests begin to have no answer, and when they have one again."""
+        if silent != self._silent:
+            self._silent = silent
+            self._on_silent(silent)
 
     async def _request(self, kind: str, data: bytes, seconds: float) -> Msg:
         """Send a request once, and return the answer. Raises StoppedError as soon as the connection ends."""

@@ -995,6 +995,26 @@ def test_requests_are_repeated_while_the_coordinator_is_down(coordinator: Coordi
     assert asked.result(PATIENCE) == KEYS["coordinator"]
 
 
+def test_a_member_is_told_that_the_coordinator_is_silent_and_that_it_answers_again(
+    server: Server, coordinator: Coordinator
+) -> None:
+    said: list[bool] = []
+    silent = threading.Event()
+
+    def on_silent(is_silent: bool) -> None:
+        said.append(is_silent)
+        silent.set()
+
+    with Connection(partial(connect, server.credentials["alice"]), on_silent=on_silent) as connection:
+        connection.ask("join", JOIN)
+        coordinator.kill()
+        asked = coordinator.pool.submit(connection.ask, "join", JOIN, seconds=1.0)
+        assert silent.wait(PATIENCE)
+        coordinator.start()
+        assert asked.result(PATIENCE) == KEYS["coordinator"]
+    assert said == [True, False]
+
+
 def test_what_the_coordinator_cannot_write_ends_it(coordinator: Coordinator, alice: Miner) -> None:
     """And the member asks again: it was told nothing."""
 
