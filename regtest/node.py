@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import secrets
 import signal
 import socket
 import time
@@ -418,9 +419,16 @@ def wait_for(
 
 
 def free_ports(count: int) -> list[int]:
-    """Return `count` different ports on 127.0.0.1 that are free now."""
+    """Return `count` different ports on 127.0.0.1 that are free now.
+
+    They are below those that the kernel gives to connections (32768 and above), so that no connection takes one before
+    the caller's program does.
+    """
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        ports: list[int] = []
+        while len(ports) < count:
+            port = 20_000 + secrets.randbelow(12_000)
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports

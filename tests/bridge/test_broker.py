@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import random
 import shutil
 import socket
 import ssl
@@ -20,12 +19,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import nkeys
-import psutil
 import pytest
 from click.testing import CliRunner
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from broker_process import PATIENCE, BrokerProcess
 from traincert.bridge.broker import (
     MAX_PAYLOAD,
     BrokerUnreachableError,
@@ -40,45 +39,13 @@ from traincert.bridge.broker import (
 )
 from traincert.bridge.cli.broker import broker as broker_commands
 from traincert.bridge.errors import BridgeError
-from traincert.regtest import wait_for
-from traincert.regtest.processes import kill, spawn
-
-PATIENCE = 60  # seconds; on a busy machine all takes long
 
 
-def free_port() -> int:
-    """A free port, at random below those that the kernel gives to connections, so that no other test takes it."""
-    while True:
-        port = random.randint(20_000, 32_000)  # noqa: S311
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-
-
-class Broker:
+class Broker(BrokerProcess):
     """A broker in a folder, and its process."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.folder = folder
-        self.port = free_port()
-        create_broker(folder, ["localhost", "127.0.0.1"], self.port, **options)
-        self.members = Members(folder)
-        self.process: psutil.Popen | None = None
-
-    def start(self, command: list[str] | None = None) -> None:
-        with (self.folder / "log").open("ab") as log:
-            self.process = spawn(command or server_command(self.folder), keep=False, stderr=log)
-        wait_for(self.listens, PATIENCE, "the broker to listen")
-
-    def listens(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-            return True
-        assert self.process is not None
-        assert self.process.poll() is None, (self.folder / "log").read_text()
-        return False
-
-    def stop(self) -> None:
-        if self.process is not None:
-            kill(self.process)
+        super().__init__(folder, ["localhost", "127.0.0.1"], **options)
 
     async def admit(self, name: str) -> Credential:
         return await asyncio.to_thread(self.members.admit, name)
@@ -94,14 +61,14 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
         broker.start()
         yield broker
     finally:
-        broker.stop()
+        broker.kill()
 
 
 @pytest.fixture
 def stopped(tmp_path: Path) -> Iterator[Broker]:
     broker = Broker(tmp_path / "coordinator")
     yield broker
-    broker.stop()
+    broker.kill()
 
 
 class Coordinator:
@@ -228,7 +195,7 @@ def test_clients_come_back_after_a_restart_of_the_broker(broker: Broker) -> None
                 again.set()
 
             member = await connect(await broker.admit("alice"), reconnected_cb=reconnected, error_cb=ignore)
-            await asyncio.to_thread(broker.stop)
+            await asyncio.to_thread(broker.kill)
             await asyncio.to_thread(broker.start)
             await again.wait()
             answer = ""
@@ -547,7 +514,7 @@ def test_an_expired_certificate_is_refused_by_the_server_and_by_the_clients(tmp_
         with pytest.raises(BridgeError, match="the members are written, but the running broker did not take them"):
             broker.members.admit("alice")
     finally:
-        broker.stop()
+        broker.kill()
 
 
 def test_a_server_that_speaks_plaintext_is_refused_before_anything_is_sent(stopped: Broker) -> None:

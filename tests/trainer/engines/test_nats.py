@@ -30,15 +30,13 @@ import psutil
 import pytest
 from coincurve import PrivateKey
 
+from broker_process import PATIENCE, BrokerProcess
 from traincert.bridge.broker import (
     Credential,
-    Members,
     connect,
     connect_options,
     coordinator_credential,
-    create_broker,
     public_key,
-    server_command,
 )
 from traincert.bridge.consensus.codec import tagged_hash
 from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
@@ -59,7 +57,6 @@ from traincert.bridge.messages import (
 )
 from traincert.bridge.remote_miners import RemoteMiners
 from traincert.regtest import wait_for
-from traincert.regtest.processes import kill, spawn
 from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.engines import broker as broker_module
 from traincert.trainer.engines import nats as nats_module
@@ -74,7 +71,6 @@ from traincert.trainer.records import RunFolder
 from traincert.trainer.store import write_blob
 from traincert.trainer.tasks import assign
 
-PATIENCE = 60  # seconds; on a busy machine all takes long
 FAR = 10_000  # seconds until a deadline that does not come
 
 NAMES = ["alice", "bob", "carol"]
@@ -83,44 +79,16 @@ KEYS = {name: secret.public_key_xonly.format() for name, secret in SECRETS.items
 PARAMS = TrainingParams({1: TrainingKeys(1, (KEYS["coordinator"],))}, bytes(32), bytes(32))
 
 
-def free_port() -> int:
-    """A free port, at random below those that the kernel gives to connections, so that no other test takes it."""
-    while True:
-        port = random.randint(20_000, 32_000)  # noqa: S311
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-
-
 Commits = Callable[..., bytes]
 """Returns a member's signed commit, with some changes."""
 
 
-class Server:
+class Server(BrokerProcess):
     """A nats-server, and the credentials of its members."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        create_broker(folder, ["127.0.0.1"], self.port)
-        self.members = Members(folder)
+        super().__init__(folder, ["127.0.0.1"])
         self.credentials = {name: self.members.admit(name) for name in NAMES}
-        self.process: psutil.Popen | None = None
-
-    def start(self) -> None:
-        with (self.folder / "log").open("ab") as log:
-            self.process = spawn(server_command(self.folder), keep=False, stderr=log)
-        wait_for(self.listens, PATIENCE, "the broker to listen")
-
-    def listens(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-            return True
-        assert self.process is not None
-        assert self.process.poll() is None, (self.folder / "log").read_text()
-        return False
-
-    def kill(self) -> None:
-        if self.process is not None:
-            kill(self.process)
 
 
 @pytest.fixture(scope="module")
