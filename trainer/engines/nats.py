@@ -17,7 +17,7 @@ import sqlite3
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,13 +175,16 @@ class NatsEngine:
 
     def status(self) -> dict[str, Any]:
         """Return who is present, who has committed, and until when commits are awaited (Unix time), by name."""
-        names = self._names()
-        cycle = self._cycle
+        names, cycle = self._names(), self._cycle
+
+        def named(keys: Iterable[bytes]) -> list[str]:
+            return sorted(names.get(key, key.hex()) for key in keys)  # a member may join or leave meanwhile
+
         is_open = cycle is not None and cycle.closed is None
         return {
-            "present": sorted(names[key] for key in self.present()),
-            "miners": sorted(names.get(key, key.hex()) for key in cycle.orders) if cycle and is_open else [],
-            "committed": sorted(names.get(key, key.hex()) for key in cycle.commits.copy()) if cycle and is_open else [],
+            "present": named(self.present()),
+            "miners": named(cycle.orders.copy()) if cycle and is_open else [],
+            "committed": named(cycle.commits.copy()) if cycle and is_open else [],
             "deadline": cycle.deadline if cycle and is_open else None,
         }
 
@@ -240,14 +243,10 @@ class NatsEngine:
             self._connection.check()
             self._changed.wait(min(left, 1.0))
         self._connection.run(self._end_uploads(cycle))
-        return [
-            Reason.WITHHELD
-            if isinstance(commit, Commit) and self._lacks(commit)
-            else commit
-            if isinstance(commit, Reason)
-            else read_blob(self.store, commit.update_hash)
-            for commit in commits
-        ]
+        return [commit if isinstance(commit, Reason) else self._sent(commit) for commit in commits]
+
+    def _sent(self, commit: Commit) -> bytes | Reason:
+        return Reason.WITHHELD if self._lacks(commit) else read_blob(self.store, commit.update_hash)
 
     @staticmethod
     def _hold(members: Mapping[str, bytes]) -> float:
