@@ -20,7 +20,7 @@ from traincert.bridge.deployment import Deployment
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import MINER, Invitation
 from traincert.bridge.member import Member, MemberFolder
-from traincert.regtest import Network
+from traincert.regtest import Network, wait_for
 from traincert.trainer.engines.broker import Connection
 from traincert.trainer.job import TrainingJob
 
@@ -70,6 +70,32 @@ def test_a_miner_joins_and_is_listed_and_may_join_again(network: Deployment, tmp
     assert (tmp_path / "ann" / "miner.key").stat().st_mode & 0o777 == 0o600
     assert "trainingkeys=" in (tmp_path / "ann" / "training.conf").read_text()
     assert key.name == "ann"
+
+
+def test_status_says_what_a_program_does_and_exits_with_3_if_it_does_not_run(
+    network: Deployment, tmp_path: Path
+) -> None:
+    folder = network.coordinator.folder
+    wait_for(lambda: run("coordinator", "status", folder).returncode == 0, 60, "the coordinator to run")
+
+    def status() -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(run("coordinator", "status", folder, "--json").stdout)
+        return facts
+
+    wait_for(lambda: status().get("present") == ["cosigner1", "cosigner2"], 60, "the cosigners to be present", status)
+    assert status()["runs"]
+    assert status()["closed"] == 0
+    assert run("coordinator", "status", folder).stdout.startswith("0 cycles are closed; waiting for miners for cycle 1")
+
+    miner = tmp_path / "idle"
+    assert run("miner", "join", miner, "--job", "digits", given=invite(network, "idle")).returncode == 0
+    answer = run("miner", "status", miner)
+    assert (answer.returncode, answer.stderr) == (3, "")
+    assert answer.stdout.startswith("idle does not run: nothing yet\nearned: cycles 0, accepted 0, ")
+    facts = json.loads(run("miner", "status", miner, "--json").stdout)
+    assert (facts["name"], facts["runs"], facts["last"]) == ("idle", False, {})
+    assert "is no miner's folder" in problem(run("miner", "status", tmp_path))
+    assert "is no coordinator's folder" in problem(run("coordinator", "status", tmp_path))
 
 
 def test_an_invitation_is_good_for_one_miner(network: Deployment, tmp_path: Path) -> None:

@@ -162,8 +162,15 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
     blocks = json.loads(shown.stdout)
     assert [block["height"] for block in blocks] == [1, 2]
     assert blocks[1]["model_before"] == blocks[0]["model_after"]
-    table = run("chain", "--datadir", directory / "node1")
+    records = directory / "coordinator/run"
+    table = run("chain", "--datadir", directory / "node1", "--run", records)
     assert all(block["blockhash"] in table.stdout for block in blocks)
+    assert f"{records} has the record of each block" in table.stdout
+    changed = records / "cycles/00000002.json"
+    changed.write_text(changed.read_text().replace('"cycle": 2', '"cycle": 3'))
+    answer2 = run("chain", "--datadir", directory / "node1", "--run", records)
+    assert answer2.returncode == 1
+    assert answer2.stderr.startswith(f"traincert: block 2: the certificate has record {blocks[1]['record']}, but ")
 
     again = run("demo", "--data", directory, "--cycles", "1")
     assert again.returncode == 1
