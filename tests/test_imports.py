@@ -97,7 +97,8 @@ def test_every_public_name_is_there(package: str) -> None:
 
 
 LIGHT = (
-    "bridge.chain bridge.cli.main bridge.testing.plugin bridge.testing.network "
+    "bridge.chain bridge.cli.main bridge.cli.broker bridge.cli.coordinator bridge.cli.cosigner bridge.cli.job "
+    "bridge.cli.miner bridge.cli.network bridge.cli.node bridge.testing.plugin bridge.testing.network "
     "regtest regtest.network regtest.plugin regtest.snapshot"
 )
 # What the extra `train` brings.

@@ -7,6 +7,7 @@ import textwrap
 from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -114,8 +115,8 @@ def test_commands_of_the_docs_exist() -> None:
     for words in shown:
         command, options = cli, []
         for word in words:
-            if word in getattr(command, "commands", {}):
-                command = command.commands[word]
+            if isinstance(command, click.Group) and (found := command.get_command(click.Context(command), word)):
+                command = found
             elif word.startswith("--"):
                 options.append(word)
         assert command is not cli or words[0].startswith(("-", ".")), words

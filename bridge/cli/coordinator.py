@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from traincert.bridge.cli.events import CoordinatorEvents
-from traincert.bridge.cli.view import CyclesView
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 
@@ -121,6 +120,8 @@ def coordinator_run(folder: Path, datadir: Path, cycles: int | None, miners: int
         with open_coordinator(opened, datadir, miners, events) as program:
             program.close_slots(cycles or program.run.job.cycles)
         return
+    from traincert.bridge.cli.view import CyclesView
+
     with CyclesView() as view, open_coordinator(opened, datadir, miners, view) as program:
         program.close_slots(cycles or program.run.job.cycles)
     click.echo(f"all {program.run.cycles} cycles are done")

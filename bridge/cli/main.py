@@ -1,4 +1,4 @@
-"""The command `traincert`. Only commands that train import torch, which takes seconds."""
+"""The command `traincert`. A command imports what it needs when it is called: torch takes seconds."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import json
 import shlex
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import click
 
-from traincert.bridge.cli.broker import broker
-from traincert.bridge.cli.coordinator import coordinator
-from traincert.bridge.cli.cosigner import cosigner
-from traincert.bridge.cli.job import job
-from traincert.bridge.cli.miner import miner
-from traincert.bridge.cli.network import network
-from traincert.bridge.cli.node import build_with_progress, node
-from traincert.bridge.cli.view import CyclesView, chain_table, print_claims, print_equivocations, stdout_console
 from traincert.bridge.errors import BridgeError
 from traincert.regtest.errors import NodeUnreachableError, RegtestError
 from traincert.trainer.errors import TrainerError
 
+GROUPS = ["broker", "coordinator", "cosigner", "job", "miner", "network", "node"]
+"""Groups of commands: each is in the file of its name."""
 # What the extra `train` brings.
 EXTRA = {
     "cryptography",
@@ -43,14 +38,25 @@ Exit codes: 0 done, 1 failed or a claim was not true, 2 wrong usage, 3 node unre
 """
 
 
-@click.group(epilog=EXIT_CODES)
+class Cli(click.Group):
+    """The commands below, and the groups. A network's programs need one group each, and start at the same time."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted([*super().list_commands(ctx), *GROUPS])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, or None if there is none of this name."""
+        if cmd_name not in GROUPS:
+            return super().get_command(ctx, cmd_name)
+        group: click.Group = getattr(import_module(f"traincert.bridge.cli.{cmd_name}"), cmd_name)
+        return group
+
+
+@click.group(cls=Cli, epilog=EXIT_CODES)
 @click.version_option(package_name="traincert")
 def cli() -> None:
     """A Bitcoin regtest chain whose blocks are earned by training a model."""
-
-
-for group in (broker, coordinator, cosigner, job, miner, network, node):
-    cli.add_command(group)
 
 
 def main() -> None:
@@ -100,6 +106,7 @@ def chain(datadir: Path, run: Path | None, as_json: bool) -> None:
     The last lines name each winner that signed two blocks under one certificate, as far as this node saw it.
     """
     from traincert.bridge.chain import certificate_json, check_records, read_chain, read_params
+    from traincert.bridge.cli.view import chain_table, print_equivocations, stdout_console
     from traincert.bridge.rpc import NodeClient
 
     with NodeClient.from_datadir(datadir) as client:
@@ -162,9 +169,10 @@ def demo(
     compat_pow: bool,
 ) -> None:
     """Run a training network on this machine, and check every claim that is printed at the end."""
-    # Imported only here, because torch, matplotlib and scikit-learn take seconds. But before the build of a quarter of
-    # an hour, which would be in vain if one of them is missing.
+    # Before the build of a quarter of an hour, which would be in vain if torch is missing.
     from traincert.bridge.cli.demo import PICTURE, Plan, run_demo
+    from traincert.bridge.cli.node import build_with_progress
+    from traincert.bridge.cli.view import CyclesView, chain_table, print_claims, stdout_console
 
     programs = build_with_progress() / "bin"
     with CyclesView() as view:
