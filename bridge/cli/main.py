@@ -27,6 +27,7 @@ EXTRA = {
     "numpy",
     "pydantic",
     "safetensors",
+    "scikit-learn",
     "sklearn",
     "tensorboard",
     "tomlkit",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from sklearn.datasets import load_digits
 
 from traincert.trainer.datasets import digits, fashion_mnist, text
 from traincert.trainer.errors import JobError
@@ -20,6 +21,7 @@ def test_digits_are_1797_images() -> None:
     assert chunk["labels"].dtype == np.int64
     assert set(chunk["labels"].tolist()) == set(range(10))
     assert len(np.unique(chunk["inputs"], axis=0)) == 1797  # no image is there twice
+    assert all(map(np.array_equal, chunk.values(), load_digits(return_X_y=True)))
 
 
 def write_idx(path: Path, array: npt.NDArray[np.uint8], header: bytes | None = None) -> None:
