@@ -14,7 +14,6 @@ import bitcoin
 from bitcoin.core import CheckBlock, ValidationError
 
 from traincert.bridge.chain import CertifiedBlock, certificate_json, read_chain, read_params
-from traincert.bridge.cli.picture import draw_picture
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.coordinator_program import View
 from traincert.bridge.deployment import Deployment
@@ -90,6 +89,8 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
         view.step("starting the broker, the coordinator, the cosigners and the miners")
         with deployment:
             deployment.start(datadirs, [] if plan.compat_pow else ["--no-compat-pow"])
+            from traincert.bridge.cli.picture import draw_picture  # slow: the others start meanwhile
+
             for event in deployment.events():
                 show(event, view)
             view.step("checking")
