@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import signal
@@ -80,6 +81,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
+    finally:
+        gc.freeze()  # at its end Python seeks garbage among all objects: with torch that takes half a second
 
 
 def _fail(message: str, code: int) -> None:
