@@ -56,7 +56,7 @@ from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Commit, Order
 from traincert.trainer.failpoints import reached
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.store import prune, read_blob, write_blob, write_file
+from traincert.trainer.store import prune, read_blob, sync, write_file
 from traincert.trainer.tasks import assign
 
 VERSION = 1
@@ -213,11 +213,11 @@ class Miner:
         order = Order(task, opening.model, shard, memory)
         begin = time.monotonic()
         (commit,) = self._engine.collect(self._data, [order])
-        (update,) = self._engine.reveal([order], [commit])
-        if not isinstance(commit, Commit) or not isinstance(update, bytes):
+        if not isinstance(commit, Commit):
             raise BridgeError(f"cycle {opening.cycle + 1}: the task failed: {commit}")
         reached("trained")
-        write_blob(store, update)
+        sync(store / commit.update_hash.hex())
+        sync(store)
         kept = (opening.model, commit.update_hash, commit.memory_before, commit.memory_after)
         prune(store, [each for each in kept if each])
         message = CommitMessage(

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from traincert.trainer.datasets import Array
 from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.store import read_blob, sync_folder, verify_blob
+from traincert.trainer.store import read_blob, sync, verify_blob
 
 # The dtypes that a prepared column may have: numpy's, and safetensors' name.
 DTYPES = {
@@ -204,5 +204,5 @@ class ColumnFile:
             digest = hashlib.file_digest(file, "sha256").digest()
             os.fsync(file.fileno())
         self.path.replace(self.path.parent / digest.hex())
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
         return digest

@@ -95,8 +95,7 @@ class Layout:
         start = 0
         for name, begin, end in self.pieces(segment):
             tensor = state[name].clone()
-            part = tensor.view(-1)[begin:end]
-            part.copy_(part.to(torch.promote_types(part.dtype, torch.float32)) + move[start : start + end - begin])
+            tensor.view(-1)[begin:end].add_(move[start : start + end - begin])
             changed[name] = tensor
             start += end - begin
         return changed

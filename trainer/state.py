@@ -1,6 +1,7 @@
 """A model's state, parameters and buffers, as canonical bytes and their hash."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,10 +13,25 @@ from torch import nn
 from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.store import read_blob, write_blob
+from traincert.trainer.store import verify_blob, write_blob
 
 State = Mapping[str, torch.Tensor]
 """Tensors by name, on the CPU. A state is never changed in place."""
+
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The names of dtypes in safetensors, in the order in which that library writes tensors."""
 
 
 def initial_state(job: TrainingJob) -> State:
@@ -65,28 +81,49 @@ def set_state(model: nn.Module, state: State) -> None:
 def state_bytes(tensors: State) -> bytes:
     """Encode tensors as canonical safetensors: equal names, dtypes, shapes and values give equal bytes.
 
-    Tensors are sorted by the size of their dtype, largest first, then by name. There is no metadata. NaNs keep their
-    bits, and -0.0 differs from 0.0.
+    They are the bytes that the safetensors library writes. Tensors are sorted by their dtype, large ones first, then by
+    name. There is no metadata. NaNs keep their bits, and -0.0 differs from 0.0.
     """
-    return safetensors.torch.save({name: tensors[name].detach().contiguous() for name in sorted(tensors)})
+    return b"".join(state_parts(tensors))
+
+
+def state_parts(tensors: State) -> list[memoryview]:
+    """Return `state_bytes` in parts: the header, then the bytes of each tensor. They are not copied: models are big."""
+    order = list(_DTYPES)
+    header, parts, end = {}, [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+        part = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+        begin, end = end, end + len(part)
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        parts.append(part)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(len(text).to_bytes(8, "little") + text), *parts]
 
 
 def state_hash(tensors: State) -> bytes:
     """Return the SHA-256 of the tensors' `state_bytes`, 32 raw bytes."""
-    return hashlib.sha256(state_bytes(tensors)).digest()
+    hashed = hashlib.sha256()
+    for part in state_parts(tensors):
+        hashed.update(part)
+    return hashed.digest()
 
 
 def state_from_bytes(data: bytes) -> State:
     """Decode the result of `state_bytes`, from a trusted source. For untrusted bytes use `updates.read_update`."""
+    return _aligned(safetensors.torch.load(data))
+
+
+def _aligned(tensors: State) -> State:
     # Clone: tensors inside a file start at any address, and the bits of vectorized sums may depend on alignment.
-    return {name: tensor.clone() for name, tensor in sorted(safetensors.torch.load(data).items())}
+    return {name: tensor.clone() for name, tensor in sorted(tensors.items())}
 
 
 def save_state(directory: Path, state: State) -> bytes:
     """Store the state in `directory` under its SHA-256; return the hash, 32 bytes."""
-    return write_blob(directory, state_bytes(state))
+    return write_blob(directory, *state_parts(state))
 
 
 def load_state(directory: Path, digest: bytes) -> State:
-    """Read the state with this SHA-256 (32 bytes) from `directory`. Raises as `store.read_blob` does."""
-    return state_from_bytes(read_blob(directory, digest))
+    """Read the state with this SHA-256 (32 bytes) from `directory`. Raises as `store.verify_blob` does."""
+    return _aligned(safetensors.torch.load_file(verify_blob(directory, digest)))

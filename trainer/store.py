@@ -6,7 +6,8 @@ Each read checks the file against its name.
 import hashlib
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from traincert.trainer.errors import IntegrityError
@@ -14,34 +15,55 @@ from traincert.trainer.errors import IntegrityError
 
 def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write `data` to the file `path`, durably (fsync) and atomically."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    _write(path.parent, [data], lambda: path.name, mode, durable=True)
+
+
+def write_blob(directory: Path, *parts: bytes | memoryview, durable: bool = True) -> bytes:
+    """Store the parts, one after the other, as one file of `directory` under its hash; return the hash, 32 bytes.
+
+    It is written as by `write_file`; but without `durable` a power failure may damage it.
+    """
+    with ThreadPoolExecutor(1) as pool:  # hash while the file is written: both take long for a big model
+        digest = pool.submit(_hash, parts)
+        _write(directory, parts, lambda: digest.result().hex(), 0o600, durable=durable)
+    return digest.result()
+
+
+def _hash(parts: Iterable[bytes | memoryview]) -> bytes:
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    return hashed.digest()
+
+
+def _write(
+    folder: Path, parts: Iterable[bytes | memoryview], name: Callable[[], str], mode: int, *, durable: bool
+) -> None:
+    """Write the parts to a file of `folder`, atomically. `name` is called at the end."""
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(handle, mode)
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
+            if durable:
+                os.fsync(handle)
+        Path(temporary).replace(folder / name())
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync(folder)
 
 
-def sync_folder(directory: Path) -> None:
-    """Make renames in a directory durable (fsync)."""
-    folder = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable (fsync)."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
-
-
-def write_blob(directory: Path, data: bytes) -> bytes:
-    """Store `data` in `directory` under its hash, as `write_file` does; return the hash, 32 bytes."""
-    digest = hashlib.sha256(data).digest()
-    write_file(directory / digest.hex(), data)
-    return digest
+        os.close(handle)
 
 
 def read_blob(directory: Path, digest: bytes) -> bytes:

@@ -20,7 +20,7 @@ from traincert.trainer.determinism import deterministic
 from traincert.trainer.errors import Reason, TrainerError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.segments import Layout, Segment
-from traincert.trainer.state import State, state_bytes, state_from_bytes
+from traincert.trainer.state import State, state_bytes, state_parts
 
 CHUNK = 4096  # values that share one magnitude
 _SKIP = 255  # a byte of a gap: skip 255 values, and the gap goes on in the next byte
@@ -45,6 +45,8 @@ class Update:
 
     def scaled(self, share: float) -> "Update":
         """Return the change times `share`, 0 to 1. Integers are rounded."""
+        if share == 1:
+            return self
         buffers = {
             name: delta * share if delta.is_floating_point() else (delta.double() * share).round().to(delta.dtype)
             for name, delta in self.buffers.items()
@@ -116,13 +118,14 @@ def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -
     """
     expected = _expected(job, segment, state)
     # Allow twice the expected size: an update with wrong names or wider dtypes then gets that as its reason.
-    limit = 1024 + 2 * sum(math.prod(shape) * _SIZES[dtype] for dtype, shape in expected.values())
+    limit = 1024 + 2 * sum(math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize for dtype, shape in expected.values())
     if len(data) > limit:
         raise UpdateError(Reason.TOO_LARGE, f"{len(data)} bytes, at most {limit} are read")
     try:
-        found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in safetensors.deserialize(data)}  # type: ignore[no-untyped-call]
+        read = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise UpdateError(Reason.MALFORMED, str(error)[:200]) from None
+    found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in read.items()}
     required = {name for name in expected if not name.startswith(_BUFFER)}
     if not required <= found.keys() <= expected.keys():
         raise UpdateError(Reason.WRONG_NAMES, f"expected {sorted(expected)}, found {repr(sorted(found))[:200]}")
@@ -136,18 +139,22 @@ def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -
         )
         if not right:
             raise UpdateError(Reason.WRONG_SHAPE, f"{name}: expected {shape}, found {str(found[name][1])[:200]}")
-    tensors = state_from_bytes(data)
-    if state_bytes(tensors) != data:
+    tensors = {
+        name: torch.from_numpy(np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])).view(tensor["shape"])
+        for name, tensor in sorted(read.items())
+    }
+    # The header says where each tensor is. So the whole encoding is canonical if the header is.
+    if not data.startswith(state_parts(tensors)[0]):
         raise UpdateError(Reason.NOT_CANONICAL, "the same tensors have another encoding")
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN is the bound of all
             raise UpdateError(Reason.NOT_FINITE, f"{name} has a value that is NaN or infinite")
     move = tensors["move"] if job.density == 1 else _read_compressed(tensors, segment.params, job.density)
     buffers = {name.removeprefix(_BUFFER): each for name, each in tensors.items() if name.startswith(_BUFFER)}
     for name, delta in buffers.items():
         if not delta.any():
             raise UpdateError(Reason.NOT_CANONICAL, f"{_BUFFER}{name}: a buffer that did not change")
-    norm = float(move.double().norm())
+    norm = math.hypot(*(float(part.double().norm()) for part in torch.split(move, _BLOCK)))
     if norm > (most := max_norm(job, segment)):
         raise UpdateError(Reason.NORM_TOO_LARGE, f"L2 norm {norm:g}, at most {most:g} (max_update_norm)")
     return Update(move, buffers)
@@ -158,7 +165,8 @@ def max_norm(job: TrainingJob, segment: Segment) -> float:
     return job.max_update_norm or max(10.0, math.sqrt(segment.params))
 
 
-_SIZES = {"F64": 8, "F32": 4, "I64": 8, "U8": 1}
+_DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
+_BLOCK = 2**16  # values at a time: they stay in the processor's cache
 
 
 def _expected(job: TrainingJob, segment: Segment, state: State) -> dict[str, tuple[str, list[int]]]:

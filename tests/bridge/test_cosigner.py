@@ -101,7 +101,7 @@ class Engine:
                 continue
             answer = self._spoiled(order, self._executor.execute(shards, order), fault)
             write_blob(self.store, answer.update)
-            commit = Commit.to(answer)
+            commit = Commit.to(answer, hashlib.sha256(answer.update).digest())
             message = CommitMessage(
                 hashlib.sha256(self.opening).digest(),
                 commit.update_hash,

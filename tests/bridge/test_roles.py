@@ -5,6 +5,7 @@ Everything is real: broker, coordinator, cosigners, miners, nodes, training.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -175,7 +176,7 @@ class Again:
                 continue
             memory = bytes.fromhex(task["memory"]) if task["memory"] else None
             answer = self._executor.execute(shards, order._replace(memory_hash=memory))
-            commits.append(Commit.to(answer))
+            commits.append(Commit.to(answer, hashlib.sha256(answer.update).digest()))
             self._updates.append(Reason.WITHHELD if reason is Reason.WITHHELD else answer.update)
         return commits
 

@@ -15,12 +15,13 @@ import pytest
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.local import LocalEngine
-from traincert.trainer.engines.orders import Answer, Commit, OnCommit, Order
+from traincert.trainer.engines.orders import Commit, OnCommit, Order
 from traincert.trainer.errors import Reason
 from traincert.trainer.examples import Dataset
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.records import RunFolder
+from traincert.trainer.store import write_blob
 
 WriteJob = Callable[..., Path]
 """Writes a job's TOML file and, if `module` is given, a module beside it; {module} in values is the module's name."""
@@ -81,11 +82,12 @@ class InlineEngine(LocalEngine):
     def collect(
         self, shards: Path, orders: Sequence[Order], on_commit: OnCommit | None = None
     ) -> list[Commit | Reason]:
-        return self._commit_to(self._run(shards, orders, on_commit or (lambda _done, _total: None)))
+        return self._run(shards, orders, on_commit or (lambda _done, _total: None))
 
-    def _run(self, shards: Path, orders: Sequence[Order], on_commit: OnCommit) -> list[Answer | Reason]:
+    def _run(self, shards: Path, orders: Sequence[Order], on_commit: OnCommit) -> list[Commit | Reason]:
         del on_commit
-        return [self._executor.execute(shards, order) for order in orders]
+        answers = [self._executor.execute(shards, order) for order in orders]
+        return [Commit.to(answer, write_blob(self.store, answer.update)) for answer in answers]
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,14 @@ from evaluation import evaluate
 from traincert.trainer import state as state_module
 from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
 from traincert.trainer.engines.local import LocalEngine
-from traincert.trainer.engines.orders import Answer
+from traincert.trainer.engines.orders import Commit
 from traincert.trainer.errors import IntegrityError, JobError, Reason
 from traincert.trainer.examples import Dataset, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset
-from traincert.trainer.state import State, initial_state, load_state, state_bytes, state_hash
-from traincert.trainer.store import prune
+from traincert.trainer.state import State, initial_state, load_state, save_state, state_bytes, state_hash, state_parts
+from traincert.trainer.store import prune, read_blob, write_blob
 from traincert.trainer.updates import Update, encode_update, read_update
 
 WriteJob = Callable[..., Path]
@@ -52,11 +52,11 @@ def test_a_cycle_serializes_its_model_once_and_its_checkpoint_has_the_hash(
     start = trainer.start()
     serialized = []
 
-    def counted(tensors: State) -> bytes:
+    def counted(tensors: State) -> list[memoryview]:
         serialized.append(tensors.keys() == start.model.keys())
-        return state_bytes(tensors)
+        return state_parts(tensors)
 
-    monkeypatch.setattr(state_module, "state_bytes", counted)
+    monkeypatch.setattr(state_module, "state_parts", counted)
     (result,) = run(trainer, miners, 1, start)
     assert serialized.count(True) == 1
     monkeypatch.undo()
@@ -193,12 +193,13 @@ def test_numbers_that_are_none_are_refused_as_that(
 def test_a_hostile_update_is_refused_and_the_others_count(
     trainer: Trainer, engine: LocalEngine, miners: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real updates, except that on their way one is replaced by the whole model, and one is lost."""
+    """Real updates, except that on their way one is replaced by a whole model, and one is lost."""
     train = engine._run
 
-    def tampered(*arguments: object) -> list[Answer | Reason]:
-        answers = train(*arguments)  # type: ignore[arg-type]
-        return [Answer(state_bytes(initial_state(trainer.job)), None, None, 0.0), Reason.WORKER_DIED, *answers[2:]]
+    def tampered(*arguments: object) -> list[Commit | Reason]:
+        commits = train(*arguments)  # type: ignore[arg-type]
+        model = save_state(engine.store, initial_state(replace(trainer.job, seed=7)))
+        return [Commit(model, 1, None, None, 0.0), Reason.WORKER_DIED, *commits[2:]]
 
     monkeypatch.setattr(engine, "_run", tampered)
     (result,) = run(trainer, miners, 1)
@@ -222,19 +223,19 @@ def test_updates_of_which_each_does_harm_count_if_their_mean_helps(
         (plain,) = run(trainer, miners, 1)
         (segment,) = trainer.segments
         assert isinstance(trainer._engine, LocalEngine)
-        train = trainer._engine._run
+        train, store = trainer._engine._run, trainer._engine.store
         noise = torch.randn(segment.params, generator=torch.Generator().manual_seed(0)) * 0.5
 
-        def noisy(*arguments: object) -> list[Answer | Reason]:
-            answers: list[Answer | Reason] = []
-            for answer, sign in zip(train(*arguments), (1, -1, 1, -1), strict=True):  # type: ignore[arg-type]
-                assert isinstance(answer, Answer)
-                update = read_update(answer.update, whole, segment, trainer.start().model)
+        def noisy(*arguments: object) -> list[Commit | Reason]:
+            commits: list[Commit | Reason] = []
+            for commit, sign in zip(train(*arguments), (1, -1, 1, -1), strict=True):  # type: ignore[arg-type]
+                assert isinstance(commit, Commit)
+                update = read_update(read_blob(store, commit.update_hash), whole, segment, trainer.start().model)
                 changed = Update(update.move + sign * noise)
                 alone = trainer.evaluate(changed.applied(trainer.layout, segment, trainer.start().model))
                 assert alone.loss > trainer.start().evaluation.loss
-                answers.append(answer._replace(update=encode_update(changed, 1)[0]))
-            return answers
+                commits.append(commit._replace(update_hash=write_blob(store, encode_update(changed, 1)[0])))
+            return commits
 
         monkeypatch.setattr(trainer._engine, "_run", noisy)
         (result,) = run(trainer, miners, 1)

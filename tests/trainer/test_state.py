@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from traincert.trainer.errors import IntegrityError, JobError
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.models import STORED_DTYPES
 from traincert.trainer.state import (
     initial_state,
     load_state,
@@ -35,6 +37,15 @@ def test_the_encoding_is_frozen() -> None:
     expected = len(header).to_bytes(8, "little") + header + data
     assert state_bytes(tensors) == expected
     assert state_hash(tensors) == hashlib.sha256(expected).digest()
+
+
+def test_the_encoding_is_that_of_the_safetensors_library() -> None:
+    """For all dtypes that a model may have, for any names and shapes, and for nothing at all."""
+    tensors = {f'{dtype} é\n"': torch.ones(2, 3).to(dtype) for dtype in STORED_DTYPES}
+    tensors |= {f"{dtype} other": torch.zeros(()).to(dtype) for dtype in reversed(STORED_DTYPES)}
+    tensors["empty"] = torch.zeros(0, 3)
+    assert state_bytes(tensors) == safetensors.torch.save(tensors)
+    assert state_bytes({}) == safetensors.torch.save({})
 
 
 def test_neither_order_nor_memory_layout_matters() -> None:

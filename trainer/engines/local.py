@@ -21,10 +21,11 @@ from threading import Lock, Thread
 from types import TracebackType
 from typing import cast
 
-from traincert.trainer.engines.orders import Answer, Commit, OnCommit, Order
+from traincert.trainer.engines.orders import Commit, OnCommit, Order
 from traincert.trainer.errors import EngineError, Reason, TrainerError
 from traincert.trainer.interrupts import ctrl_c_later
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.store import read_blob, write_blob
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is not safe after torch has started threads
 
@@ -40,7 +41,8 @@ class _Worker:
 class LocalEngine:
     """Runs tasks in `workers` processes, each with one thread. The processes stay for many cycles.
 
-    `store` is the folder of models and miners' memories. It is made if it does not exist.
+    `store` is the folder of models and miners' memories. It is made if it does not exist. Workers put the updates
+    there, too, as files: 100 MB through a pipe are slow.
 
     Use the engine as a context manager, or call `close`. Only `close` may be called from another thread. A script that
     makes an engine needs `if __name__ == "__main__":`, because workers use the spawn start method.
@@ -64,7 +66,6 @@ class LocalEngine:
         store.mkdir(parents=True, exist_ok=True)
         self._workers: list[_Worker] = []
         self._closing = Lock()
-        self._updates: list[bytes | Reason] = []
         try:
             for number in range(workers):
                 self._workers.append(self._start(number))
@@ -97,7 +98,8 @@ class LocalEngine:
     ) -> list[Commit | Reason]:
         """Carry out all orders; `shards` is the folder of the shards.
 
-        Return, in the same order, the commit to an answer or the reason why there is none.
+        Return, in the same order, the commit to an update or the reason why there is none. The updates are in the store
+        then, but a power failure may damage them.
 
         The reason is WORKER_DIED if two workers died, LATE after `job.task_seconds`. `on_commit` is called at the
         start, and after tasks end.
@@ -109,22 +111,23 @@ class LocalEngine:
         if not self._workers:
             raise EngineError("the engine is closed")
         try:
-            return self._commit_to(self._run(shards, orders, on_commit or (lambda _done, _total: None)))
+            return self._run(shards, orders, on_commit or (lambda _done, _total: None))
         except BaseException:
             self.close()
             raise
 
     def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[bytes | Reason]:  # noqa: ARG002
-        """Return the updates of the tasks that `collect` had done last. It keeps none of them."""
-        updates, self._updates = self._updates, []
+        """Take the updates of the tasks that `collect` had done last out of the store, and return them."""
+        updates = [
+            read_blob(self.store, commit.update_hash) if isinstance(commit, Commit) else commit for commit in commits
+        ]
+        for commit in commits:
+            if isinstance(commit, Commit):
+                (self.store / commit.update_hash.hex()).unlink(missing_ok=True)  # two miners' may be equal
         return updates
 
-    def _commit_to(self, answers: Sequence[Answer | Reason]) -> list[Commit | Reason]:
-        self._updates = [answer.update if isinstance(answer, Answer) else answer for answer in answers]
-        return [Commit.to(answer) if isinstance(answer, Answer) else answer for answer in answers]
-
-    def _run(self, shards: Path, orders: Sequence[Order], on_commit: OnCommit) -> list[Answer | Reason]:
-        answers: dict[int, Answer | Reason] = {}
+    def _run(self, shards: Path, orders: Sequence[Order], on_commit: OnCommit) -> list[Commit | Reason]:
+        commits: dict[int, Commit | Reason] = {}
         waiting = deque(range(len(orders)))
         deaths: Counter[int] = Counter()
         while True:
@@ -132,9 +135,9 @@ class LocalEngine:
                 if worker.task is None and waiting:
                     worker.task = waiting.popleft()
                     _send(worker, (shards, orders[worker.task]))
-            on_commit(len(answers), len(orders))
-            if len(answers) == len(orders):
-                return [answers[number] for number in range(len(orders))]
+            on_commit(len(commits), len(orders))
+            if len(commits) == len(orders):
+                return [commits[number] for number in range(len(orders))]
             for worker in self._wait():
                 number = cast(int, worker.task)
                 try:
@@ -145,17 +148,17 @@ class LocalEngine:
                     if deaths[number] == 1:
                         waiting.appendleft(number)
                     else:
-                        answers[number] = Reason.WORKER_DIED
+                        commits[number] = Reason.WORKER_DIED
                     continue
                 message = _unwrap(received)
                 if message is None:
                     worker.began = time.monotonic()
                 else:
-                    answers[number] = message
+                    commits[number] = message
                     worker.task = worker.began = None
             for worker in self._workers:
                 if worker.began is not None and time.monotonic() >= worker.began + self.job.task_seconds:
-                    answers[cast(int, worker.task)] = Reason.LATE
+                    commits[cast(int, worker.task)] = Reason.LATE
                     self._replace(worker)
 
     def _wait(self) -> list[_Worker]:
@@ -196,8 +199,8 @@ def _send(worker: _Worker, order: tuple[Path, Order]) -> None:
         worker.connection.send(order)
 
 
-def _unwrap(message: Answer | OSError | TrainerError | str | None) -> Answer | None:
-    """Return a worker's answer, or None if the worker begins its task.
+def _unwrap(message: Commit | OSError | TrainerError | str | None) -> Commit | None:
+    """Return a worker's commit, or None if the worker begins its task.
 
     Raises the task's OSError or TrainerError, and EngineError if it raised another exception.
     """
@@ -217,7 +220,7 @@ def _end(worker: _Worker) -> None:
 def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> None:
     """Carry out orders until the engine closes the connection.
 
-    For each order send None when the task begins, then an Answer, an OSError, a TrainerError, or another exception's
+    For each order send None when the task begins, then a Commit, an OSError, a TrainerError, or another exception's
     traceback as text.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -241,9 +244,10 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
         except EOFError:
             return
         engine.send(None)
-        message: Answer | OSError | TrainerError | str
+        message: Commit | OSError | TrainerError | str
         try:
-            message = executor.execute(shards, order)
+            answer = executor.execute(shards, order)
+            message = Commit.to(answer, write_blob(store, answer.update, durable=False))
         except (OSError, TrainerError) as error:
             message = error
         except Exception:  # the engine raises an EngineError with this traceback

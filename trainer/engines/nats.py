@@ -29,7 +29,7 @@ from traincert.trainer.engines.orders import Commit, OnCommit, Order
 from traincert.trainer.errors import EngineError, Reason
 from traincert.trainer.failpoints import reached
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.store import read_blob, sync_folder
+from traincert.trainer.store import read_blob, sync
 
 POLL_SECONDS = 3.0
 """A poll for which there is nothing new is answered after this time, in a network of few members."""
@@ -451,7 +451,7 @@ def _finish(upload: _Upload, path: Path) -> bool:
             return False
         os.fsync(file.fileno())
     upload.path.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -48,9 +47,8 @@ class Commit(NamedTuple):
     statement: bytes = b""  # the miner's signed statement of all this, where there is one
 
     @classmethod
-    def to(cls, answer: Answer) -> Commit:
-        """Return the commit to an answer, without a statement."""
-        update_hash = hashlib.sha256(answer.update).digest()
+    def to(cls, answer: Answer, update_hash: bytes) -> Commit:
+        """Return the commit to an answer whose update has this SHA-256, without a statement."""
         size, before, after = len(answer.update), answer.memory_before, answer.memory_after
         return cls(update_hash, size, before, after, answer.seconds, answer.numeric_class)
 

@@ -839,7 +839,7 @@ def train(miner: Miner, job: TrainingJob, files: Path, executing: threading.Lock
             with executing:  # torch's random numbers are the whole process's
                 answer = executor.execute(files, order)
             digest = hashlib.sha256(statement).digest()
-            commit = Commit.to(answer)
+            commit = Commit.to(answer, hashlib.sha256(answer.update).digest())
             message = CommitMessage(digest, *commit[:-1])
             miner.ask("commit", seal(SECRETS[miner.name], PARAMS.chain_id, message))
             updates[digest] = answer.update
