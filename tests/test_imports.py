@@ -16,9 +16,9 @@ MAY_IMPORT = {"trainer": {"trainer"}, "regtest": {"regtest"}, "bridge": {"bridge
 # In the order in which data meets them: a file imports only from those before it.
 ORDER = {
     "trainer": (
-        "errors interrupts failpoints determinism job usercode store datasets examples sharding preprocessing models "
-        "state segments tasks updates training scoring aggregation engines.orders engines.executor engines.local "
-        "engines.broker engines.nats cycle records export replay report compare run"
+        "errors interrupts failpoints imports determinism job usercode store datasets examples sharding preprocessing "
+        "models state segments tasks updates training scoring aggregation engines.orders engines.executor "
+        "engines.local engines.broker engines.nats cycle records export replay report compare run"
     ),
     "bridge": (
         "errors consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from traincert.bridge.cli.events import CoordinatorEvents
+from traincert.trainer.imports import importing
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 
@@ -111,8 +112,9 @@ def coordinator_run(folder: Path, datadir: Path, cycles: int | None, miners: int
 
     The broker must run. A coordinator that was interrupted or killed goes on where it was, and trains nothing again.
     """
-    from traincert.bridge.coordinator_folder import CoordinatorFolder
-    from traincert.bridge.coordinator_program import open_coordinator
+    with importing():
+        from traincert.bridge.coordinator_folder import CoordinatorFolder
+        from traincert.bridge.coordinator_program import open_coordinator
 
     opened = CoordinatorFolder(folder)
     if as_json:

@@ -8,6 +8,7 @@ from typing import IO
 import click
 
 from traincert.bridge.cli.events import Events
+from traincert.trainer.imports import importing
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 
@@ -65,6 +66,7 @@ def cosigner_run(folder: Path, datadir: Path, as_json: bool) -> None:
 
     It runs until it is interrupted.
     """
-    from traincert.bridge.cosigner import run_cosigner
+    with importing():
+        from traincert.bridge.cosigner import run_cosigner
 
     run_cosigner(folder, datadir, Events(as_json=as_json, folder=folder))

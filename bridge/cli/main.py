@@ -15,6 +15,7 @@ import click
 from traincert.bridge.errors import BridgeError
 from traincert.regtest.errors import NodeUnreachableError, RegtestError
 from traincert.trainer.errors import TrainerError
+from traincert.trainer.imports import importing
 
 GROUPS = ["broker", "coordinator", "cosigner", "job", "miner", "network", "node"]
 """Groups of commands: each is in the file of its name."""
@@ -174,7 +175,8 @@ def demo(
 ) -> None:
     """Run a training network on this machine, and check every claim that is printed at the end."""
     # Before the build of a quarter of an hour, which would be in vain if torch is missing.
-    from traincert.bridge.cli.demo import PICTURE, Plan, run_demo
+    with importing():
+        from traincert.bridge.cli.demo import PICTURE, Plan, run_demo
     from traincert.bridge.cli.node import build_with_progress
     from traincert.bridge.cli.view import CyclesView, chain_table, print_claims, stdout_console
 

@@ -11,6 +11,7 @@ import click
 
 from traincert.bridge.cli.events import Events
 from traincert.bridge.status import is_locked, read_status
+from traincert.trainer.imports import importing
 
 if TYPE_CHECKING:
     from traincert.bridge.member import MemberFolder
@@ -62,7 +63,8 @@ def miner_run(folder: Path, datadir: Path | None, compat_pow: bool, as_json: boo
 
     A miner that was interrupted or killed goes on where it was.
     """
-    from traincert.bridge.miner import run_miner
+    with importing():
+        from traincert.bridge.miner import run_miner
 
     run_miner(folder, datadir, Events(as_json=as_json, folder=folder), compat_pow=compat_pow)
 
