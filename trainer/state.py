@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from traincert.trainer.errors import JobError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.store import verify_blob, write_blob
+
+# PyTorch reads this when it first allocates a tensor: big tensors then are in huge pages, also where Linux gives those
+# only to who asks. Getting memory page by page takes half of the time that a big model's cycle takes beside training.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 State = Mapping[str, torch.Tensor]
 """Tensors by name, on the CPU. A state is never changed in place."""
