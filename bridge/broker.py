@@ -56,6 +56,7 @@ MAX_PAYLOAD = 1 << 20  # bytes of one message
 ANSWER_SECONDS = 10  # a later answer is lost: the broker keeps the way back of each request, 2 kB, no longer
 CONNECT_SECONDS = 5  # for each step of connecting
 RELOAD_SECONDS = 30
+_READ = 1 << 18  # bytes that are read at once; nats-py's 32 KB make 16 turns of a chunk of a file
 
 # Published advisories concern all versions before these.
 OLDEST = {(2, 12): (2, 12, 12), (2, 13): (2, 14, 3), (2, 14): (2, 14, 3)}
@@ -264,7 +265,7 @@ class _TlsTransport(TcpTransport):
     """
 
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:  # noqa: ARG002
-        self._address, self._limit = (uri.hostname, uri.port), buffer_size
+        self._address = uri.hostname, uri.port
 
     async def connect_tls(
         self,
@@ -274,8 +275,12 @@ class _TlsTransport(TcpTransport):
         connect_timeout: int,
     ) -> None:
         host, port = self._address
-        opened = asyncio.open_connection(host, port, ssl=ssl_context, limit=self._limit)
+        opened = asyncio.open_connection(host, port, ssl=ssl_context, limit=_READ)
         self._io_reader, self._io_writer = await asyncio.wait_for(opened, connect_timeout)
+
+    async def read(self, buffer_size: int) -> bytes:  # noqa: ARG002
+        assert self._io_reader  # noqa: S101 - it is connected
+        return await self._io_reader.read(_READ)
 
     def __bool__(self) -> bool:
         return True  # otherwise nats-py makes one of its own
