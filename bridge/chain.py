@@ -83,6 +83,17 @@ def read_certificate(node: NodeClient, block_hash: str) -> Certificate:
     return read_training_payload(block.vtx[0]).certificate
 
 
+def read_block(node: NodeClient, height: int, params: TrainingParams) -> CertifiedBlock:
+    """Read the block at a height of a node's chain, and check every rule of SPEC.md that does not need its parent.
+
+    Raises CertificateError for the first rule that does not hold, RpcError and NodeUnreachableError.
+    """
+    block_hash: str = node.call("getblockhash", height)
+    block = CBlock.deserialize(bytes.fromhex(node.call("getblock", block_hash, 0)))
+    payload = check_training_certificate(block, height, params)
+    return CertifiedBlock(block_hash, block, payload.certificate, payload.winner_signature)
+
+
 def check_records(chain: Sequence[CertifiedBlock], params: TrainingParams, run: Path) -> None:
     """Check that each block's certificate has the hash of its cycle's record in the run folder `run`.
 
@@ -111,11 +122,9 @@ def read_chain(node: NodeClient, params: TrainingParams) -> list[CertifiedBlock]
     before = node.call("getblockheader", node.call("getblockhash", params.start_height - 1))
     parent_time: int = before["time"]
     for height in range(params.start_height, node.call("getblockcount") + 1):
-        block_hash: str = node.call("getblockhash", height)
-        block = CBlock.deserialize(bytes.fromhex(node.call("getblock", block_hash, 0)))
-        payload = check_training_certificate(block, height, params)
+        found = read_block(node, height, params)
         parent = chain[-1].certificate if chain else None
-        contextual_check_training_certificate(payload.certificate, parent, block.nTime, parent_time, params)
-        parent_time = block.nTime
-        chain.append(CertifiedBlock(block_hash, block, payload.certificate, payload.winner_signature))
+        contextual_check_training_certificate(found.certificate, parent, found.block.nTime, parent_time, params)
+        parent_time = found.block.nTime
+        chain.append(found)
     return chain

@@ -12,16 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitcoin.core import b2lx, lx
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from traincert.bridge.chain import read_certificate
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.codec import Reader
-from traincert.bridge.consensus.lottery import contribution_weight
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.consensus.rules import (
     check_coordinator_signatures,
@@ -31,22 +28,23 @@ from traincert.bridge.consensus.rules import (
 from traincert.bridge.errors import BridgeError, CertificateError
 from traincert.bridge.messages import (
     CommitMessage,
-    Hash,
     MessageError,
     Opening,
     Proposal,
-    Uint,
     assignment_seed,
     commits_root,
     score_seed,
     unseal,
 )
+from traincert.bridge.recorded import CycleRecord, R, RecordedTask, StartRecord, read_record
 from traincert.bridge.rpc import NodeClient
 from traincert.trainer.engines.broker import StoppedError
 from traincert.trainer.errors import EngineError, IntegrityError, Reason
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.standings import Standing, draw_checks, next_standings
 from traincert.trainer.store import write_blob
 from traincert.trainer.tasks import assign
+from traincert.trainer.weights import foreign, limit_norms, paid
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +60,11 @@ PATIENCE = 30.0
 
 _SHARES = {0.0, 1.0, 0.5, 0.25, 0.125, 0.0625}
 _WITHOUT_COMMIT = {Reason.WORKER_DIED, Reason.LATE, Reason.ABSENT}
-_UNCHECKED = {Reason.WITHHELD, Reason.NO_IMPROVEMENT}
-"""Refusals of a committed update that are the coordinator's word. All others are for the update's form."""
+_BEFORE_READING = {Reason.BARRED, Reason.SPOT_CHECK_FAILED, Reason.WITHHELD, Reason.WRONG_MEMORY}
+"""Refusals of a committed update that is not read."""
+_AFTER_READING = {Reason.COPY, Reason.NOT_ITS_SHARD, Reason.NO_IMPROVEMENT}
+"""Refusals of an update that has the right form. All others are for its form."""
+_NORM_TOLERANCE = 1e-6  # processors add the squares in other orders
 _SHOWN = 120  # characters of a value in a message
 
 
@@ -76,77 +77,12 @@ class CosignError(BridgeError):
         self.detail = detail
 
 
-# A record, as trainer/records.py writes it. A field that is not here is not checked: a record that has one is refused.
-
-_CONFIG = ConfigDict(strict=True, extra="forbid", ser_json_bytes="hex", val_json_bytes="hex", allow_inf_nan=False)
-_HexHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class _Task:
-    miner: Hash
-    segment: Uint
-    shard: Hash
-    seed: Hash
-    memory: Hash | None
-    memory_after: Hash | None
-    update_hash: Hash | None
-    update_size: Uint
-    commit: bytes | None
-    params: Uint
-    loss_reduction: Uint
-    weight: Uint
-    refusal: Reason | None
-    detail: str | None
-
-    @property
-    def name(self) -> str:
-        """The miner, as messages name it."""
-        return f"miner {self.miner.hex()[:16]}"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class _State:
-    """What all records have."""
-
-    cycle: Uint
-    dataset_root: Hash
-    model_after: Hash
-    loss_after: Uint
-    loss_offset: float
-    metric: float | None
-    more_metrics: list[float | None]
-    velocity: Hash
-    memories: dict[_HexHash, Hash]
-    tasks: list[_Task]
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class _Cycle(_State):
-    """What the record of a cycle has too. Record 0, the state before the first cycle, lacks it."""
-
-    opening: bytes
-    parent: Hash
-    model_before: Hash
-    loss_before: Uint
-    score_seed: Hash
-    share: float
-
-    @property
-    def accepted(self) -> list[_Task]:
-        return [task for task in self.tasks if task.refusal is None]
-
-
-_S = TypeVar("_S", _State, _Cycle)
-_READERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (_State, _Cycle)}
-
-
 class _Records(NamedTuple):
     """A cycle's record and the one before, as JSON and with types."""
 
     files: tuple[Record, Record]
-    before: _State
-    cycle: _Cycle
+    before: StartRecord
+    cycle: CycleRecord
 
 
 _FIELDS: Mapping[str, str] = {
@@ -202,7 +138,10 @@ class Checker:
     - Each commit is the miner's statement for this opening, and its hashes and size are the record's (forged-commit).
       A commit is neither late nor absent, and what is accepted has one (left-out). What drew the examples for scoring
       follows from the beacon and the commits (wrong-score-seed).
-    - Parameters, weights and memories follow from the tasks (wrong-params, wrong-weight, wrong-score, wrong-memories).
+    - What counts of each measured score is what the job pays for it; parameters and memories follow from the tasks
+      (wrong-params, wrong-weight, wrong-score, wrong-memories). The updates' norms are limited as the job says
+      (wrong-norm). The miners' standings follow from the record before, and so does who is barred, who trained on
+      another shard than its own (wrong-standing, left-out), and whose task is done again (wrong-draw).
       A share of the step is one that the guard can give; where the model stays, so does the loss; where it moves, the
       loss is not above the guard's bound (wrong-share, wrong-loss).
     - All fields of the certificate are the record's: losses, models, table, winner (wrong-table and so on).
@@ -213,10 +152,11 @@ class Checker:
       one is the one committed to, and can be read (wrong-update).
     - The accepted updates, aggregated, give the next model (wrong-model) and velocity (wrong-velocity).
 
-    What cannot be checked without held-out data, or without having been there: the losses, and so each loss reduction,
-    the refusal `no-improvement`, and the share of the step; whether an update was `withheld`; whether a miner without a
-    commit in the record was `late`, `absent` or `worker-died` (a miner that committed has a receipt); whether another
-    opening was announced before; whether a winner got its award.
+    What cannot be checked without held-out data, or without having been there: the losses, and so each measured
+    reduction and its error, how much more an update helps on its own shard, and the share of the step; whether an
+    update is a `copy`, was late or was `withheld`; what a spot check found; in which order commits came; whether a
+    miner without a commit in the record was `late`, `absent` or `worker-died` (a miner that committed has a receipt);
+    whether another opening was announced before; whether a winner got its award.
 
     A failed check says nothing of the next one: another proposal for the slot can be true.
     """
@@ -325,25 +265,20 @@ class Checker:
     # The records.
 
     def _read_records(self, certificate: Certificate, parent: Certificate | None) -> _Records:
-        file, cycle = self._read_record(certificate.record, _Cycle)
+        file, cycle = self._read_record(certificate.record, CycleRecord)
         if parent:
             _require("wrong-lineage", "the record's parent", parent.record, cycle.parent)
         first = cycle.cycle == 1
-        before_file, before = self._read_record(cycle.parent, _State if first else _Cycle)
+        before_file, before = self._read_record(cycle.parent, StartRecord if first else CycleRecord)
         return _Records((before_file, file), before, cycle)
 
-    def _read_record(self, digest: bytes, kind: type[_S]) -> tuple[Record, _S]:
-        data = self._fetch(digest, "record")
+    def _read_record(self, digest: bytes, kind: type[R]) -> tuple[Record, R]:
         try:
-            record: _S = _READERS[kind].validate_json(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise CosignError("wrong-record", f"{where}: {first['msg']}: is the coordinator another version?") from None
-        file: Record = _READERS[kind].dump_python(record, mode="json")
-        if json.dumps(file, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n" != data:
-            raise CosignError("wrong-record", f"the record {digest.hex()} is not canonical JSON")
-        return file, record
+            return read_record(self._fetch(digest, "record"), kind)
+        except CosignError:
+            raise
+        except BridgeError as error:
+            raise CosignError("wrong-record", f"the record {digest.hex()}: {error}") from None
 
     def _check_lineage(self, records: _Records, slot: Slot, parent: Certificate | None) -> None:
         """Check that the cycle continues from the record before, and that from the chain."""
@@ -357,6 +292,8 @@ class Checker:
         if parent is None:
             _require("wrong-lineage", "tasks of record 0", [], before.tasks)
             _require("wrong-lineage", "memories of record 0", {}, before.memories)
+            _require("wrong-lineage", "norms of record 0", {}, before.norms)
+            _require("wrong-lineage", "standings of record 0", {}, before.standings)
             _require("wrong-lineage", "velocity of record 0", self._built(before).no_velocity, before.velocity)
         else:
             root = _table(records.files[0]).root
@@ -382,6 +319,12 @@ class Checker:
             _require("wrong-opening", name, expected, getattr(opening, name))
         if not opening.miners:
             raise CosignError("wrong-opening", "miners: at least one expected, found none")
+        if len(opening.miners) > self._job.most_tasks:
+            most = self._job.most_tasks
+            raise CosignError("wrong-opening", f"miners: at most {most} expected, found {len(opening.miners)}")
+        barred = {miner for miner in opening.miners if before.standing(miner).barred_until >= cycle.cycle}
+        if barred and barred != set(opening.miners):
+            raise CosignError("wrong-opening", f"miners: {min(barred).hex()} is barred, and others are not")
         if opening.deadline - opening.opened < self._job.task_seconds:
             allowed, found = self._job.task_seconds, opening.deadline - opening.opened
             raise CosignError("wrong-opening", f"deadline: at least {allowed:g} s after the opening, found {found} s")
@@ -405,11 +348,19 @@ class Checker:
         _require("wrong-opening", "its signer", self._coordinator, key)
         return opening
 
-    def _check_commit(self, task: _Task, memory: bytes | None, opening: bytes) -> None:
-        """Check a task's commit. Its memory_before may be any: a miner that lost its memory has none."""
+    def _check_commit(self, task: RecordedTask, memory: bytes | None, opening: bytes) -> None:
+        """Check a task's commit."""
         if task.commit is None:
-            nothing: tuple[object, ...] = (memory, None, None, 0)
-            found = task.memory, task.memory_after, task.update_hash, task.update_size
+            nothing: tuple[object, ...] = (memory, None, None, 0, "", None, False)
+            found = (
+                task.memory,
+                task.memory_after,
+                task.update_hash,
+                task.update_size,
+                task.numeric_class,
+                task.place,
+                task.late,
+            )
             _require("forged-commit", f"{task.name} without a commit", nothing, found)
             if task.refusal not in _WITHOUT_COMMIT:
                 raise CosignError("left-out", f"{task.name} has no commit, but is {task.refusal or 'accepted'}")
@@ -425,37 +376,115 @@ class Checker:
             "update_size": task.update_size,
             "memory_before": task.memory,
             "memory_after": task.memory_after,
+            "numeric_class": task.numeric_class,
         }.items():
             _require("forged-commit", f"{task.name}: {name}", getattr(message, name), value)
         if task.refusal in _WITHOUT_COMMIT:
             raise CosignError("left-out", f"{task.name} has a commit, but is {task.refusal}")
+        # A miner that lost its memory has none. Any other one could be made up.
+        wrong = task.memory not in (None, memory)
+        earlier = task.refusal in _BEFORE_READING - {Reason.WRONG_MEMORY}
+        if wrong != (task.refusal is Reason.WRONG_MEMORY) and not earlier:
+            raise CosignError(
+                "left-out", f"{task.name}: memory {_shown(task.memory)} of {_shown(memory)}, refused as {task.refusal}"
+            )
 
     def _check_scores(self, records: _Records) -> None:
-        """Check parameters and weights, and what must follow from them without held-out data."""
+        """Check all that counts of the measurements, and what follows from it without held-out data."""
         before, cycle = records.before, records.cycle
-        segments = self._built(cycle).segments
+        failed = self._check_spot_checks(before, cycle)
         for task in cycle.tasks:
-            _require("wrong-params", f"{task.name}: params", segments[task.segment].params, task.params)
-            if task.refusal is not None:
-                _require("wrong-weight", f"{task.name} is refused: its weight", 0, task.weight)
-                _require("wrong-weight", f"{task.name} is refused: its loss_reduction", 0, task.loss_reduction)
-            elif not task.weight or task.weight != contribution_weight(task.params, task.loss_reduction):
-                what = f"{task.weight} is not that of {task.params} parameters and {task.loss_reduction} nano-nats"
-                raise CosignError("wrong-weight", f"{task.name}: {what}, or is 0")
-            # Scored on all validation examples, no update takes off more than all of their loss.
-            elif not self._job.score_examples and task.loss_reduction > cycle.loss_before:
-                what = f"a loss of {cycle.loss_before} nano-nats cannot fall by {task.loss_reduction}"
-                raise CosignError("wrong-score", f"{task.name}: {what}")
+            _require(
+                "wrong-params", f"{task.name}: params", self._built(cycle).segments[task.segment].params, task.params
+            )
             if (task.refusal is None) != (task.detail is None):
                 raise CosignError("wrong-record", f"{task.name}: a refusal has a detail, and nothing else has one")
+            barred = before.standing(task.miner).barred_until >= cycle.cycle
+            outcast = Reason.SPOT_CHECK_FAILED if task.miner in failed else Reason.BARRED if barred else None
+            if task.commit and (outcast or task.refusal in {Reason.SPOT_CHECK_FAILED, Reason.BARRED}):
+                _require("left-out", f"{task.name}: why its update is not read", outcast, task.refusal)
+            self._check_score(task, cycle)
+        self._check_norms(before, cycle)
+        self._check_standings(before, cycle)
         if cycle.share not in _SHARES or (cycle.share and not cycle.accepted):
             raise CosignError("wrong-share", f"share {cycle.share:g} with {len(cycle.accepted)} accepted updates")
         moved = {task.miner.hex(): task.memory_after for task in cycle.accepted if task.memory_after and cycle.share}
-        _require("wrong-memories", "memories", {**before.memories, **moved}, cycle.memories)
+        memories = {key: each for key, each in {**before.memories, **moved}.items() if bytes.fromhex(key) not in failed}
+        _require("wrong-memories", "memories", memories, cycle.memories)
         if not cycle.share:
             _require("wrong-loss", "loss_after of an unchanged model", cycle.loss_before, cycle.loss_after)
         elif cycle.loss_after > (most := cycle.loss_before * (1 + self._job.guard)):
             raise CosignError("wrong-loss", f"loss_after: the guard allows {most:.0f}, found {cycle.loss_after}")
+
+    def _check_score(self, task: RecordedTask, cycle: CycleRecord) -> None:
+        """Check that a task's weight is what its measured score pays."""
+        measured = task.refusal in {None, Reason.NO_IMPROVEMENT}
+        _require("wrong-score", f"{task.name} was measured", measured, task.score is not None)
+        counts = (0, 0)
+        if score := task.score:
+            if abs(score.reduction) >= 2**63 or not 0 <= score.error < 2**63:
+                raise CosignError("wrong-score", f"{task.name}: its reduction or its error is no loss")
+            shares = {"noise_margin": self._job.noise_margin, "late_share": self._job.late_share}
+            expected = paid(task.params, score.reduction, score.error, **shares, late=task.late)
+            _require("wrong-weight", f"{task.name}: what counts", expected, score)
+            _require("left-out", f"{task.name} is accepted", score.weight > 0, task.refusal is None)
+            # Scored on all validation examples, no update takes off more than all of their loss.
+            if not self._job.score_examples and score.reduction > cycle.loss_before:
+                what = f"a loss of {cycle.loss_before} nano-nats cannot fall by {score.reduction}"
+                raise CosignError("wrong-score", f"{task.name}: {what}")
+            if task.refusal is None:
+                counts = score.loss_reduction, score.weight
+        _require("wrong-weight", f"{task.name}: loss_reduction, weight", counts, (task.loss_reduction, task.weight))
+
+    def _check_norms(self, before: StartRecord, cycle: CycleRecord) -> None:
+        """Check what each update was scaled by. The norms themselves are checked with the files."""
+        for task in cycle.tasks:
+            read = task.refusal is None or task.refusal in _AFTER_READING
+            _require("wrong-norm", f"{task.name}: its update was read", read, task.norm is not None)
+        valid = [(task, task.norm) for task in cycle.tasks if task.norm is not None]
+        last = {int(segment): norm for segment, norm in before.norms.items()}
+        scales, usual = limit_norms([task.segment for task, _ in valid], [norm for _, norm in valid], last)
+        by_miner = {task.miner: scale for (task, _), scale in zip(valid, scales, strict=True)}
+        for task in cycle.tasks:
+            _require("wrong-norm", f"{task.name}: scale", by_miner.get(task.miner, 1.0), task.scale)
+        _require("wrong-norm", "norms", {str(segment): norm for segment, norm in usual.items()}, cycle.norms)
+
+    def _check_standings(self, before: StartRecord, cycle: CycleRecord) -> None:
+        """Check that the miners' standings follow, and who is refused because of them."""
+        measured = before.by_miner
+        for task in cycle.tasks:
+            if task.own_shard is not None:
+                if task.norm is None or task.refusal is Reason.COPY or not self._job.shard_examples:
+                    raise CosignError("wrong-standing", f"{task.name}: its own shard was not measured")
+                measured[task.miner] = measured.get(task.miner, Standing()).measured(task.own_shard)
+        evidence = {
+            task.miner: measured[task.miner].own_shard or 0.0 for task in cycle.tasks if task.own_shard is not None
+        }
+        refused = [task.miner for task in cycle.tasks if task.refusal is Reason.NOT_ITS_SHARD]
+        _require("left-out", "not on their own shards", sorted(foreign(evidence, self._job.shard_margin)), refused)
+        accepted = [task.miner for task in cycle.accepted]
+        drawn = draw_checks(cycle.score_seed, accepted, measured, self._job.spot_checks)
+        _require("wrong-draw", "tasks that are done again", drawn, [task.miner for task in cycle.tasks if task.drawn])
+        expected = next_standings(
+            measured,
+            steady={
+                task.miner: task.commit is not None and task.refusal is not Reason.WITHHELD for task in cycle.tasks
+            },
+            passed={check.miner: not check.failure for check in cycle.spot_checks},
+            barred_until=cycle.cycle + self._job.penalty_cycles,
+        )
+        _require("wrong-standing", "standings", expected, cycle.by_miner)
+
+    def _check_spot_checks(self, before: StartRecord, cycle: CycleRecord) -> set[bytes]:
+        """Check the form of what came of the tasks that were done again. Return the miners that failed."""
+        drawn = {task.miner: task.update_hash for task in before.tasks if task.drawn}
+        found = [(check.miner, check.committed) for check in cycle.spot_checks]
+        _require("wrong-draw", "spot checks", sorted(drawn.items()), found)
+        for check in cycle.spot_checks:
+            near = check.distance is not None and check.distance <= self._job.spot_tolerance
+            if not check.failure and not near and check.found != check.committed:
+                raise CosignError("wrong-draw", f"miner {check.miner.hex()[:16]} has passed a spot check that differs")
+        return {check.miner for check in cycle.spot_checks if check.failure}
 
     def _check_fields(self, certificate: Certificate, records: _Records, slot: Slot) -> None:
         """Check each field of the certificate against the records."""
@@ -473,7 +502,7 @@ class Checker:
         state: State | None = None
         accepted: list[Accepted] = []
         for task in cycle.tasks:
-            if task.update_hash is None or task.refusal in _UNCHECKED:
+            if task.update_hash is None or task.refusal in _BEFORE_READING:
                 continue
             if state is None:
                 state = built.read_state(self._fetch(cycle.model_before, "model"))
@@ -498,7 +527,7 @@ class Checker:
         _require("wrong-model", "model_after", model_after, cycle.model_after)
         _require("wrong-velocity", "velocity", velocity_after, cycle.velocity)
 
-    def _shards(self, cycle: _State) -> list[bytes]:
+    def _shards(self, cycle: StartRecord) -> list[bytes]:
         """Return the shards' hashes, from the manifest of the data."""
         data = self._fetch(cycle.dataset_root, "manifest")
         try:
@@ -508,7 +537,7 @@ class Checker:
         _require("wrong-dataset", "number of shards", self._job.shards, len(shards))
         return shards
 
-    def _built(self, cycle: _State) -> _Model:
+    def _built(self, cycle: StartRecord) -> _Model:
         """Return the job's model, built once."""
         if self._model is None:
             shard = b""
@@ -563,7 +592,7 @@ class _Model:
         zeros = self.zeros()
         return self._read(data, {"velocity": (zeros.dtype, zeros.shape)}, "wrong-velocity")["velocity"]
 
-    def read_task(self, task: _Task, data: bytes, state: State) -> Accepted | None:
+    def read_task(self, task: RecordedTask, data: bytes, state: State) -> Accepted | None:
         """Read a task's update. Return None if it is rightly refused; raise CosignError if it is wrongly judged."""
         from traincert.trainer.aggregation import Accepted
         from traincert.trainer.scoring import Contribution
@@ -577,11 +606,16 @@ class _Model:
                 raise CosignError("wrong-update", f"{task.name} is accepted, but its update is {error}") from None
             _require("left-out", f"{task.name}: why the update is refused", error.reason, task.refusal)
             return None
-        if task.refusal is not None:
+        if task.refusal is not None and task.refusal not in _AFTER_READING:
             raise CosignError("left-out", f"{task.name} is refused as {task.refusal}, but its update has no such fault")
+        norm = float(update.move.double().norm())
+        if task.norm is None or abs(norm - task.norm) > _NORM_TOLERANCE * norm:
+            raise CosignError("wrong-norm", f"{task.name}: norm: expected {norm:g}, found {task.norm}")
+        if task.refusal is not None:
+            return None
         digest = hashlib.sha256(data).digest()
         contribution = Contribution(task.miner, digest, task.params, task.loss_reduction, task.weight)
-        return Accepted(contribution, segment, update)
+        return Accepted(contribution, segment, update.scaled(task.scale) if task.scale < 1 else update)
 
     def aggregated(
         self, state: State, velocity: torch.Tensor, accepted: Sequence[Accepted], share: float

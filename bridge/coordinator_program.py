@@ -129,6 +129,7 @@ def open_coordinator(folder: CoordinatorFolder, datadir: Path, miners: int, view
             read_commit=remote.read_commit,
             make_receipt=remote.make_receipt,
             make_closing=remote.make_closing,
+            make_request=remote.make_request,
             shared=remote.shared,
         )
         trainer = stack.enter_context(Trainer(dataset, engine))

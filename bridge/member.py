@@ -27,7 +27,7 @@ from coincurve import PrivateKey
 from traincert.bridge.broker import Credential, connect
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.invitations import Invitation
+from traincert.bridge.invitations import COSIGNER, MINER, Invitation
 from traincert.bridge.keys import create_secret, load_secret
 from traincert.bridge.messages import Join, M, Message, MessageError, seal, unseal
 from traincert.trainer.engines.broker import Connection, RefusedError
@@ -70,6 +70,14 @@ class MemberFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BridgeError(f"{path} cannot be read: {error!r}") from None
         self.secret = load_secret(folder / f"{role}.key")
+
+    @classmethod
+    def of_any_role(cls, folder: Path) -> MemberFolder:
+        """Open a miner's or a cosigner's folder. Raises as the constructor does."""
+        for role in (MINER, COSIGNER):
+            if (folder / f"{role}.json").exists():
+                return cls(folder, role)
+        raise BridgeError(f"{folder} is neither a miner's folder nor a cosigner's")
 
     @classmethod
     def create(cls, folder: Path, invitation: Invitation, job: str) -> MemberFolder:

@@ -12,17 +12,16 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from coincurve import PrivateKey
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from traincert.bridge.consensus.codec import encode_b32, encode_uint, tagged_hash, verify_schnorr
 from traincert.bridge.errors import BridgeError
+from traincert.bridge.recorded import CONFIG, Hash, RecordedTask, Uint
+from traincert.trainer.errors import Reason
 
-_CONFIG = ConfigDict(strict=True, extra="forbid", ser_json_bytes="hex", val_json_bytes="hex", allow_inf_nan=False)
 _HEAD = 32 + 64  # bytes of key and signature
 
-Hash = Annotated[bytes, Field(min_length=32, max_length=32)]
-Uint = Annotated[int, Field(ge=0, lt=2**64)]
 Seconds = Annotated[float, Field(ge=0, lt=2**63)]
 
 
@@ -30,14 +29,14 @@ class MessageError(BridgeError):
     """A statement that is not what it must be: its form, its signature or its signer is wrong."""
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
 class Join:
     """A miner's: this credential is my key's from now on. The signer is the miner."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")]
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
 class Opening:
     """The coordinator's: a cycle begins. `prev_block` is in header byte order.
 
@@ -62,7 +61,7 @@ class Opening:
     """Unix time, seconds. Commits that come later are refused."""
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
 class CommitMessage:
     """A miner's: I shall send the update with this hash. `opening` is the SHA-256 of the opening's statement."""
 
@@ -75,15 +74,17 @@ class CommitMessage:
     numeric_class: Annotated[str, Field(max_length=200)]
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
 class CommitReceipt:
     """The coordinator's: the statement with this SHA-256 is the commit number `place` (from 0) of the cycle."""
 
     commit: Hash
     place: Uint
+    late: bool
+    """It came after the job's late_seconds."""
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
 class Closing:
     """The coordinator's: the cycle takes no more commits; send your update. `commits` is their `commits_root`."""
 
@@ -92,14 +93,14 @@ class Closing:
     commits: Hash
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
 class Award:
     """The coordinator's, for the winner: a certificate with all signatures, as in a block."""
 
     certificate: bytes
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
 class Proposal:
     """The coordinator's, for its cosigners: a certificate that they are to sign, as bytes without signatures.
 
@@ -110,7 +111,7 @@ class Proposal:
     earlier: list[bytes]
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
 class Cosignature:
     """A cosigner's: its signature of the certificate with this SHA-256 (without signatures), or why it does not sign.
 
@@ -123,29 +124,41 @@ class Cosignature:
     detail: Annotated[str, Field(max_length=1000)]
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
+class MemoryRequest:
+    """The coordinator's, for a miner: your task is done again; send these memories. `opening` is as in `Closing`."""
+
+    opening: Hash
+    memories: list[Hash]
+
+
+@dataclass(frozen=True, config=CONFIG)
 class Receipt:
-    """The coordinator's, for a miner: what came of its task. A refused one has a reason and no leaf."""
+    """The coordinator's, for a miner: what came of its task, and its place in the lottery.
+
+    With it and the chain the miner can check why it did or did not win (receipts.py).
+    """
 
     cycle: Uint
     """Counted from 1, as in the records."""
     record: Hash
-    miner: Hash
-    update_hash: Hash | None
-    params: Uint
-    loss_reduction: Uint
-    weight: Uint
-    refusal: str | None
-    detail: str | None
+    """SHA-256 of the cycle's record."""
+    task: RecordedTask
+    """The task, as it is in the record."""
+    noise_margin: Annotated[float, Field(ge=0)]
+    late_share: Annotated[float, Field(ge=0, le=1)]
+    """What the job says of these two, which decide what counts."""
     contributions_root: Hash
     contributions_weight: Uint
     contributions_count: Uint
+    """The table of the cycle's contributions, as in the certificate."""
     index: Uint | None
-    """The leaf's place in the table, and its path from the leaf to the root: each node's hash and sum."""
+    """The leaf's place in the table; None: the update was refused."""
     path: list[tuple[Hash, Uint]]
+    """The path from the leaf to the root: each node's hash and sum."""
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=CONFIG)
 class Report:
     """A winner's: why there is no block of this height and round, or its hash."""
 
@@ -155,8 +168,74 @@ class Report:
     problem: Annotated[str, Field(max_length=500)]
 
 
-Message = Join | Opening | CommitMessage | CommitReceipt | Closing | Award | Proposal | Cosignature | Receipt | Report
-M = TypeVar("M", Join, Opening, CommitMessage, CommitReceipt, Closing, Award, Proposal, Cosignature, Receipt, Report)
+@dataclass(frozen=True, config=CONFIG)
+class Finding:
+    """What an auditor found when it repeated something.
+
+    `problem` says what is wrong, or why it was not repeated. It is empty if it was repeated, and all is right.
+    """
+
+    repeated: bool
+    problem: Annotated[str, Field(max_length=1000)]
+
+
+@dataclass(frozen=True, config=CONFIG)
+class AuditedTask(Finding):
+    """What an auditor found when it did a task again."""
+
+    miner: Hash
+    segment: Uint
+    shard: Uint
+    refusal: Reason | None
+    """Why the update was refused, by the record; None: it was accepted."""
+    distance: float | None
+    """How far the update is from the auditor's, as a share of its L2 norm; None: hashes were compared."""
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Verdict:
+    """A member's: what it found when it repeated a closed cycle (audit.py)."""
+
+    height: Uint
+    """The block that closed the cycle."""
+    record: Hash
+    """SHA-256 of the cycle's record."""
+    numeric_class: Annotated[str, Field(max_length=200)]
+    """Of the auditor's machine."""
+    drawn: bool
+    """One task was repeated, which the block's hash drew; not all of them."""
+    checked: Finding
+    """Whether all of the record follows from the chain and the miners' commits."""
+    tasks: list[AuditedTask]
+    model: Finding | None
+    """Whether the accepted updates give the next model and velocity; None: nobody looked."""
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All that was found."""
+        return [self.checked, *self.tasks, *([self.model] if self.model else [])]
+
+    @property
+    def right(self) -> bool:
+        """Whether all that was repeated is right."""
+        return not any(each.repeated and each.problem for each in self.findings)
+
+
+Message = (
+    Join
+    | Opening
+    | CommitMessage
+    | CommitReceipt
+    | Closing
+    | Award
+    | Proposal
+    | Cosignature
+    | MemoryRequest
+    | Receipt
+    | Report
+    | Verdict
+)
+M = TypeVar("M", bound=Message)
 
 _KINDS: Mapping[type, str] = {
     Join: "join",
@@ -167,8 +246,10 @@ _KINDS: Mapping[type, str] = {
     Award: "award",
     Proposal: "proposal",
     Cosignature: "cosignature",
+    MemoryRequest: "memory-request",
     Receipt: "receipt",
     Report: "report",
+    Verdict: "verdict",
 }
 _READERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in _KINDS}
 
@@ -184,12 +265,34 @@ def unseal(chain_id: bytes, kind: type[M], statement: bytes) -> tuple[bytes, M]:
 
     Raises MessageError if the signature does not verify, or if the message is not of this kind.
     """
-    name = _KINDS[kind]
-    if len(statement) < _HEAD:
-        raise MessageError(f"{name}: {len(statement)} bytes are too few for a statement")
-    key, signature, data = statement[:32], statement[32:_HEAD], statement[_HEAD:]
+    key, signature, data = _parts(kind, statement)
     if not verify_schnorr(key, _sighash(chain_id, kind, data), signature):
+        name = _KINDS[kind]
         raise MessageError(f"{name}: the signature does not verify: it is forged, altered, or of another network")
+    return key, _read(kind, data)
+
+
+def unseal_unchecked(kind: type[M], statement: bytes) -> tuple[bytes, M]:
+    """Return the same, but do not check the signature: the statement may be anybody's. Use it only to show it."""
+    key, _, data = _parts(kind, statement)
+    return key, _read(kind, data)
+
+
+def message_json(message: Message) -> dict[str, Any]:
+    """Return a message as JSON, as it is in its statement."""
+    found: dict[str, Any] = _READERS[type(message)].dump_python(message, mode="json")
+    return found
+
+
+def _parts(kind: type, statement: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return key, signature and message of a statement."""
+    if len(statement) < _HEAD:
+        raise MessageError(f"{_KINDS[kind]}: {len(statement)} bytes are too few for a statement")
+    return statement[:32], statement[32:_HEAD], statement[_HEAD:]
+
+
+def _read(kind: type[M], data: bytes) -> M:
+    name = _KINDS[kind]
     try:
         message: M = _READERS[kind].validate_json(data)
         json.loads(data, object_pairs_hook=_each_once)
@@ -199,7 +302,7 @@ def unseal(chain_id: bytes, kind: type[M], statement: bytes) -> tuple[bytes, M]:
         raise MessageError(f"{name}: {where}{first['msg']}: is it another version of traincert?") from None
     except ValueError as error:
         raise MessageError(f"{name}: {error}") from None
-    return key, message
+    return message
 
 
 def commits_root(updates: Mapping[bytes, bytes]) -> bytes:

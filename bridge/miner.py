@@ -42,6 +42,7 @@ from traincert.bridge.messages import (
     Closing,
     CommitMessage,
     CommitReceipt,
+    MemoryRequest,
     Opening,
     Receipt,
     Report,
@@ -54,6 +55,7 @@ from traincert.regtest.errors import RegtestError
 from traincert.trainer.engines.broker import RefusedError
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.engines.orders import Commit, Order
+from traincert.trainer.errors import IntegrityError
 from traincert.trainer.failpoints import reached
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.store import prune, read_blob, sync, write_file
@@ -155,6 +157,8 @@ class Miner:
                 self._tasks.put(self._train, statement)
             case "reveal":
                 self._tasks.put(self._reveal, statement)
+            case "memories":
+                self._tasks.put(self._send_memories, statement)
             case "award":
                 self._blocks.put(self._append, statement)
             case "receipt":
@@ -185,7 +189,9 @@ class Miner:
             _, other = unseal(self._folder.params.chain_id, CommitMessage, sealed)
             raise BridgeError(f"the coordinator has another commit of ours than {other.update_hash.hex()}")
         self._view.say(
-            "committed", f"cycle {opening.cycle + 1}: committed, number {taken.place + 1}", cycle=opening.cycle + 1
+            "committed",
+            f"cycle {opening.cycle + 1}: committed, number {taken.place + 1}{', late' if taken.late else ''}",
+            cycle=opening.cycle + 1,
         )
 
     def _do(self, opening: Opening, digest: bytes) -> dict[str, Any]:
@@ -254,6 +260,18 @@ class Miner:
         except RefusedError as error:
             self._view.say("refused", f"the update was refused: {error}", detail=str(error))
 
+    def _send_memories(self, statement: bytes) -> None:
+        """Send the memories with which our task is done again."""
+        request = self._member.read(MemoryRequest, statement)
+        if self._saved_task().get("opening") != request.opening.hex():
+            return
+        self._view.say("checked", "our task is done again: sending what it began with")
+        for digest in request.memories:
+            try:
+                self._member.connection.send("memory", digest, read_blob(self._folder.store, digest))
+            except (RefusedError, IntegrityError) as error:
+                self._view.say("refused", f"a memory was not sent: {error}", detail=str(error))
+
     def _append(self, statement: bytes) -> None:
         """Check a certificate that we won, and append its block to our own node."""
         certificate = Certificate.read(Reader(self._member.read(Award, statement).certificate))
@@ -313,25 +331,25 @@ class Miner:
         if path.exists():
             return
         write_file(path, statement)
-        earned = self.earned
+        earned, task = self.earned, receipt.task
         earned.cycles += 1
-        earned.accepted += receipt.refusal is None
-        earned.weight += receipt.weight
+        earned.accepted += task.refusal is None
+        earned.weight += task.weight
         earned.total += receipt.contributions_weight
         self._save_earned()
-        share = receipt.weight / receipt.contributions_weight if receipt.contributions_weight else 0.0
+        share = task.weight / receipt.contributions_weight if receipt.contributions_weight else 0.0
         text = (
-            f"cycle {receipt.cycle}: refused as {receipt.refusal}: {receipt.detail}"
-            if receipt.refusal
-            else f"cycle {receipt.cycle}: weight {receipt.weight:,}, {share:.1%} of the next draw"
+            f"cycle {receipt.cycle}: refused as {task.refusal}: {task.detail}"
+            if task.refusal
+            else f"cycle {receipt.cycle}: weight {task.weight:,}, {share:.1%} of the next draw"
         )
         self._view.say(
             "receipt",
             text,
             cycle=receipt.cycle,
-            weight=receipt.weight,
+            weight=task.weight,
             share=share,
-            refusal=receipt.refusal,
+            refusal=task.refusal,
             earned=asdict(earned),
         )
 

@@ -24,20 +24,25 @@ from traincert.bridge.messages import (
     CommitReceipt,
     Join,
     M,
+    MemoryRequest,
     Message,
     MessageError,
     Opening,
     Receipt,
     Report,
+    assignment_seed,
     commits_root,
     seal,
     unseal,
 )
+from traincert.bridge.recorded import read_tasks
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.nats import NatsEngine, Pledge
 from traincert.trainer.engines.orders import Commit
 from traincert.trainer.errors import EngineError
-from traincert.trainer.records import Record, RunFolder, record_hash
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.records import Record, RunFolder, record_hash, standings
+from traincert.trainer.standings import choose
 
 
 class RemoteMiners:
@@ -63,6 +68,7 @@ class RemoteMiners:
         self._waiting = waiting
         self._reports: dict[bytes, Report] = {}  # each member's last one, by its key
         self._records: dict[bytes, int] = {}  # the cycle of each record, by its hash
+        self._revealed: set[bytes] = set()  # the files of all these cycles that everybody may read
         self._engine: NatsEngine
         self._trainer: Trainer
         self._job_digest: bytes
@@ -71,6 +77,7 @@ class RemoteMiners:
         """Use this engine, and add the requests that it does not know to its handlers."""
         self._engine, self._trainer, self._run = engine, trainer, run
         self._job_digest = trainer.job.digest()
+        self._shards = frozenset(trainer.dataset.shards)
         engine.handlers |= {"join": self._join, "job": self._identity, "report": self._report}
 
     def open(self, slot: Slot, cycle: int) -> tuple[Sequence[bytes], bytes]:
@@ -79,7 +86,10 @@ class RemoteMiners:
             _, opening = unseal(self._params.chain_id, Opening, statement)
             if (opening.cycle, opening.prev_block) == (cycle, slot.prev_block):
                 return opening.miners, statement
-        miners = self._wait(1 if cycle else self._wanted)
+        present = self._wait(1 if cycle else self._wanted)
+        job, state = self._trainer.job, self._run.records[-1]
+        seed = assignment_seed(job.seed, slot.prev_block)
+        miners = choose(seed, cycle, present, standings(state), job.most_tasks)
         memories = self._run.memories()
         now = int(time.time())
         opening = Opening(
@@ -87,12 +97,12 @@ class RemoteMiners:
             cycle=cycle,
             height=slot.height,
             prev_block=slot.prev_block,
-            model=bytes.fromhex(self._run.records[-1]["model_after"]),
+            model=bytes.fromhex(state["model_after"]),
             dataset_root=self._trainer.dataset.root,
             miners=miners,
             memories=[memories.get(miner) for miner in miners],
             opened=now,
-            deadline=now + math.ceil(self._trainer.job.task_seconds),
+            deadline=now + math.ceil(job.task_seconds),
         )
         statement = self._seal(opening)
         self._engine.open(statement, opening.deadline)
@@ -115,24 +125,29 @@ class RemoteMiners:
     def closed(self, slot: ClosedSlot) -> None:
         """Give each miner of the cycle its receipt."""
         self._reports.clear()
-        for kind in ("opening", "reveal", "award"):
+        for kind in ("opening", "reveal", "memories", "award"):
             self._engine.clear(kind)
-        for miner, receipt in receipts(slot.record):
+        for miner, receipt in receipts(slot.record, self._trainer.job):
             self._engine.post(miner, "receipt", self._seal(receipt))
 
     def shared(self, member: str, digest: bytes) -> Path | None:
-        """Return a file that a member may read: the manifest, closed cycles' records; for cosigners models, too."""
-        if digest == self._trainer.dataset.root:
-            return self._trainer.dataset.directory / digest.hex()
+        """Return a file that a member may read: the manifest, and what closed cycles reveal; for cosigners shards, too.
+
+        Nothing of the open cycle is among them: it has no record yet.
+        """
+        dataset = self._trainer.dataset
+        if digest == dataset.root:
+            return dataset.directory / digest.hex()
         for cycle in range(len(self._records), len(self._run.records)):
-            self._records[record_hash(self._run.records[cycle])] = cycle
+            record = self._run.records[cycle]
+            self._revealed |= revealed(record)
+            self._records[record_hash(record)] = cycle
         if digest in self._records:
             return self._run.record_path(self._records[digest])
+        if digest in self._revealed:
+            return self._run.store / digest.hex()
         role, _ = self._members.roles().get(member, ("", None))
-        if role != COSIGNER:
-            return None
-        dataset = self._trainer.dataset
-        return (dataset.shard_folder if digest in dataset.shards else self._run.store) / digest.hex()
+        return dataset.shard_folder / digest.hex() if role == COSIGNER and digest in self._shards else None
 
     def read_commit(self, statement: bytes) -> Pledge:
         """Read a miner's commit. Raises EngineError if it must be refused."""
@@ -148,9 +163,13 @@ class RemoteMiners:
         )
         return Pledge(miner, message.opening, commit)
 
-    def make_receipt(self, statement: bytes, place: int) -> bytes:
+    def make_receipt(self, statement: bytes, place: int, late: bool) -> bytes:
         """Return the signed receipt of a commit."""
-        return self._seal(CommitReceipt(hashlib.sha256(statement).digest(), place))
+        return self._seal(CommitReceipt(hashlib.sha256(statement).digest(), place, late))
+
+    def make_request(self, opening: bytes, memories: Sequence[bytes]) -> bytes:
+        """Return the signed statement that a miner has to send memories."""
+        return self._seal(MemoryRequest(opening, list(memories)))
 
     def make_closing(self, opening: bytes, updates: Mapping[bytes, bytes]) -> bytes:
         """Return the signed statement that a cycle takes no more commits."""
@@ -200,25 +219,33 @@ class RemoteMiners:
             raise EngineError(str(error)) from None
 
 
-def receipts(record: Record) -> Iterator[tuple[bytes, Receipt]]:
+def revealed(record: Record) -> set[bytes]:
+    """Return SHA-256 of the files that a closed cycle reveals to all members.
+
+    They are its model, velocity and updates, and the memories of the tasks that were drawn.
+    """
+    files = {record["model_after"], record["velocity"]}
+    for task in record["tasks"]:
+        files.add(task["update_hash"])
+        if task["drawn"]:
+            files |= {task["memory"], task["memory_after"]}
+    return {bytes.fromhex(digest) for digest in files if digest}
+
+
+def receipts(record: Record, job: TrainingJob) -> Iterator[tuple[bytes, Receipt]]:
     """Return each miner of a cycle, and the receipt of what came of its task."""
     table, digest = contribution_table(record), record_hash(record)
     places = {leaf.miner_key: index for index, leaf in enumerate(table.leaves)}
-    for task in record["tasks"]:
-        miner = bytes.fromhex(task["miner"])
-        index = places.get(miner)
+    for task in read_tasks(record):
+        index = places.get(task.miner)
         yield (
-            miner,
+            task.miner,
             Receipt(
                 cycle=record["cycle"],
                 record=digest,
-                miner=miner,
-                update_hash=bytes.fromhex(task["update_hash"]) if task["update_hash"] else None,
-                params=task["params"],
-                loss_reduction=task["loss_reduction"],
-                weight=task["weight"],
-                refusal=task["refusal"],
-                detail=task["detail"],
+                task=task,
+                noise_margin=job.noise_margin,
+                late_share=job.late_share,
                 contributions_root=table.root,
                 contributions_weight=table.weight,
                 contributions_count=table.count,

@@ -6,13 +6,14 @@ from traincert.lazy import importer
 
 if TYPE_CHECKING:
     from traincert.trainer.compare import Compared, differences, plot_runs, read_run
-    from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult, Trainer
+    from traincert.trainer.cycle import Checkpoint, CycleResult, Trainer
     from traincert.trainer.datasets import Chunk, RawDataset
     from traincert.trainer.engines.local import LocalEngine
     from traincert.trainer.errors import EngineError, IntegrityError, JobError, Reason, RunError, TrainerError
     from traincert.trainer.examples import Dataset
     from traincert.trainer.export import export_model
     from traincert.trainer.job import TrainingJob
+    from traincert.trainer.judging import TaskResult
     from traincert.trainer.preprocessing import prepare_dataset
     from traincert.trainer.records import Record, RunFolder
     from traincert.trainer.replay import Replayed, replay_tasks
@@ -76,7 +77,7 @@ __getattr__ = importer(
         "Replayed": "replay",
         "RunError": "errors",
         "RunFolder": "records",
-        "TaskResult": "cycle",
+        "TaskResult": "judging",
         "Trainer": "cycle",
         "TrainerError": "errors",
         "TrainingJob": "job",

@@ -1,5 +1,6 @@
 """Accepted updates → the next model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,12 @@ from traincert.trainer.state import State
 from traincert.trainer.updates import Update
 
 _BLOCK = 2**16  # values at a time: they stay in the processor's cache, which is seven times as fast
+_STEPS = 10  # of Weiszfeld's algorithm
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """An accepted update, its contribution and its segment."""
+    """An accepted update, its contribution and its segment. The update has the size at which it was scored."""
 
     contribution: Contribution
     segment: Segment
@@ -37,20 +39,25 @@ def aggregate(
     """Return the next state and the next velocity. `state` and `velocity` are not changed.
 
     In each segment the outer optimizer makes one step: SGD with Nesterov momentum, as in DiLoCo (arXiv 2311.08105). Its
-    gradient is the updates' mean, weighted by the contributions' weights. A segment without updates stays the same.
-    `velocity` is the momentum buffer, (all trainable parameters,) float32. `share` (0 to 1) scales the step and the new
-    velocity.
+    gradient is the updates' mean, weighted by the contributions' weights, or what the job's `aggregation` says: the
+    coordinate-wise trimmed mean (arXiv 1803.01498), or the geometric median (arXiv 1912.13445). A segment without
+    updates stays the same. `velocity` is the momentum buffer, (all trainable parameters,) float32. `share` (0 to 1)
+    scales the step and the new velocity.
 
     Every operation is elementwise, in float64, in the contributions' order: every machine gets the same bits.
     """
     velocity = velocity.clone()
     for segment in sorted({each.segment for each in accepted}, key=lambda segment: segment.start):
         updates = sorted((each for each in accepted if each.segment == segment), key=lambda each: each.contribution)
+        weights = [float(each.contribution.weight) for each in updates]
+        if job.aggregation == "geometric_median":
+            weights = _geometric_weights([each.update.move for each in updates], weights)
+        trim = int(job.trim * len(updates)) if job.aggregation == "trimmed_mean" else 0
         moved = torch.empty(segment.params)
         moving = velocity[segment.start : segment.end]
         for begin in range(0, segment.params, _BLOCK):
             here = slice(begin, begin + _BLOCK)
-            mean = _weighted_mean([(each.contribution.weight, each.update.move[here]) for each in updates])
+            mean = _weighted_mean([each.update.move[here] for each in updates], weights, trim)
             momentum = (moving[here].double() * job.outer_momentum + mean) * share
             moved[here] = (momentum * job.outer_momentum + mean * share) * job.outer_learning_rate
             moving[here] = momentum
@@ -60,19 +67,52 @@ def aggregate(
             sent = [each for each in changes if each is not None]
             if sent:  # the others' did not change
                 every = [torch.zeros_like(sent[0]) if each is None else each for each in changes]
-                mean = _weighted_mean(
-                    [(each.contribution.weight, one) for each, one in zip(updates, every, strict=True)]
-                )
+                mean = _weighted_mean(every, weights, trim)
                 buffers[name] = (mean if sent[0].is_floating_point() else mean.round()).to(sent[0].dtype)
         state = Update(moved, buffers).applied(layout, segment, state)
     return state, velocity
 
 
-def _weighted_mean(weighted: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    total = torch.zeros_like(weighted[0][1], dtype=torch.float64)
-    for weight, tensor in weighted:
-        # Multiply, then add: a fused multiply-add rounds once instead of twice, which would change bits between
-        # processors.
-        product = tensor.double() * float(weight)  # float, because torch takes no integer above 63 bits
-        total = total + product
-    return total / float(sum(weight for weight, _ in weighted))
+def _weighted_mean(tensors: Sequence[torch.Tensor], weights: Sequence[float], trim: int) -> torch.Tensor:
+    """Return the mean in float64. Of each element the `trim` smallest and the `trim` greatest values are left out."""
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    if not trim:
+        for weight, tensor in zip(weights, tensors, strict=True):
+            # Multiply, then add: a fused multiply-add rounds once instead of twice, which would change bits between
+            # processors.
+            product = tensor.double() * weight
+            total = total + product
+        return total / sum(weights)
+    values, order = torch.stack([tensor.double() for tensor in tensors]).sort(dim=0, stable=True)
+    sorted_weights = torch.tensor(weights, dtype=torch.float64)[order]
+    whole = torch.zeros_like(total)
+    for value, weight_ in list(zip(values, sorted_weights, strict=True))[trim:-trim]:
+        product = value * weight_
+        total, whole = total + product, whole + weight_
+    return total / whole
+
+
+def _geometric_weights(moves: Sequence[torch.Tensor], weights: Sequence[float]) -> list[float]:
+    """Return the weights with which the mean of `moves` is their weighted geometric median (Weiszfeld's algorithm)."""
+    found = list(weights)
+    for _ in range(_STEPS):
+        squares = [0.0] * len(moves)
+        for begin in range(0, len(moves[0]), _BLOCK):
+            parts = [move[begin : begin + _BLOCK] for move in moves]
+            mean = _weighted_mean(parts, found, 0)
+            for number, part in enumerate(parts):
+                squares[number] += _sum((part.double() - mean) ** 2)
+        distances = [math.sqrt(square) for square in squares]
+        least = 1e-6 * max(distances)  # the median may be one of the moves: its distance is 0 then
+        if not least:
+            break
+        found = [weight / max(distance, least) for weight, distance in zip(weights, distances, strict=True)]
+    return found
+
+
+def _sum(values: torch.Tensor) -> float:
+    """Return the sum of a vector, with the same bits on every processor: it adds halves elementwise."""
+    while len(values) > 1:
+        half = len(values) // 2
+        values = torch.cat([values[:half] + values[half : 2 * half], values[2 * half :]])
+    return float(values[0])

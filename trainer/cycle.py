@@ -1,27 +1,27 @@
 """One cycle: assign tasks, collect commits and updates, judge them, aggregate them into the next model."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 
 from traincert.trainer.aggregation import Accepted, aggregate
-from traincert.trainer.determinism import seeded
+from traincert.trainer.determinism import numeric_class, seeded
 from traincert.trainer.engines.orders import Commit, Engine, OnCommit, Order
 from traincert.trainer.errors import JobError, Reason
-from traincert.trainer.examples import Dataset, Examples, read_examples
+from traincert.trainer.examples import Dataset, read_examples
+from traincert.trainer.judging import Judge, Judged, Known, TaskResult
 from traincert.trainer.models import build_model
-from traincert.trainer.scoring import MAX_NANO_NATS, Contribution, Evaluation, Refusal, Scorer, score
+from traincert.trainer.scoring import MAX_NANO_NATS, Contribution, Evaluation, Refusal, Scorer
 from traincert.trainer.segments import Layout, cut_segments
+from traincert.trainer.spot_checks import Drawn, SpotCheck, SpotChecker, memories_of
+from traincert.trainer.standings import Standing, Standings, draw_checks, next_standings
 from traincert.trainer.state import State, initial_state, save_state
 from traincert.trainer.tasks import assign
 from traincert.trainer.training import check_optimizer
-from traincert.trainer.updates import Update, UpdateError, read_update
+from traincert.trainer.updates import UpdateError
 from traincert.trainer.usercode import Functions
 
 HALVINGS = 4
@@ -44,20 +44,14 @@ class Checkpoint:
     """The outer optimizer's momentum buffer, (all trainable parameters,) float32."""
     memories: Mapping[bytes, bytes] = field(default_factory=dict)
     """SHA-256 of each miner's memory, by miner. A miner without a memory is not in it."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """A task and its outcome: a contribution or a refusal."""
-
-    order: Order
-    params: int
-    """The number of parameters (scalars) of its segment."""
-    commit: Commit | None
-    """What the miner committed to. None: it did not commit."""
-    contribution: Contribution | None
-    refusal: Refusal | None
-    """Exactly one of `contribution` and `refusal` is None."""
+    norms: Mapping[int, float] = field(default_factory=dict)
+    """The usual L2 norm of an update's move, by segment."""
+    standings: Standings = field(default_factory=dict)
+    """What is known of each miner."""
+    drawn: tuple[Drawn, ...] = ()
+    """The last cycle's tasks that are done again in the next one."""
+    known: Known = field(default_factory=Known)
+    """What updates are compared with, to find copies."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,9 @@ class CycleResult:
     share: float
     """The share of the step that was taken, 1 or less; 0 if the guard allowed none, or nothing was accepted."""
     score_seed: bytes
-    """What drew the validation examples that the updates were scored on."""
+    """What drew the validation examples that the updates were scored on, and the tasks that are done again."""
+    spot_checks: tuple[SpotCheck, ...]
+    """What came of the tasks of the cycle before that were done again."""
     tasks: tuple[TaskResult, ...]
     """Sorted by miner."""
 
@@ -121,6 +117,8 @@ class Trainer:
         self.segments = cut_segments(build_model(self.job), self.job, self.validation)
         check_optimizer(self.job, self._model)
         self._scorer = Scorer(self.job)
+        self._judge = Judge(dataset, self.layout, self.segments, self._scorer, self.validation)
+        self._checker = SpotChecker(dataset, engine.store, self.segments)
 
     def __enter__(self) -> Self:
         return self
@@ -165,8 +163,9 @@ class Trainer:
 
         `miners` are ids of 32 bytes; there may be none. `seed` is any bytes, other ones in each cycle. It decides which
         miner trains which segment on which shard, and the order of the examples. `score_seed` is called with all
-        commits by miner, and returns the bytes that draw the validation examples for scoring; by default they
-        are `seed`. Where miners are not trusted it must return what no miner knew before it committed.
+        commits by miner, and returns the bytes that draw the validation examples for scoring, and the tasks
+        that are done again; no miner may have known them before it committed. Without it miners are trusted: no task is
+        done again, and it is not measured whether they trained on their own shards.
 
         Within a numeric class the result depends on the dataset, `before`, the set of miners and the seeds alone. The
         order of `miners` and the number of workers do not change it.
@@ -174,16 +173,30 @@ class Trainer:
         Raises ValueError if a miner is in `miners` twice, and OSError or EngineError if a task raises an exception.
         """
         orders = self.assign(before, miners, seed)
+        checking = self._checker.begin(before.drawn)
         commits = self._engine.collect(self.dataset.shard_folder, orders, on_commit)
         updates = self._engine.reveal(orders, commits)
+        spot_checks = checking.result()
         committed = {
             order.task.miner: commit
             for order, commit in zip(orders, commits, strict=True)
             if isinstance(commit, Commit)
         }
         drawn = score_seed(committed) if score_seed else seed
-        tasks, accepted = self.judge(before, orders, commits, updates, drawn)
-        return self.aggregate(before, tasks, accepted, drawn)
+        judged = self._judge.judge(
+            before.model,
+            orders,
+            commits,
+            updates,
+            score_seed=drawn,
+            known=before.known,
+            norms=before.norms,
+            standings=before.standings,
+            refused=self._refused(before, orders, spot_checks),
+            strangers=score_seed is not None,
+        )
+        checked = self._draw_checks(judged, drawn) if score_seed else ()
+        return self.aggregate(before, judged, spot_checks, checked, drawn)
 
     def assign(self, before: Checkpoint, miners: Sequence[bytes], seed: bytes) -> list[Order]:
         """Return an order for each miner, sorted by miner."""
@@ -193,61 +206,48 @@ class Trainer:
             for task in assign(seed, before.cycle, miners, len(self.segments), len(shards))
         ]
 
-    def judge(
-        self,
-        before: Checkpoint,
-        orders: Sequence[Order],
-        commits: Sequence[Commit | Reason],
-        updates: Sequence[bytes | Reason],
-        score_seed: bytes,
-    ) -> tuple[list[TaskResult], list[Accepted]]:
-        """Check and score the miners' updates, and say what came of each task."""
-        readable: list[Update | UpdateError] = []
-        for order, sent in zip(orders, updates, strict=True):
-            try:
-                if isinstance(sent, Reason):
-                    raise UpdateError(sent, _WHY[sent])
-                readable.append(read_update(sent, self.job, self.segments[order.task.segment], before.model))
-            except UpdateError as error:
-                readable.append(error)
-        examples = self._score_examples(score_seed)
-        # Score each of n updates at 1/n of its size. At full size, the noise of one miner's few examples can raise the
-        # loss, although the mean of all, in which noise averages out, lowers it.
-        share = 1 / max(1, sum(isinstance(update, Update) for update in readable))
-        candidates = (
-            update.scaled(share).applied(self.layout, self.segments[order.task.segment], before.model)
-            for order, update in zip(orders, readable, strict=True)
-            if isinstance(update, Update)
-        )
-        loss_before, *losses = self._scorer.losses(chain([before.model], candidates), examples)
+    def _refused(
+        self, before: Checkpoint, orders: Sequence[Order], spot_checks: Sequence[SpotCheck]
+    ) -> dict[bytes, UpdateError]:
+        """Return the miners whose updates are refused for what they did before."""
+        refused = {
+            order.task.miner: UpdateError(Reason.BARRED, f"barred until cycle {standing.barred_until}")
+            for order in orders
+            if (standing := before.standings.get(order.task.miner, Standing())).barred_until > before.cycle
+        }
+        for check in spot_checks:
+            if not check.passed:
+                detail = f"the task of cycle {before.cycle}, done again: {check.failure}"
+                refused[check.miner] = UpdateError(Reason.SPOT_CHECK_FAILED, detail)
+        return refused
 
-        tasks, accepted = [], []
-        left = iter(losses)
-        for order, commit, update in zip(orders, commits, readable, strict=True):
-            contribution = refusal = None
-            committed = commit if isinstance(commit, Commit) else None
-            segment = self.segments[order.task.segment]
-            try:
-                if isinstance(update, UpdateError):
-                    raise update
-                assert committed  # noqa: S101 - an update comes after its commit
-                miner = order.task.miner
-                contribution = score(miner, committed.update_hash, segment.params, loss_before, next(left))
-                accepted.append(Accepted(contribution, segment, update))
-            except UpdateError as error:
-                refusal = Refusal(order.task.miner, error.reason, error.detail)
-            tasks.append(TaskResult(order, segment.params, committed, contribution, refusal))
-        return tasks, accepted
+    def _draw_checks(self, judged: Judged, score_seed: bytes) -> tuple[Drawn, ...]:
+        """Draw the tasks that are done again, and have their miners send the memories that this needs."""
+        done = {task.order.task.miner: task for task in judged.tasks if task.contribution and task.commit}
+        drawn = []
+        for miner in draw_checks(score_seed, list(done), judged.standings, self.job.spot_checks):
+            order, commit = done[miner].order, done[miner].commit
+            assert commit  # noqa: S101 - an accepted update has one
+            began = order._replace(memory_hash=commit.memory_before)
+            drawn.append(Drawn(began, commit.update_hash, commit.memory_after, commit.numeric_class))
+        ours = numeric_class(self.job.device)
+        self._engine.bring({each.order.task.miner: memories_of(each, ours) for each in drawn})
+        return tuple(drawn)
 
     def aggregate(
-        self, before: Checkpoint, tasks: Sequence[TaskResult], accepted: Sequence[Accepted], score_seed: bytes
+        self,
+        before: Checkpoint,
+        judged: Judged,
+        spot_checks: Sequence[SpotCheck],
+        drawn: tuple[Drawn, ...],
+        score_seed: bytes,
     ) -> CycleResult:
         """Aggregate the accepted updates into the next model, store it, and return the cycle's result."""
         model, velocity, evaluation, share = before.model, before.velocity, before.evaluation, 0.0
         memories: Mapping[bytes, bytes] = {}
-        if accepted:
-            model, velocity, evaluation, share = self._moved(before, accepted)
-            memories = _memories(tasks) if share else {}
+        if judged.accepted:
+            model, velocity, evaluation, share = self._moved(before, judged.accepted)
+            memories = _memories(judged.tasks) if share else {}
         after = Checkpoint(
             cycle=before.cycle + 1,
             model=model,
@@ -255,7 +255,16 @@ class Trainer:
             evaluation=evaluation,
             best_loss=min(before.best_loss, evaluation.loss),
             velocity=velocity,
-            memories={**before.memories, **memories},
+            memories=_without_cheats({**before.memories, **memories}, spot_checks),
+            norms=judged.norms,
+            standings=next_standings(
+                judged.standings,
+                steady={task.order.task.miner: _is_steady(task) for task in judged.tasks},
+                passed={check.miner: check.passed for check in spot_checks},
+                barred_until=before.cycle + 1 + self.job.penalty_cycles,
+            ),
+            drawn=drawn,
+            known=replace(judged.known, step=self._step(before.model, model) if share else None),
         )
         return CycleResult(
             model_before=before.model_hash,
@@ -267,8 +276,13 @@ class Trainer:
             metric=evaluation.metric,
             share=share,
             score_seed=score_seed,
-            tasks=tuple(tasks),
+            spot_checks=tuple(spot_checks),
+            tasks=judged.tasks,
         )
+
+    def _step(self, before: State, after: State) -> torch.Tensor:
+        whole = self.layout.segment(0, self.layout.params)
+        return self.layout.flatten(after, whole) - self.layout.flatten(before, whole)
 
     def _moved(self, before: Checkpoint, accepted: Sequence[Accepted]) -> tuple[State, torch.Tensor, Evaluation, float]:
         """Return the next model, its velocity and its evaluation, and the share of the step that was taken.
@@ -283,13 +297,15 @@ class Trainer:
                 return model, velocity, evaluation, share
         return before.model, torch.zeros_like(before.velocity), before.evaluation, 0.0
 
-    def _score_examples(self, seed: bytes) -> Examples:
-        """Draw the validation examples that this cycle's updates are scored on."""
-        count, wanted = len(self.validation), self.job.score_examples
-        if not 0 < wanted < count:
-            return self.validation
-        draw = np.random.RandomState(np.frombuffer(hashlib.sha256(b"score" + seed).digest(), np.uint32))
-        return self.validation.batch(torch.from_numpy(np.sort(draw.permutation(count)[:wanted])))
+
+def _is_steady(task: TaskResult) -> bool:
+    return task.commit is not None and not (task.refusal and task.refusal.reason is Reason.WITHHELD)
+
+
+def _without_cheats(memories: Mapping[bytes, bytes], spot_checks: Sequence[SpotCheck]) -> dict[bytes, bytes]:
+    """Leave out the memories of miners that failed a spot check: they may be anything."""
+    failed = {check.miner for check in spot_checks if not check.passed}
+    return {miner: memory for miner, memory in memories.items() if miner not in failed}
 
 
 def _memories(tasks: Sequence[TaskResult]) -> dict[bytes, bytes]:
@@ -299,11 +315,3 @@ def _memories(tasks: Sequence[TaskResult]) -> dict[bytes, bytes]:
         for task in tasks
         if task.contribution and task.commit and task.commit.memory_after
     }
-
-
-_WHY = {
-    Reason.WORKER_DIED: "the task's worker process died twice",
-    Reason.LATE: "the task was not done in time",
-    Reason.ABSENT: "the miner left before it committed",
-    Reason.WITHHELD: "the update that the miner committed to did not come",
-}

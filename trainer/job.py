@@ -173,8 +173,42 @@ class TrainingJob:
     Not set: the square root of the number of the segment's parameters, at least 10."""
     task_seconds: Annotated[float, Field(gt=0)] = 600.0
     """How many seconds a task may take. A slower task is refused as late."""
+    late_seconds: Annotated[float, Field(gt=0)] | None = None
+    """A task that takes longer than this, but not longer than `task_seconds`, counts at `late_share`."""
+    late_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The share of its weight that such a task gets."""
+    replicas: Count = 16
+    """How many miners may train the same segment on the same shard in a cycle.
+    A cycle of a chain has at most `segments` times `shards` times this many tasks."""
+
     score_examples: Annotated[int, Field(ge=0)] = 0
     """How many validation examples updates are scored on. Each cycle draws others. 0: all validation examples."""
+    noise_margin: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """How much of the loss that an update takes off does not count, in standard errors of its measurement.
+    An update that takes off no more is refused: chance alone could have done that."""
+    copy_cosine: Annotated[float, Field(gt=0, le=1)] = 0.98
+    """An update is refused as a copy if its cosine with another one is at least this."""
+    shard_examples: Annotated[int, Field(ge=0)] = 64
+    """Of how many examples of its own shard, and of how many of others, it is measured on a chain whether a miner has
+    trained on its own. 0: it is not measured."""
+    shard_margin: Annotated[float, Field(gt=0)] = 4.0
+    """A miner is refused if the evidence that it trains on its own shard is less than half of the miners' median, and
+    by so many standard deviations less."""
+    spot_checks: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """The share of a chain's tasks that are done again and compared, drawn at random. Before that, each new miner's
+    work is checked once. 0: no task is."""
+    spot_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """How far an update may be from the one that a spot check finds, as a share of its L2 norm, if the miner's
+    machine is of another numeric class. In the same class both must be equal."""
+    penalty_cycles: Count = 100
+    """For how many cycles a miner is barred whose task a spot check finds not done."""
+
+    aggregation: Literal["mean", "trimmed_mean", "geometric_median"] = "mean"
+    """How a segment's updates become one. mean: by weights. trimmed_mean: the same, but of each parameter the
+    `trim` greatest and smallest values are left out. geometric_median: the point that has the least distance to all."""
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """The share of a segment's updates that `trimmed_mean` leaves out at each end, rounded down."""
+
     early_stop: Annotated[int, Field(ge=0)] = 0
     """`traincert job run` ends after this many cycles in which the validation loss was never the lowest so far.
     0: it does all cycles."""
@@ -205,6 +239,8 @@ class TrainingJob:
         for key, names in (("target", list(self.target)), ("metric, more_metrics", self.metric_names)):
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{key}: {twice[0]!r} is there twice")
+        if self.late_seconds is not None and self.late_seconds > self.task_seconds:
+            raise ValueError(f"late_seconds = {self.late_seconds:g}: should be at most task_seconds")
         if self.warmup_cycles >= self.cycles:
             raise ValueError(f"warmup_cycles = {self.warmup_cycles}: should be less than cycles = {self.cycles}")
 
@@ -256,6 +292,11 @@ class TrainingJob:
     def columns(self) -> list[str]:
         """The columns of `inputs` and `target`, each once."""
         return list(dict.fromkeys([*self.inputs, *self.target]))
+
+    @property
+    def most_tasks(self) -> int:
+        """The most tasks that a cycle of a chain can have."""
+        return self.segments * self.shards * self.replicas
 
     @property
     def metric_names(self) -> list[str]:

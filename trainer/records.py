@@ -16,21 +16,27 @@ import json
 import math
 import re
 import sys
-from dataclasses import replace
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from traincert.trainer.cycle import Checkpoint, CycleResult, TaskResult
+from traincert.trainer.cycle import Checkpoint, CycleResult
+from traincert.trainer.engines.orders import Order
 from traincert.trainer.errors import IntegrityError, RunError
 from traincert.trainer.examples import Dataset, stored_dataset
 from traincert.trainer.job import TrainingJob, differences
+from traincert.trainer.judging import Known, TaskResult
 from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.scoring import Contribution, Evaluation
+from traincert.trainer.spot_checks import Drawn, SpotCheck
+from traincert.trainer.standings import Standing
 from traincert.trainer.state import load_state, save_state
 from traincert.trainer.store import prune, verify_blob, write_file
+from traincert.trainer.tasks import Task
 
-VERSION = 4
+VERSION = 5
 """Version of the run folder's format, records included."""
 
 _TIMES = "times.jsonl"
@@ -58,6 +64,11 @@ def contributions(record: Record) -> tuple[Contribution, ...]:
         for task in record["tasks"]
         if task["refusal"] is None
     )
+
+
+def standings(record: Record) -> dict[bytes, Standing]:
+    """Return the miners' standings after a cycle, by miner."""
+    return {bytes.fromhex(miner): Standing(*each) for miner, each in record["standings"].items()}
 
 
 class RunFolder:
@@ -223,11 +234,22 @@ class RunFolder:
             best_loss=min(record["loss_after"] for record in self.records),
             velocity=load_state(self.store, bytes.fromhex(last["velocity"]))["velocity"],
             memories=self.memories(),
+            norms={int(segment): norm for segment, norm in last["norms"].items()},
+            standings=standings(last),
+            drawn=tuple(drawn_tasks(last)),
+            known=Known(frozenset(self._update_hashes())),
         )
 
     def record_path(self, cycle: int) -> Path:
         """Return the file of a cycle's record."""
         return self._cycles / f"{cycle:08}.json"
+
+    def _update_hashes(self) -> Iterator[bytes]:
+        """Yield SHA-256 of all updates that were read."""
+        for record in self.records:
+            for task in record["tasks"]:
+                if task["norm"] is not None:
+                    yield bytes.fromhex(task["update_hash"])
 
     def memories(self) -> dict[bytes, bytes]:
         """Return SHA-256 of the memory that each miner has after the last cycle, by miner."""
@@ -238,6 +260,7 @@ class RunFolder:
 
         All files that it names are in the store then: models and memories already are; this stores the velocity.
         """
+        drawn = {each.order.task.miner for each in result.after.drawn}
         return {
             "opening": opening.hex(),
             "cycle": result.after.cycle,
@@ -248,8 +271,9 @@ class RunFolder:
             "loss_before": result.loss_before,
             "score_seed": result.score_seed.hex(),
             "share": result.share,
+            "spot_checks": [_check_record(check) for check in result.spot_checks],
             **self._checkpoint_record(result.after),
-            "tasks": [_task_record(task) for task in result.tasks],
+            "tasks": [_task_record(task, drawn) for task in result.tasks],
         }
 
     def save(self, record: Record) -> None:
@@ -279,6 +303,8 @@ class RunFolder:
             "more_metrics": list(map(finite, state.evaluation.more)),
             "velocity": save_state(self.store, {"velocity": state.velocity}).hex(),
             "memories": {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())},
+            "norms": {str(segment): norm for segment, norm in sorted(state.norms.items())},
+            "standings": {miner.hex(): list(each) for miner, each in sorted(state.standings.items())},
         }
 
     def _append(self, record: Record) -> None:
@@ -289,7 +315,7 @@ class RunFolder:
         last = self.records[-1]
         best = self.records[self.best_cycle]["model_after"]  # for export
         kept = {best, last["model_after"], last["velocity"], *last["memories"].values()}
-        kept.add(self.records[-2]["velocity"])  # who repeats the last cycle begins with it
+        kept |= {record["velocity"] for record in self.records[-self.job.history - 1 :]}  # for who repeats a cycle
         for record in self.records[1:][-self.job.history :]:
             kept.add(record["model_before"])
             for task in record["tasks"]:
@@ -364,8 +390,44 @@ def _encode(record: Record) -> bytes:
     return json.dumps(record, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
-def _task_record(result: TaskResult) -> Record:
-    order, commit, scored, refused = result.order, result.commit, result.contribution, result.refusal
+def drawn_tasks(record: Record) -> Iterator[Drawn]:
+    """Return the tasks of a record that are done again in the next cycle. The shards' numbers are unknown: -1."""
+    for task in record["tasks"]:
+        if task["drawn"]:
+            yield Drawn(
+                recorded_order(record, task, -1),
+                bytes.fromhex(task["update_hash"]),
+                _unhex(task["memory_after"]),
+                task["numeric_class"],
+            )
+
+
+def recorded_order(record: Record, task: Record, shard: int) -> Order:
+    """Return the order of one of a record's tasks. `shard` is the number of its shard."""
+    return Order(
+        Task(bytes.fromhex(task["miner"]), task["segment"], shard, bytes.fromhex(task["seed"]), record["cycle"] - 1),
+        bytes.fromhex(record["model_before"]),
+        bytes.fromhex(task["shard"]),
+        _unhex(task["memory"]),
+    )
+
+
+def _unhex(text: str | None) -> bytes | None:
+    return bytes.fromhex(text) if text else None
+
+
+def _check_record(check: SpotCheck) -> Record:
+    return {
+        "miner": check.miner.hex(),
+        "committed": check.committed.hex(),
+        "found": check.found.hex(),
+        "distance": None if check.distance is None else finite(check.distance),
+        "failure": check.failure,
+    }
+
+
+def _task_record(result: TaskResult, drawn: Collection[bytes]) -> Record:
+    order, commit, refused = result.order, result.commit, result.refusal
     memory = commit.memory_before if commit else order.memory_hash
     return {
         "miner": order.task.miner.hex(),
@@ -376,10 +438,18 @@ def _task_record(result: TaskResult) -> Record:
         "memory_after": commit.memory_after.hex() if commit and commit.memory_after else None,
         "update_hash": commit.update_hash.hex() if commit else None,
         "update_size": commit.update_size if commit else 0,
+        "numeric_class": commit.numeric_class if commit else "",
         "commit": commit.statement.hex() if commit else None,
+        "place": commit.place if commit else None,
+        "late": bool(commit and commit.late),
         "params": result.params,
-        "loss_reduction": scored.loss_reduction if scored else 0,
-        "weight": scored.weight if scored else 0,
+        "norm": result.norm,
+        "scale": result.scale,
+        "own_shard": result.own_shard,
+        "score": asdict(result.score) if result.score else None,
+        "loss_reduction": result.contribution.loss_reduction if result.contribution else 0,
+        "weight": result.contribution.weight if result.contribution else 0,
+        "drawn": order.task.miner in drawn,
         "refusal": str(refused.reason) if refused else None,
         "detail": refused.detail if refused else None,
     }

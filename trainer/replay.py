@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from traincert.trainer.engines.executor import Executor
-from traincert.trainer.engines.orders import Order
 from traincert.trainer.errors import RunError
-from traincert.trainer.records import RunFolder
-from traincert.trainer.tasks import Task
+from traincert.trainer.records import RunFolder, recorded_order
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,7 @@ def replay_tasks(run: RunFolder, cycle: int | None = None) -> Iterator[Replayed]
         for task in record["tasks"]:
             if task["update_hash"] is None:
                 continue  # the task gave no update
-            order = Order(
-                Task(
-                    miner=bytes.fromhex(task["miner"]),
-                    segment=task["segment"],
-                    shard=dataset.shards.index(bytes.fromhex(task["shard"])),
-                    seed=bytes.fromhex(task["seed"]),
-                    cycle=number - 1,
-                ),
-                bytes.fromhex(record["model_before"]),
-                bytes.fromhex(task["shard"]),
-                bytes.fromhex(task["memory"]) if task["memory"] else None,
-            )
+            order = recorded_order(record, task, dataset.shards.index(bytes.fromhex(task["shard"])))
             if order.memory_hash and not (run.store / order.memory_hash.hex()).exists():
                 yield Replayed(number, task["miner"], task["update_hash"], "")
                 continue

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
@@ -18,10 +18,11 @@ from traincert.trainer.examples import Examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.state import State, set_state
-from traincert.trainer.updates import UpdateError
 from traincert.trainer.usercode import Functions, blaming, shown
+from traincert.trainer.weights import Score, paid
 
 MAX_NANO_NATS = 2**64 - 1
+_MOST = 2.0**62  # nano-nats: a reduction that counts has to fit into 64 bits
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Contribution:
     miner: bytes  # 32 bytes
     update_hash: bytes  # 32 bytes; SHA-256 of the update's bytes
     params: int  # parameters (scalars) trained
-    loss_reduction: int  # nano-nats, at least 1
+    loss_reduction: int  # nano-nats that count, at least 1
     weight: int  # isqrt(params * loss_reduction), at least 1
 
 
@@ -51,6 +52,36 @@ class Evaluation:
     loss: int  # mean, nano-nats, with the job's loss_offset
     metric: float  # the job's metric
     more: tuple[float, ...] = ()  # the job's more_metrics
+
+
+class Losses(NamedTuple):
+    """A state's losses on the batches of some examples."""
+
+    sums: tuple[float, ...]  # nats, of each batch
+    weights: tuple[float, ...]  # what each batch's sum is divided by for its mean, such as its number of examples
+
+    @property
+    def mean(self) -> float:
+        """The mean loss, nats. NaN if all weights are 0."""
+        weight = math.fsum(self.weights)
+        return math.fsum(self.sums) / weight if weight else math.nan
+
+    def fall(self, after: "Losses") -> tuple[float, float]:
+        """Return how much lower the mean of `after`, on the same batches, is than this one, and its standard error.
+
+        Both are in nats. The error is 0 if there is one batch only. A loss that is no number gives NaN.
+        """
+        batches = [
+            (weight, before / weight - later / other)
+            for before, weight, later, other in zip(self.sums, self.weights, after.sums, after.weights, strict=True)
+            if weight and other
+        ]
+        fall, count, whole = self.mean - after.mean, len(batches), math.fsum(weight for weight, _ in batches)
+        if count < 2 or not math.isfinite(fall):
+            return fall, 0.0
+        mean = math.fsum(weight * each for weight, each in batches) / whole
+        squares = math.fsum((weight / whole * (each - mean)) ** 2 for weight, each in batches)
+        return fall, math.sqrt(squares * count / (count - 1))
 
 
 class Scorer:
@@ -72,39 +103,38 @@ class Scorer:
         self._pool.shutdown(cancel_futures=True)
 
     @deterministic()
-    def losses(self, states: Iterable[State], examples: Examples) -> list[int]:
-        """Return each state's mean loss on `examples`, in nano-nats.
+    def losses(self, states: Iterable[State], examples: Examples, batches: int = 4) -> list[Losses]:
+        """Return each state's losses on `examples`, in at least so many batches, if there are so many examples.
 
-        The model's outputs go to the job's loss as they are. The batches' losses are added in float64, and divided once
-        by their weight. A loss that is NaN, or above 64 bits of nano-nats, counts as `MAX_NANO_NATS`.
+        The model's outputs go to the job's loss as they are. The batches' losses are added in float64.
 
         This takes one state for each thread from `states` at a time: not all have to fit into memory.
-
-        Raises JobError if a loss is below 0 with the job's `loss_offset` added.
         """
-        return [loss for loss, _ in self._measure_all(states, examples, keep_outputs=False)]
+        return [losses for losses, _ in self._measure_all(states, examples, batches, keep_outputs=False)]
 
     @deterministic()
     def evaluate(self, state: State, examples: Examples) -> Evaluation:
-        """Return a state's loss, as `losses` does, and its metric, of the outputs for all examples at once."""
-        ((loss, outputs),) = self._measure_all([state], examples, keep_outputs=True)
+        """Return a state's mean loss, and its metric, of the outputs for all examples at once.
+
+        A loss that is NaN, or above 64 bits of nano-nats, counts as `MAX_NANO_NATS`. Raises JobError if a loss is below
+        0 with the job's `loss_offset` added.
+        """
+        ((losses, outputs),) = self._measure_all([state], examples, 4, keep_outputs=True)
         with torch.inference_mode():
             metric, *more = self._functions.metrics(self._concatenated(outputs), examples.batch(slice(None)).target)
-        return Evaluation(loss, metric, tuple(more))
+        return Evaluation(nano_nats(losses.mean, self._job.loss_offset), metric, tuple(more))
 
     def _measure_all(
-        self, states: Iterable[State], examples: Examples, *, keep_outputs: bool
-    ) -> Iterator[tuple[int, list[Any]]]:
-        batches = _batches(len(examples))
+        self, states: Iterable[State], examples: Examples, least: int, *, keep_outputs: bool
+    ) -> Iterator[tuple[Losses, list[Any]]]:
+        batches = _batches(len(examples), least)
         left = iter(states)
         while group := list(itertools.islice(left, self._threads)):
             pairs = itertools.product(group, batches)
             measured = list(self._pool.map(lambda pair: self._measure(examples, keep_outputs, *pair), pairs))
             for start in range(0, len(measured), len(batches)):
-                losses, weights, outputs = zip(*measured[start : start + len(batches)], strict=True)
-                weight = math.fsum(weights)
-                loss = math.fsum(losses) / weight if weight else math.nan
-                yield nano_nats(loss, self._job.loss_offset), list(outputs)
+                sums, weights, outputs = zip(*measured[start : start + len(batches)], strict=True)
+                yield Losses(sums, weights), list(outputs)
 
     def _measure(self, examples: Examples, keep_outputs: bool, state: State, rows: slice) -> tuple[float, float, Any]:
         """Return a batch's loss (nats), summed up, its weight, and the model's outputs on the CPU, or None."""
@@ -135,9 +165,9 @@ class Scorer:
             return tree_unflatten([None if each[0] is None else torch.cat(each) for each in columns], structure)
 
 
-def _batches(count: int) -> list[slice]:
-    # At least four batches, which threads can share. The number of CPUs must not change the batches, and so the bits.
-    size = min(128, math.ceil(count / 4))
+def _batches(count: int, least: int) -> list[slice]:
+    # Threads share the batches. The number of CPUs must not change the batches, and so the bits.
+    size = min(128, math.ceil(count / least))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
@@ -166,15 +196,15 @@ def nats(recorded: int, offset: float) -> float:
     return math.nan if recorded == MAX_NANO_NATS else recorded / 1e9 - offset
 
 
-def score(miner: bytes, update_hash: bytes, params: int, loss_before: int, loss_after: int) -> Contribution:
-    """Score an update that passed all checks. `update_hash` is its SHA-256, `params` the size of its segment.
+def score(job: TrainingJob, params: int, before: Losses, after: Losses, *, late: bool = False) -> Score:
+    """Score an update that passed all checks. `params` is the size of its segment.
 
-    `loss_before` is the loss without the update, `loss_after` with this update alone: nano-nats, on the same examples.
-
-    Raises UpdateError if the loss is not lower, because the weight would be 0.
+    `before` are the losses without the update, `after` with this update alone, on the same batches. `late`: the task
+    took longer than `late_seconds`.
     """
-    loss_reduction = max(0, loss_before - loss_after)
-    weight = math.isqrt(params * loss_reduction)
-    if weight < 1:
-        raise UpdateError(Reason.NO_IMPROVEMENT, f"loss {loss_before} before and {loss_after} after, nano-nats")
-    return Contribution(miner, update_hash, params, loss_reduction, weight)
+    fall, error = before.fall(after)
+    if not math.isfinite(fall):
+        fall, error = -math.inf, 0.0
+    reduction = round(max(-_MOST, min(fall * 1e9, _MOST)))
+    deviation = math.ceil(min(error * 1e9, _MOST))
+    return paid(params, reduction, deviation, noise_margin=job.noise_margin, late_share=job.late_share, late=late)

@@ -111,7 +111,8 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
         if job.keep_optimizer_state:
             _restore(optimizer, leaves, memory)
         functions = Functions(job)
-        for inputs, target in _batches(job, shard, task):
+        for batch in rows(job, len(shard), task):
+            inputs, target = shard.batch(batch, job.device)
             optimizer.zero_grad()
             with _joined(model, cut):
                 # There is nothing to learn if all of the batch is masked, or it uses none of the segment's parameters.
@@ -226,16 +227,19 @@ def _saved(optimizer: torch.optim.Optimizer, leaves: Mapping[int, nn.Parameter])
     }
 
 
-def _batches(job: TrainingJob, shard: Examples, task: Task) -> Iterator[Examples]:
-    """Draw the task's batches, all of one size. When too few examples are left, the shard is shuffled again."""
+def rows(job: TrainingJob, count: int, task: Task) -> Iterator[torch.Tensor]:
+    """Draw the task's batches from a shard of `count` examples, as the examples' numbers, all of one size.
+
+    When too few examples are left, the shard is shuffled again.
+    """
     generator = torch.Generator().manual_seed(_seed(task))
-    size = min(job.batch_size, len(shard))
+    size = min(job.batch_size, count)
     left = torch.empty(0, dtype=torch.int64)
     for _ in range(job.local_steps):
         if len(left) < size:
-            left = torch.randperm(len(shard), generator=generator)
+            left = torch.randperm(count, generator=generator)
         batch, left = left[:size], left[size:]
-        yield shard.batch(batch, job.device)
+        yield batch
 
 
 def _seed(task: Task) -> int:

@@ -17,8 +17,8 @@ from traincert.regtest.errors import NodeUnreachableError, RegtestError
 from traincert.trainer.errors import TrainerError
 from traincert.trainer.imports import importing
 
-GROUPS = ["broker", "coordinator", "cosigner", "job", "miner", "network", "node"]
-"""Groups of commands: each is in the file of its name."""
+GROUPS = ["audit", "broker", "coordinator", "cosigner", "job", "miner", "network", "node", "receipt"]
+"""Groups of commands, and the command `audit`: each is in the file of its name."""
 # What the extra `train` brings.
 EXTRA = {
     "cryptography",
@@ -52,8 +52,8 @@ class Cli(click.Group):
         """Return a command, or None if there is none of this name."""
         if cmd_name not in GROUPS:
             return super().get_command(ctx, cmd_name)
-        group: click.Group = getattr(import_module(f"traincert.bridge.cli.{cmd_name}"), cmd_name)
-        return group
+        command: click.Command = getattr(import_module(f"traincert.bridge.cli.{cmd_name}"), cmd_name)
+        return command
 
 
 @click.group(cls=Cli, epilog=EXIT_CODES)

@@ -82,7 +82,8 @@ class InlineEngine(LocalEngine):
     def collect(
         self, shards: Path, orders: Sequence[Order], on_commit: OnCommit | None = None
     ) -> list[Commit | Reason]:
-        return self._run(shards, orders, on_commit or (lambda _done, _total: None))
+        commits = self._run(shards, orders, on_commit or (lambda _done, _total: None))
+        return [self._placed(commit, number) for number, commit in enumerate(commits)]
 
     def _run(self, shards: Path, orders: Sequence[Order], on_commit: OnCommit) -> list[Commit | Reason]:
         del on_commit

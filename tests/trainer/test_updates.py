@@ -146,7 +146,18 @@ def test_a_hostile_compressed_update_is_refused_with_its_reason(reason: Reason, 
 
 
 def test_every_reason_about_an_updates_form_has_a_case() -> None:
-    others = {Reason.WORKER_DIED, Reason.LATE, Reason.ABSENT, Reason.WITHHELD, Reason.NO_IMPROVEMENT}
+    others = {
+        Reason.WORKER_DIED,
+        Reason.LATE,
+        Reason.ABSENT,
+        Reason.WITHHELD,
+        Reason.BARRED,
+        Reason.SPOT_CHECK_FAILED,
+        Reason.WRONG_MEMORY,
+        Reason.COPY,
+        Reason.NOT_ITS_SHARD,
+        Reason.NO_IMPROVEMENT,
+    }
     assert {reason for reason, _ in HOSTILE} == set(Reason) - others
 
 

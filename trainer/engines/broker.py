@@ -208,7 +208,7 @@ class Connection:
 
     async def _send(self, kind: str, digest: bytes, data: bytes) -> None:
         async def put(offset: int) -> bytes:
-            head = digest + struct.pack("<Q", offset)
+            head = digest + struct.pack("<QQ", len(data), offset)
             return await self._ask(kind, head + data[offset : offset + CHUNK], ANSWER_SECONDS)
 
         # The coordinator may have been restarted on the way, and may have lost chunks: then it asks for all again.

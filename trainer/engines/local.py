@@ -11,7 +11,7 @@ import signal
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
@@ -23,6 +23,7 @@ from typing import cast
 
 from traincert.trainer.engines.orders import Commit, OnCommit, Order
 from traincert.trainer.errors import EngineError, Reason, TrainerError
+from traincert.trainer.imports import importing
 from traincert.trainer.interrupts import ctrl_c_later
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.store import read_blob, write_blob
@@ -111,7 +112,8 @@ class LocalEngine:
         if not self._workers:
             raise EngineError("the engine is closed")
         try:
-            return self._run(shards, orders, on_commit or (lambda _done, _total: None))
+            commits = self._run(shards, orders, on_commit or (lambda _done, _total: None))
+            return [self._placed(commit, number) for number, commit in enumerate(commits)]
         except BaseException:
             self.close()
             raise
@@ -125,6 +127,9 @@ class LocalEngine:
             if isinstance(commit, Commit):
                 (self.store / commit.update_hash.hex()).unlink(missing_ok=True)  # two miners' may be equal
         return updates
+
+    def bring(self, wanted: Mapping[bytes, Sequence[bytes]]) -> None:
+        """Do nothing: all memories are in the store."""
 
     def _run(self, shards: Path, orders: Sequence[Order], on_commit: OnCommit) -> list[Commit | Reason]:
         commits: dict[int, Commit | Reason] = {}
@@ -160,6 +165,12 @@ class LocalEngine:
                 if worker.began is not None and time.monotonic() >= worker.began + self.job.task_seconds:
                     commits[cast(int, worker.task)] = Reason.LATE
                     self._replace(worker)
+
+    def _placed(self, commit: Commit | Reason, number: int) -> Commit | Reason:
+        if isinstance(commit, Reason):
+            return commit
+        soon = self.job.late_seconds
+        return commit._replace(place=number, late=soon is not None and commit.seconds > soon)
 
     def _wait(self) -> list[_Worker]:
         """Wait until a busy worker sends a message, or the first is late; return the workers with a message."""
@@ -226,9 +237,11 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # Only workers import torch, which takes seconds: the program that has them may have no other use for it.
-    import torch
+    with importing():
+        import torch
 
-    from traincert.trainer.engines.executor import Executor
+        importlib.import_module("torch._dynamo")  # slow; otherwise the first optimizer would import it during its task
+        from traincert.trainer.engines.executor import Executor
 
     Thread(target=_exit_with_parent, daemon=True).start()
     # One thread outside training, too. If all processors are busy, threads wait for each other: copying a model of
@@ -237,7 +250,6 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
     if job.device == "cuda":
         torch.cuda.set_device(number % torch.cuda.device_count())
     executor = Executor(job, store)
-    importlib.import_module("torch._dynamo")  # slow; otherwise the first optimizer would import it during its task
     while True:
         try:
             shards, order = engine.recv()

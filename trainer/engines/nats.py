@@ -42,6 +42,7 @@ GRACE_SECONDS = 5.0
 REVEAL_SECONDS = 120.0
 """By then the updates must have come, after the commits are closed."""
 _SIZE_SLACK = 1 << 20  # bytes that an update may be larger than two models
+_MOST_MEMORY = 4  # times the size of a model: two moments of the optimizer, and the residual
 _LONGEST_COMMIT = 4096  # bytes of a commit's statement, which is in the record
 
 
@@ -55,10 +56,11 @@ class Pledge(NamedTuple):
 
 @dataclass
 class _Upload:
-    """An update on its way."""
+    """A file on its way from a miner."""
 
     file: int  # descriptor
     path: Path
+    size: int  # bytes
     missing: set[int]  # offsets
     end: asyncio.Task[bool] | None = None  # what happens as soon as nothing is missing, see `_finish`
 
@@ -67,7 +69,7 @@ class _Upload:
 class _Cycle:
     """The open cycle. `closed` has why those without a commit have none, as soon as no more commits are taken.
 
-    It is `revealed` as soon as no more updates are taken.
+    It is `revealed` as soon as no more updates are taken, and `brought` as soon as no more memories are.
     """
 
     opening: bytes  # the statement that is announced
@@ -78,7 +80,9 @@ class _Cycle:
     closed: dict[bytes, Reason] | None = None
     revealed: bool = False
     orders: dict[bytes, Order] = field(default_factory=dict)
-    uploads: dict[bytes, _Upload] = field(default_factory=dict)
+    asked: dict[bytes, set[bytes]] = field(default_factory=dict)  # SHA-256 of memories, by miner
+    brought: bool = False
+    uploads: dict[tuple[bytes, bytes], _Upload] = field(default_factory=dict)  # by miner and SHA-256
 
 
 class NatsEngine:
@@ -87,9 +91,11 @@ class NatsEngine:
     `store` is the run's store. `journal` is a SQLite file for the open cycle. `members` returns the keys (32 bytes) of
     the members that have joined, by name: the same mapping until that changes. `read_commit` checks a commit's
     signature and reads it; it raises EngineError if it must be refused. `make_receipt` returns the signed receipt of a
-    commit's statement, given its place in order. `make_closing` returns the signed statement that a cycle takes no more
-    commits, given the SHA-256 of its opening and the SHA-256 of each miner's update. `shared` returns the file that a
-    member, given by its name, may read under a hash besides its task's, or None.
+    commit's statement, given its place in order, and whether it is late. `make_closing` returns the signed statement
+    that a cycle takes no more commits, given the SHA-256 of its opening and the SHA-256 of each miner's update.
+    `make_request` returns the signed statement that a miner has to send memories, given the SHA-256 of the opening and
+    of the memories. `shared` returns the file that a member, given by its name, may read under a hash besides its
+    task's, or None.
     """
 
     def __init__(
@@ -101,8 +107,9 @@ class NatsEngine:
         *,
         members: Callable[[], Mapping[str, bytes]],
         read_commit: Callable[[bytes], Pledge],
-        make_receipt: Callable[[bytes, int], bytes],
+        make_receipt: Callable[[bytes, int, bool], bytes],
         make_closing: Callable[[bytes, Mapping[bytes, bytes]], bytes],
+        make_request: Callable[[bytes, Sequence[bytes]], bytes],
         shared: Callable[[str, bytes], Path | None],
     ) -> None:
         self.job = job
@@ -112,6 +119,7 @@ class NatsEngine:
         self._read_commit = read_commit
         self._make_receipt = make_receipt
         self._make_closing = make_closing
+        self._make_request = make_request
         self._shared = shared
         self._boot = secrets.token_hex(8)  # a miner that sees another one asks for everything again
         self._version = 0
@@ -129,6 +137,7 @@ class NatsEngine:
             "file": self._file,
             "commit": self._commit,
             "update": self._update,
+            "memory": self._memory,
         }
         """By the kind of the request. The owner may add some."""
 
@@ -231,19 +240,42 @@ class NatsEngine:
         )
         for miner in cycle.commits:
             self.post(miner, "reveal", closing)
+        self._wait_for(lambda: {miner for miner, commit in cycle.commits.items() if self._lacks(commit)})
+        cycle.revealed = True
+        self._connection.run(self._end_uploads(cycle))
+        return [commit if isinstance(commit, Reason) else self._sent(commit) for commit in commits]
+
+    def bring(self, wanted: Mapping[bytes, Sequence[bytes]]) -> None:
+        """Ask miners for their memories, and wait until they are here, or the miners are away."""
+        cycle = self._open_cycle()
+        asked = {
+            miner: missing
+            for miner, memories in wanted.items()
+            if (missing := {digest for digest in memories if not (self.store / digest.hex()).exists()})
+        }
+        self._connection.call(cycle.asked.update, asked)
+        for miner, memories in asked.items():
+            self.post(miner, "memories", self._make_request(cycle.digest, sorted(memories)))
+        self._wait_for(
+            lambda: {
+                miner
+                for miner, memories in asked.items()
+                if not all((self.store / digest.hex()).exists() for digest in memories)
+            }
+        )
+        cycle.brought = True
+        self._connection.run(self._end_uploads(cycle))
+
+    def _wait_for(self, lacking: Callable[[], set[bytes]]) -> None:
+        """Wait until no miner that is present lacks something, for `REVEAL_SECONDS` at most."""
         deadline = time.monotonic() + REVEAL_SECONDS
         while True:
             self._changed.clear()
-            present = set(self.present())
             left = deadline - time.monotonic()
-            if left <= 0 or not any(
-                self._lacks(commit) and miner in present for miner, commit in cycle.commits.items()
-            ):
-                break
+            if left <= 0 or not lacking() & set(self.present()):
+                return
             self._connection.check()
             self._changed.wait(min(left, 1.0))
-        self._connection.run(self._end_uploads(cycle))
-        return [commit if isinstance(commit, Reason) else self._sent(commit) for commit in commits]
 
     def _sent(self, commit: Commit) -> bytes | Reason:
         return Reason.WITHHELD if self._lacks(commit) else read_blob(self.store, commit.update_hash)
@@ -258,8 +290,8 @@ class NatsEngine:
 
         def announce() -> None:
             for notices in self._notices.values():  # of the cycle before
-                notices.pop("opening", None)
-                notices.pop("reveal", None)
+                for kind in ("opening", "reveal", "memories"):
+                    notices.pop(kind, None)
             cycle.orders = {order.task.miner: order for order in orders}
             now = time.monotonic()
             for name, key in self._members().items():
@@ -375,7 +407,7 @@ class NatsEngine:
         if cycle is None or pledge.opening != cycle.digest:
             raise EngineError("the commit is for a cycle that is not open")
         if first := cycle.commits.get(pledge.miner):
-            if pledge.commit._replace(statement=first.statement) != first:
+            if pledge.commit._replace(statement=first.statement, place=first.place, late=first.late) != first:
                 self._journal.keep_evidence(pledge.miner, data)
             return cycle.receipts[pledge.miner]
         if pledge.miner not in cycle.orders:
@@ -385,16 +417,21 @@ class NatsEngine:
         limit = _SIZE_SLACK + 2 * (self.store / cycle.orders[pledge.miner].model_hash.hex()).stat().st_size
         if not 0 < pledge.commit.update_size <= limit:
             raise EngineError(f"an update of {pledge.commit.update_size} bytes is refused: at most {limit}")
-        place = len(cycle.commits)
-        receipt = self._make_receipt(data, place)
-        self._journal.add(place, data)
+        place, late = len(cycle.commits), self._is_late(cycle)
+        receipt = self._make_receipt(data, place, late)
+        self._journal.add(place, late, data)
         reached("committed")
-        cycle.commits[pledge.miner], cycle.receipts[pledge.miner] = pledge.commit, receipt
+        cycle.commits[pledge.miner] = pledge.commit._replace(place=place, late=late)
+        cycle.receipts[pledge.miner] = receipt
         self._changed.set()
         return receipt
 
+    def _is_late(self, cycle: _Cycle) -> bool:
+        soon = self.job.late_seconds
+        return soon is not None and time.time() > cycle.deadline - self.job.task_seconds + soon
+
     async def _update(self, member: str, data: bytes) -> bytes:
-        digest, (offset,), chunk = data[:32], _unpacked("<Q", data[32:40]), data[40:]
+        digest, (size, offset), chunk = data[:32], _unpacked("<QQ", data[32:48]), data[48:]
         cycle, miner = self._cycle, self._members().get(member, b"")
         commit = cycle.commits.get(miner) if cycle else None
         if cycle is None or commit is None or commit.update_hash != digest:
@@ -405,35 +442,59 @@ class NatsEngine:
             return b"whole"
         if cycle.revealed:
             raise EngineError("the update came too late: the cycle takes no more updates")
-        if offset % CHUNK or len(chunk) != min(CHUNK, commit.update_size - offset):
-            raise EngineError(f"{len(chunk)} bytes at {offset} are no chunk of {commit.update_size} bytes")
-        upload = cycle.uploads.get(miner) or self._new_upload(cycle, miner, commit)
+        if size != commit.update_size:
+            raise EngineError(f"the update has {size} bytes; {member} has committed to {commit.update_size}")
+        if not await self._receive(cycle, miner, digest, size, offset, chunk):
+            return b""
+        reached("revealed")
+        return b"whole"
+
+    async def _memory(self, member: str, data: bytes) -> bytes:
+        digest, (size, offset), chunk = data[:32], _unpacked("<QQ", data[32:48]), data[48:]
+        cycle, miner = self._cycle, self._members().get(member, b"")
+        if cycle is None or digest not in cycle.asked.get(miner, ()):
+            raise EngineError(f"nobody has asked {member} for the memory {digest.hex()}")
+        if (self.store / digest.hex()).exists():
+            return b"whole"
+        if cycle.brought:
+            raise EngineError("the memory came too late: the cycle takes no more memories")
+        limit = _SIZE_SLACK + _MOST_MEMORY * (self.store / cycle.orders[miner].model_hash.hex()).stat().st_size
+        if not 0 < size <= limit:
+            raise EngineError(f"a memory of {size} bytes is refused: at most {limit}")
+        return b"whole" if await self._receive(cycle, miner, digest, size, offset, chunk) else b""
+
+    async def _receive(self, cycle: _Cycle, miner: bytes, digest: bytes, size: int, offset: int, chunk: bytes) -> bool:
+        """Take a chunk of a file. Return whether the whole file is in the store then."""
+        if offset % CHUNK or offset >= size or len(chunk) != min(CHUNK, size - offset):
+            raise EngineError(f"{len(chunk)} bytes at {offset} are no chunk of {size} bytes")
+        upload = cycle.uploads.get((miner, digest)) or self._new_upload(cycle, miner, digest, size)
+        if size != upload.size:
+            raise EngineError(f"the file had {upload.size} bytes before, and {size} now")
         if offset in upload.missing:
             os.pwrite(upload.file, chunk, offset)
             upload.missing.discard(offset)
         if upload.missing:
-            return b""
+            return False
         if upload.end is None:
             upload.end = asyncio.create_task(asyncio.to_thread(_finish, upload, self.store / digest.hex()))
         try:
             whole = await asyncio.shield(upload.end)
         finally:
-            if cycle.uploads.get(miner) is upload:
-                del cycle.uploads[miner]
+            if cycle.uploads.get((miner, digest)) is upload:
+                del cycle.uploads[miner, digest]
         if not whole:
-            raise EngineError(f"the update is not what {member} committed to: its SHA-256 is not {digest.hex()}")
-        reached("revealed")
+            raise EngineError(f"the file is not what it must be: its SHA-256 is not {digest.hex()}")
         self._changed.set()
-        return b"whole"
+        return True
 
-    def _new_upload(self, cycle: _Cycle, miner: bytes, commit: Commit) -> _Upload:
+    def _new_upload(self, cycle: _Cycle, miner: bytes, digest: bytes, size: int) -> _Upload:
         handle, path = tempfile.mkstemp(dir=self.store, prefix=".writing-")
-        cycle.uploads[miner] = _Upload(handle, Path(path), set(range(0, commit.update_size, CHUNK)))
-        return cycle.uploads[miner]
+        upload = _Upload(handle, Path(path), size, set(range(0, size, CHUNK)))
+        cycle.uploads[miner, digest] = upload
+        return upload
 
     async def _end_uploads(self, cycle: _Cycle) -> None:
-        """Take no more updates. After this nothing is written into the store."""
-        cycle.revealed = True
+        """Give up the files that are on their way. After this nothing is written into the store."""
         uploads, cycle.uploads = cycle.uploads, {}
         for upload in uploads.values():
             if upload.end:
@@ -474,7 +535,7 @@ class _Journal:
         self._database.execute("PRAGMA synchronous = FULL")
         self._execute(
             "CREATE TABLE IF NOT EXISTS cycle (opening BLOB NOT NULL, deadline REAL NOT NULL, closed TEXT)",
-            "CREATE TABLE IF NOT EXISTS commits (place INTEGER PRIMARY KEY, statement BLOB NOT NULL)",
+            "CREATE TABLE IF NOT EXISTS commits (place INTEGER PRIMARY KEY, late INTEGER, statement BLOB NOT NULL)",
             "CREATE TABLE IF NOT EXISTS evidence (opening BLOB, miner BLOB, statement BLOB, UNIQUE (opening, miner))",
         )
 
@@ -486,9 +547,9 @@ class _Journal:
             ("INSERT INTO cycle VALUES (?, ?, NULL)", (opening, deadline)),
         )
 
-    def add(self, place: int, statement: bytes) -> None:
+    def add(self, place: int, late: bool, statement: bytes) -> None:
         """Add a commit."""
-        self._execute(("INSERT INTO commits VALUES (?, ?)", (place, statement)))
+        self._execute(("INSERT INTO commits VALUES (?, ?, ?)", (place, late, statement)))
 
     def close(self, why: Mapping[bytes, Reason]) -> None:
         """Take no more commits."""
@@ -499,20 +560,20 @@ class _Journal:
         self._execute(("INSERT OR IGNORE INTO evidence SELECT opening, ?, ? FROM cycle", (miner, statement)))
 
     def load(
-        self, read_commit: Callable[[bytes], Pledge], make_receipt: Callable[[bytes, int], bytes]
+        self, read_commit: Callable[[bytes], Pledge], make_receipt: Callable[[bytes, int, bool], bytes]
     ) -> _Cycle | None:
         """Return the open cycle, or None if there was none yet."""
         with self._lock:
             row = self._database.execute("SELECT opening, deadline, closed FROM cycle").fetchone()
-            statements = self._database.execute("SELECT place, statement FROM commits ORDER BY place").fetchall()
+            statements = self._database.execute("SELECT place, late, statement FROM commits ORDER BY place").fetchall()
         if row is None:
             return None
         opening, deadline, closed = row
         cycle = _Cycle(opening, hashlib.sha256(opening).digest(), deadline)
-        for place, statement in statements:
+        for place, late, statement in statements:
             pledge = read_commit(statement)
-            cycle.commits[pledge.miner] = pledge.commit
-            cycle.receipts[pledge.miner] = make_receipt(statement, place)
+            cycle.commits[pledge.miner] = pledge.commit._replace(place=place, late=bool(late))
+            cycle.receipts[pledge.miner] = make_receipt(statement, place, bool(late))
         if closed is not None:
             cycle.closed = {bytes.fromhex(key): Reason(reason) for key, reason in json.loads(closed).items()}
         return cycle

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -45,6 +45,8 @@ class Commit(NamedTuple):
     seconds: float
     numeric_class: str = ""
     statement: bytes = b""  # the miner's signed statement of all this, where there is one
+    place: int = 0  # how many commits of the cycle came before it
+    late: bool = False  # it came after the job's late_seconds
 
     @classmethod
     def to(cls, answer: Answer, update_hash: bytes) -> Commit:
@@ -74,3 +76,9 @@ class Engine(Protocol):
 
     def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[bytes | Reason]:
         """Return, in the same order, the update that each commit is for, or why it did not come."""
+
+    def bring(self, wanted: Mapping[bytes, Sequence[bytes]]) -> None:
+        """Bring files that miners have, their memories, into the store: SHA-256 of each (32 bytes), by miner.
+
+        A file that a miner does not send is missing there afterwards.
+        """

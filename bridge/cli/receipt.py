@@ -1,0 +1,73 @@
+"""The commands `traincert receipt ...`: what came of a miner's task, and why it did or did not win the next block."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+FILE = click.argument("file", type=click.Path(path_type=Path, exists=True))
+CYCLE = click.option(
+    "--cycle", type=click.IntRange(min=1), help="Which receipt of a miner's folder.  [default: the last]"
+)
+
+
+@click.group()
+def receipt() -> None:
+    """Look at a miner's receipts, and check them against the chain.
+
+    The coordinator gives each miner a signed receipt for each cycle. It is in the miner's folder, in receipts/.
+    """
+
+
+@receipt.command("show")
+@FILE
+@CYCLE
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def receipt_show(file: Path, cycle: int | None, as_json: bool) -> None:
+    """Show a receipt. FILE is the receipt, or a miner's folder.
+
+    This does not check that the receipt is true: `verify` does.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from traincert.bridge.cli.view import stdout_console
+    from traincert.bridge.messages import message_json
+    from traincert.bridge.receipts import facts, find_receipt, read_receipt
+
+    _, read = read_receipt(find_receipt(file, cycle))
+    if as_json:
+        click.echo(json.dumps(message_json(read), indent=2))
+        return
+    table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in facts(read).items():
+        table.add_row(name, Text(value))  # as it is: the coordinator's words are no markup
+    stdout_console().print(table)
+
+
+@receipt.command("verify")
+@FILE
+@CYCLE
+@click.option(
+    "--datadir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("demo/node0"),
+    show_default=True,
+    help="The data directory of a running node.",
+)
+def receipt_verify(file: Path, cycle: int | None, datadir: Path) -> None:
+    """Check a receipt against a node's chain, and say why its miner did or did not win the next block.
+
+    FILE is the receipt, or a miner's folder. The last line says what to change if the update was refused. Exit code 1
+    if something is not true: the message names the step.
+    """
+    from traincert.bridge.receipts import find_receipt, read_receipt, verify
+    from traincert.bridge.rpc import NodeClient
+
+    statement, _ = read_receipt(find_receipt(file, cycle))
+    with NodeClient.from_datadir(datadir) as node:
+        click.echo(verify(statement, node, lambda step, found: click.echo(f"✓ {step}: {found}")))
