@@ -624,7 +624,7 @@ class _Model:
         from traincert.trainer.aggregation import aggregate
         from traincert.trainer.state import state_bytes
 
-        model, moving = aggregate(self._job, self._layout, state, velocity, accepted, share=share)
+        model, moving, _ = aggregate(self._job, self._layout, state, velocity, accepted, share=share)
         return state_bytes(model), state_bytes({"velocity": moving})
 
     def _read(self, data: bytes, expected: Mapping[str, object], wrong: str) -> State:

@@ -244,9 +244,10 @@ class Trainer:
     ) -> CycleResult:
         """Aggregate the accepted updates into the next model, store it, and return the cycle's result."""
         model, velocity, evaluation, share = before.model, before.velocity, before.evaluation, 0.0
+        step: torch.Tensor | None = None
         memories: Mapping[bytes, bytes] = {}
         if judged.accepted:
-            model, velocity, evaluation, share = self._moved(before, judged.accepted)
+            model, velocity, evaluation, share, step = self._moved(before, judged.accepted)
             memories = _memories(judged.tasks) if share else {}
         after = Checkpoint(
             cycle=before.cycle + 1,
@@ -264,7 +265,7 @@ class Trainer:
                 barred_until=before.cycle + 1 + self.job.penalty_cycles,
             ),
             drawn=drawn,
-            known=replace(judged.known, step=self._step(before.model, model) if share else None),
+            known=replace(judged.known, step=step),
         )
         return CycleResult(
             model_before=before.model_hash,
@@ -280,22 +281,22 @@ class Trainer:
             tasks=judged.tasks,
         )
 
-    def _step(self, before: State, after: State) -> torch.Tensor:
-        whole = self.layout.segment(0, self.layout.params)
-        return self.layout.flatten(after, whole) - self.layout.flatten(before, whole)
-
-    def _moved(self, before: Checkpoint, accepted: Sequence[Accepted]) -> tuple[State, torch.Tensor, Evaluation, float]:
-        """Return the next model, its velocity and its evaluation, and the share of the step that was taken.
+    def _moved(
+        self, before: Checkpoint, accepted: Sequence[Accepted]
+    ) -> tuple[State, torch.Tensor, Evaluation, float, torch.Tensor | None]:
+        """Return the next model, its velocity and its evaluation, the share of the step that was taken, and the step.
 
         If the guard allows no step, the model stays, and the momentum starts again from 0.
         """
         for halvings in range(HALVINGS + 1):
             share = 0.5**halvings
-            model, velocity = aggregate(self.job, self.layout, before.model, before.velocity, accepted, share=share)
+            model, velocity, step = aggregate(
+                self.job, self.layout, before.model, before.velocity, accepted, share=share
+            )
             evaluation = self.evaluate(model)
             if evaluation.loss <= before.best_loss * (1 + self.job.guard):
-                return model, velocity, evaluation, share
-        return before.model, torch.zeros_like(before.velocity), before.evaluation, 0.0
+                return model, velocity, evaluation, share, step
+        return before.model, torch.zeros_like(before.velocity), before.evaluation, 0.0, None
 
 
 def _is_steady(task: TaskResult) -> bool:

@@ -45,10 +45,13 @@ def deterministic() -> Iterator[None]:
     threads = torch.get_num_threads()
     strictness = torch.get_deterministic_debug_mode()
     precision = torch.get_float32_matmul_precision()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     # The number of threads decides how a sum is split, and so how it is rounded.
     torch.set_num_threads(1)
     # An operation without a deterministic implementation raises an exception.
     torch.set_deterministic_debug_mode("error")
+    # It would fill each new tensor with NaN, to show what uses it uninitialized. That takes long for a big model.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # cuBLAS needs this to be deterministic. It is not restored: cuBLAS reads it once, at its first multiplication.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # With a lower setting, CPUs that have bfloat16 instructions would multiply in bfloat16.
@@ -59,3 +62,4 @@ def deterministic() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(strictness)
         torch.set_float32_matmul_precision(precision)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -3,8 +3,8 @@
     attacks.py FOLDER [--job digits|fashion]... [--rule RULE]... [--attack ATTACK]... [--seeds 3]
 
 Ten miners train for 40 cycles; some of them attack. Each run is one process on one processor. Its result is kept in
-FOLDER/attacks.json, so an interrupted bench goes on. At the end it writes FOLDER/attacks.md, a table, and
-FOLDER/attacks.png, a plot.
+FOLDER/attacks.json, so an interrupted bench goes on. At the end it writes FOLDER/table.md and FOLDER/attacks.png, a
+plot.
 """
 
 from __future__ import annotations
@@ -116,6 +116,11 @@ class Scene:
 
 Attack = Callable[[Scene, Order], Update | None]
 """Returns the update that an attacker commits to; None: it does not commit."""
+
+
+def honest(scene: Scene, order: Order) -> Update:
+    """Do the task."""
+    return scene.train(order)
 
 
 def scaled(factor: float) -> Attack:
@@ -235,8 +240,8 @@ def split_lazy(scene: Scene, order: Order) -> Update:
     return scene.train(order, steps=0.25)
 
 
-def relabelling(scene: Scene, order: Order) -> Update:
-    """Two miners do each other's tasks."""
+def swapped(scene: Scene, order: Order) -> Update:
+    """Two miners do each other's tasks, if they have the same segment."""
     mine = sorted(
         (o for o in scene.orders if o.task.miner not in scene.honest), key=lambda o: (o.task.segment, o.task.miner)
     )
@@ -252,27 +257,26 @@ def together(scene: Scene, order: Order) -> Update | None:
 
 @dataclass(frozen=True)
 class Case:
-    """An attack: how many names the attackers have, what share of the work they do, and what they may earn of it."""
+    """An attack: how many names the attackers have, and what they may earn."""
 
     attack: Attack | None
     names: int = 2
-    work: float | None = None
-    """The share of all work that the attackers do; None: as much as their names would."""
     bar: str = ""
+    """zero: they may earn 0.02; one: what they would honestly; half: their share of the work, a tenth, and 0.02."""
 
 
 HONEST = Case(None)
 CASES = {
     "honest": HONEST,
-    "lazy": Case(lazy, work=0, bar="zero"),
-    "mimic": Case(mimic, work=0, bar="zero"),
-    "copy": Case(copy, work=0, bar="zero"),
-    "copy x4": Case(copy, names=4, work=0, bar="zero"),
-    "noisy copy": Case(noisy_copy, work=0, bar="zero"),
+    "lazy": Case(lazy, bar="zero"),
+    "mimic": Case(mimic, bar="zero"),
+    "copy": Case(copy, bar="zero"),
+    "copy x4": Case(copy, names=4, bar="zero"),
+    "noisy copy": Case(noisy_copy, bar="zero"),
     "colluding pair": Case(colluding, bar=""),
-    "replay": Case(replay, work=0, bar="zero"),
-    "half-lazy": Case(half_lazy, work=0.02, bar="half"),
-    "half-lazy scaled": Case(half_lazy_scaled, work=0.02, bar="half"),
+    "replay": Case(replay, bar="zero"),
+    "half-lazy": Case(half_lazy, bar="half"),
+    "half-lazy scaled": Case(half_lazy_scaled, bar="half"),
     "patient": Case(patient),
     "sign-flipped": Case(sign_flipped, bar="zero"),
     "flipped x10": Case(flipped_scaled, bar="zero"),
@@ -283,12 +287,14 @@ CASES = {
     "scaled x2": Case(scaled(2), bar="one"),
     "scaled x3": Case(scaled(3), bar="one"),
     "scaled x10": Case(scaled(10), bar="one"),
-    "splitting x4": Case(splitting, names=4, work=1 / 7, bar="one"),
-    "split lazy x4": Case(split_lazy, names=4, work=1 / 7),
-    "relabelling": Case(relabelling, bar=""),
+    "splitting x4": Case(splitting, names=4, bar="one"),
+    "split lazy x4": Case(split_lazy, names=4),
+    "pooling x4": Case(honest, names=1, bar="one"),
+    "relabelling": Case(honest, bar="one"),
+    "swapped tasks": Case(swapped),
     "known validation": Case(known_validation),
     "all shards": Case(all_shards),
-    "withholding": Case(withhold, work=0, bar="zero"),
+    "withholding": Case(withhold, bar="zero"),
     "together": Case(together, names=3, bar=""),
 }
 
@@ -479,9 +485,11 @@ def run(job_name: str, rule: str, attack: str, seed: int, cycles: int = CYCLES) 
     if rule != RULE:
         job = replace(job, spot_checks=0.0)
     names = case.names if case.attack else 2
-    honest = MINERS - (1 if attack.startswith("split") else names)
-    ids = [hashlib.sha256(f"{seed} {number}".encode()).digest() for number in range(honest + names)]
-    attackers = ids[honest:]
+    others = MINERS - {"split": 1, "pooli": 4}.get(attack[:5], names)
+    label = attack if attack == "relabelling" else ""
+    ids = [hashlib.sha256(f"{seed} {number}".encode()).digest() for number in range(others)]
+    attackers = [hashlib.sha256(f"{seed} {others + number}{label}".encode()).digest() for number in range(names)]
+    ids += attackers
     with tempfile.TemporaryDirectory() as folder:
         dataset = prepare_dataset(job, Path(folder) / "data")
         engine = AttackedEngine(job, Path(folder) / "store", case.attack, attackers if case.attack else ())
@@ -553,6 +561,8 @@ def fair(attack: str) -> float:
     case = CASES[attack]
     if attack in ("splitting x4", "split lazy x4"):
         return 1 / MINERS
+    if attack == "pooling x4":
+        return 1 / (MINERS - 3)
     return case.names / MINERS
 
 
@@ -637,7 +647,7 @@ def main(folder: Path, jobs: Sequence[str], rules: Sequence[str], attacks: Seque
     for job in dict.fromkeys(key[0] for key in found):
         known = [attack for attack in CASES if any(key[0] == job and key[2] == attack for key in found)]
         parts.append(f"{job}:\n\n{table(found, job, known, ALL_RULES)}")
-    (folder / "attacks.md").write_text("\n".join(parts))
+    (folder / "table.md").write_text("\n".join(parts))
     plot(found, folder / "attacks.png")
     click.echo("\n".join(parts))
 

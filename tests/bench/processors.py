@@ -69,7 +69,7 @@ def exact(job: TrainingJob) -> str:
     momentum = replace(job, outer_learning_rate=0.7, outer_momentum=0.6)
     start = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     for _ in range(2):
-        start, velocity = aggregate(momentum, layout, start, velocity, accepted)  # type: ignore[assignment]
+        start, velocity, _ = aggregate(momentum, layout, start, velocity, accepted)  # type: ignore[assignment]
     total.update(state_hash({**start, "velocity": velocity}))
     return total.hexdigest()
 

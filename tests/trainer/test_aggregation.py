@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def accepted(number: int, weight: int, segment: Segment) -> Accepted:
 def test_parameters_move_by_the_weighted_mean_of_their_segments_updates() -> None:
     updates = [accepted(number, weight, SEGMENTS[number % 2]) for number, weight in enumerate([1, 5, 3, 2])]
     before = state_hash(state())
-    after, velocity = aggregate(JOB, LAYOUT, state(), NO_VELOCITY, updates)
+    after, velocity, _ = aggregate(JOB, LAYOUT, state(), NO_VELOCITY, updates)
     first = (updates[0].update.move + 3 * updates[2].update.move) / 4
     second = (5 * updates[1].update.move + 2 * updates[3].update.move) / 7
     torch.testing.assert_close(flat(after) - flat(state()), torch.cat([first, second]))
@@ -56,13 +57,16 @@ def test_parameters_move_by_the_weighted_mean_of_their_segments_updates() -> Non
     assert not NO_VELOCITY.any()
 
 
-def test_the_order_of_the_miners_does_not_matter() -> None:
+@pytest.mark.parametrize("aggregation", ["mean", "trimmed_mean", "geometric_median"])
+def test_the_order_of_the_miners_does_not_matter(
+    aggregation: Literal["mean", "trimmed_mean", "geometric_median"],
+) -> None:
     updates = [accepted(number, weight, SEGMENTS[number % 2]) for number, weight in enumerate([10**9, 5, 3, 2**70])]
     velocity = torch.rand(LAYOUT.params)
-    job = replace(JOB, outer_momentum=0.7, outer_learning_rate=0.3)
+    job = replace(JOB, outer_momentum=0.7, outer_learning_rate=0.3, aggregation=aggregation, trim=0.4)
     results = [aggregate(job, LAYOUT, state(), velocity, order) for order in itertools.permutations(updates)]
-    assert len({state_hash(after) for after, _ in results}) == 1
-    assert len({state_hash({"velocity": velocity}) for _, velocity in results}) == 1
+    assert len({state_hash(after) for after, _, _ in results}) == 1
+    assert len({state_hash({"velocity": velocity}) for _, velocity, _ in results}) == 1
 
 
 @pytest.mark.parametrize("block", [1, 5, 16])
@@ -70,11 +74,46 @@ def test_the_size_of_the_blocks_does_not_matter(monkeypatch: pytest.MonkeyPatch,
     updates = [accepted(number, weight, SEGMENTS[number % 2]) for number, weight in enumerate([10**9, 5, 3, 2**70])]
     velocity = torch.rand(LAYOUT.params)
     job = replace(JOB, outer_momentum=0.7, outer_learning_rate=0.3)
-    at_once, moving = aggregate(job, LAYOUT, state(), velocity, updates, share=0.5)
+    at_once, moving, _ = aggregate(job, LAYOUT, state(), velocity, updates, share=0.5)
     monkeypatch.setattr("traincert.trainer.aggregation._BLOCK", block)
-    after, moving_after = aggregate(job, LAYOUT, state(), velocity, updates, share=0.5)
+    after, moving_after, _ = aggregate(job, LAYOUT, state(), velocity, updates, share=0.5)
     assert state_hash(after) == state_hash(at_once)
     assert moving_after.equal(moving)
+
+
+def move(aggregation: Literal["mean", "trimmed_mean", "geometric_median"], values: list[list[float]]) -> torch.Tensor:
+    """Return the step that updates of the whole model make, whose first parameters are these, with equal weights."""
+    updates = []
+    for number, row in enumerate(values):
+        contribution = Contribution(bytes([number]) * 32, b"", LAYOUT.params, 1, 1)
+        updates.append(Accepted(contribution, WHOLE, Update(torch.tensor(row + [0.0] * (LAYOUT.params - len(row))))))
+    _, _, step = aggregate(replace(JOB, segments=1, aggregation=aggregation), LAYOUT, state(), NO_VELOCITY, updates)
+    return step[: len(values[0])]
+
+
+def test_the_step_is_what_the_model_moves() -> None:
+    before = state()
+    updates = [accepted(number, number + 1, SEGMENTS[number % 2]) for number in range(3)]
+    after, _, step = aggregate(JOB, LAYOUT, before, NO_VELOCITY, updates)
+    assert torch.allclose(flat(after) - flat(before), step, atol=1e-6)
+
+
+def test_the_trimmed_mean_leaves_out_the_extremes_of_each_parameter() -> None:
+    values = [[1.0, 5.0], [2.0, 4.0], [3.0, -1e6], [4.0, 2.0], [1e6, 1.0]]
+    assert move("trimmed_mean", values).tolist() == pytest.approx([3.0, 7 / 3])
+    assert move("mean", values)[0] > 1e5
+
+
+def test_the_geometric_median_is_where_the_distances_are_least() -> None:
+    """Three points of a triangle have their median at its Fermat point; two far ones hardly move that of five."""
+    root = 3**0.5
+    assert move("geometric_median", [[0.0, 0.0], [2.0, 0.0], [1.0, root]]).tolist() == pytest.approx(
+        [1.0, root / 3], abs=1e-3
+    )
+    honest = [[1.0, 1.0], [1.1, 1.0], [1.0, 1.1]]
+    moved = move("geometric_median", [*honest, [-100.0, -100.0], [-100.0, -100.0]])
+    assert (moved - 1).norm() < 0.2
+    assert move("geometric_median", [[1.0, 2.0]] * 3).tolist() == pytest.approx([1.0, 2.0])
 
 
 @settings(max_examples=25)
@@ -90,14 +129,14 @@ def test_the_outer_step_is_that_of_torchs_nesterov_momentum(momentum: float, rat
         updates = [accepted(4 * cycle + seed % 100, 3, segment), accepted(4 * cycle + 1 + seed % 100, 1, segment)]
         parameter.grad = -(3 * updates[0].update.move.double() + updates[1].update.move.double()) / 4
         optimizer.step()
-        found, velocity = aggregate(job, LAYOUT, found, velocity, updates)
+        found, velocity, _ = aggregate(job, LAYOUT, found, velocity, updates)
         torch.testing.assert_close(flat(found), parameter.detach().float(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_segment_without_updates_stays_and_so_does_its_velocity() -> None:
     job = replace(JOB, outer_momentum=0.9)
     before = torch.rand(LAYOUT.params)
-    after, velocity = aggregate(job, LAYOUT, state(), before, [accepted(1, 1, SEGMENTS[1])])
+    after, velocity, _ = aggregate(job, LAYOUT, state(), before, [accepted(1, 1, SEGMENTS[1])])
     cut = SEGMENTS[0].end
     assert torch.equal(flat(after)[:cut], flat(state())[:cut])
     assert torch.equal(velocity[:cut], before[:cut])
@@ -109,7 +148,7 @@ def test_a_segment_without_updates_stays_and_so_does_its_velocity() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_without_updates_the_model_stays(momentum: float) -> None:
     before = torch.rand(LAYOUT.params)
-    after, velocity = aggregate(replace(JOB, outer_momentum=momentum), LAYOUT, state(), before, [])
+    after, velocity, _ = aggregate(replace(JOB, outer_momentum=momentum), LAYOUT, state(), before, [])
     assert state_hash(after) == state_hash(state())
     assert torch.equal(velocity, before)
 
@@ -118,7 +157,7 @@ def test_buffers_move_by_the_weighted_mean_and_integers_are_rounded() -> None:
     job = replace(JOB, outer_learning_rate=0.5, outer_momentum=0.9)  # which are the parameters' alone
     segment = LAYOUT.segment(0, LAYOUT.params)
     updates = [accepted(number, weight, segment) for number, weight in ((4, 1), (9, 2))]
-    after, _ = aggregate(job, LAYOUT, state(), NO_VELOCITY, updates)
+    after, _, _ = aggregate(job, LAYOUT, state(), NO_VELOCITY, updates)
     name = "1.running_mean"
     mean = (updates[0].update.buffers[name] + 2 * updates[1].update.buffers[name]) / 3
     torch.testing.assert_close(after[name] - state()[name], mean)
@@ -129,7 +168,7 @@ def test_buffers_move_by_the_weighted_mean_and_integers_are_rounded() -> None:
 def test_one_update_of_all_parameters_at_full_rate_is_that_miners_model() -> None:
     segment = LAYOUT.segment(0, LAYOUT.params)
     update = accepted(3, 12345, segment)
-    after, _ = aggregate(JOB, LAYOUT, state(), NO_VELOCITY, [update])
+    after, _, _ = aggregate(JOB, LAYOUT, state(), NO_VELOCITY, [update])
     assert state_hash(after) == state_hash(update.update.applied(LAYOUT, segment, state()))
 
 
@@ -140,7 +179,7 @@ def test_tensors_of_low_precision_keep_their_type() -> None:
     segment = layout.segment(0, layout.params)
     before = state_of(model)
     update = Accepted(Contribution(bytes(32), bytes(32), 8, 1, 7), segment, Update(torch.full((8,), 0.25)))
-    after, velocity = aggregate(JOB, layout, before, torch.zeros(8), [update])
+    after, velocity, _ = aggregate(JOB, layout, before, torch.zeros(8), [update])
     assert velocity.dtype == torch.float32
     for name, tensor in after.items():
         assert tensor.dtype == torch.bfloat16

@@ -16,7 +16,7 @@ import sqlite3
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
@@ -48,6 +48,7 @@ from traincert.bridge.messages import (
     CommitMessage,
     CommitReceipt,
     Join,
+    MemoryRequest,
     Opening,
     assignment_seed,
     commits_root,
@@ -68,6 +69,7 @@ from traincert.trainer.errors import EngineError, Reason
 from traincert.trainer.examples import Dataset
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import RunFolder
+from traincert.trainer.spot_checks import Drawn, SpotCheck, SpotChecker
 from traincert.trainer.store import write_blob
 from traincert.trainer.tasks import assign
 
@@ -137,6 +139,7 @@ class Coordinator:
             read_commit=self.remote.read_commit,
             make_receipt=self.remote.make_receipt,
             make_closing=self.remote.make_closing,
+            make_request=self.remote.make_request,
             shared=self.remote.shared,
         )
         self.trainer = self.stack.enter_context(Trainer(self.dataset, self.engine))
@@ -198,6 +201,16 @@ class Coordinator:
         orders = self.orders()
         commits = self.engine.collect(self.dataset.shard_folder, orders)
         return commits, self.engine.reveal(orders, commits)
+
+    def bring(self, **wanted: Sequence[bytes]) -> Future[None]:
+        """Ask members for files in a thread of its own, by their hashes."""
+        return self.pool.submit(self.engine.bring, {KEYS[name]: each for name, each in wanted.items()})
+
+    def commits(self) -> dict[str, tuple[int, bool]]:
+        """The place of each commit that was taken, and whether it is late."""
+        assert self.engine._cycle
+        commits = self.engine._cycle.commits
+        return {name: (commits[KEYS[name]].place, commits[KEYS[name]].late) for name in NAMES if KEYS[name] in commits}
 
     def evidence(self) -> list[tuple[bytes, bytes]]:
         with closing(sqlite3.connect(self.folder / "cycle.sqlite")) as database:
@@ -280,6 +293,9 @@ class Miner:
     def send(self, update: bytes) -> None:
         self.connection.send("update", hashlib.sha256(update).digest(), update)
 
+    def send_memory(self, memory: bytes) -> None:
+        self.connection.send("memory", hashlib.sha256(memory).digest(), memory)
+
 
 def read_receipt(statement: bytes) -> CommitReceipt:
     key, receipt = unseal(PARAMS.chain_id, CommitReceipt, statement)
@@ -329,6 +345,12 @@ def closing_of(statement: bytes) -> Closing:
     key, closing = unseal(PARAMS.chain_id, Closing, statement)
     assert key == KEYS["coordinator"]
     return closing
+
+
+def request_of(statement: bytes) -> MemoryRequest:
+    key, request = unseal(PARAMS.chain_id, MemoryRequest, statement)
+    assert key == KEYS["coordinator"]
+    return request
 
 
 def closes(cycle: Cycle, alice: Miner, bob: Miner) -> None:
@@ -462,8 +484,9 @@ class SetClock:
         return time.time() + self._seconds
 
 
-def update_chunk(data: bytes, offset: int = 0, digest: bytes | None = None) -> bytes:
-    return (digest or hashlib.sha256(data).digest()) + struct.pack("<Q", offset) + data[offset : offset + CHUNK]
+def update_chunk(data: bytes, offset: int = 0, digest: bytes | None = None, size: int | None = None) -> bytes:
+    head = struct.pack("<QQ", len(data) if size is None else size, offset)
+    return (digest or hashlib.sha256(data).digest()) + head + data[offset : offset + CHUNK]
 
 
 def test_an_update_is_taken_only_as_it_was_committed_to(cycle: Cycle, alice: Miner, bob: Miner) -> None:
@@ -483,16 +506,19 @@ def test_an_update_is_taken_only_as_it_was_committed_to(cycle: Cycle, alice: Min
         (BIG, CHUNK << 40),
         (BIG, 2**64 - CHUNK),
     ):
-        assert no_chunk in alice.refusal("update", update_chunk(data, offset, digest)), (len(data), offset)
-    assert "a request of 4 bytes where 8 belong" in alice.refusal("update", digest + bytes(4))
-    assert "a request of 0 bytes where 8 belong" in alice.refusal("update", b"")
+        assert no_chunk in alice.refusal("update", update_chunk(data, offset, digest, len(BIG))), (len(data), offset)
+    for size in (0, 1, len(BIG) - 1, len(BIG) + 1, 2**64 - 1):
+        why = f"the update has {size} bytes; alice has committed to {len(BIG)}"
+        assert alice.refusal("update", update_chunk(BIG, 0, digest, size)) == why
+    assert "a request of 4 bytes where 16 belong" in alice.refusal("update", digest + bytes(4))
+    assert "a request of 0 bytes where 16 belong" in alice.refusal("update", b"")
     for foreign in (BIG, UPDATES["alice"]):
         assert "bob has not committed to the update" in bob.refusal("update", update_chunk(foreign))
     wrong = BIG[:-1] + b"?"
     for offset in (0, CHUNK):
         alice.ask("update", update_chunk(wrong, offset, digest))
     last = update_chunk(wrong, 2 * CHUNK, digest)
-    assert alice.refusal("update", last).startswith("the update is not what alice committed to: its SHA-256 is not ")
+    assert alice.refusal("update", last) == f"the file is not what it must be: its SHA-256 is not {digest.hex()}"
     alice.send(BIG)
     bob.send(UPDATES["bob"])
     assert cycle.result()[1] == {"alice": BIG, "bob": UPDATES["bob"]}
@@ -541,7 +567,8 @@ def test_a_member_gets_the_files_that_its_task_names_and_no_others(
     update = write_blob(store, b"bob's update")
     for digest in (bobs, earlier, update, dataset.validation, dataset.test, bytes(32), b"../" * 10 + b"..", b"\n" * 32):
         assert alice.refusal("file", digest + bytes(8)) == f"there is no file {digest.hex()} for alice"
-    for digest in (model, alices, bobs):
+    carol.connection.fetch(model, tmp_path)  # a closed cycle's model is everybody's
+    for digest in (alices, bobs, earlier, update):
         assert carol.refusal("file", digest + bytes(8)) == f"there is no file {digest.hex()} for carol"
     for request in (b"", model, model + bytes(7), model + bytes(9), bytes(1 << 20)):
         assert "where 8 belong" in alice.refusal("file", request)
@@ -744,7 +771,7 @@ def test_an_upload_goes_on_when_the_coordinator_is_killed_in_its_middle(
     update = coordinator.engine.handlers["update"]
 
     async def stuck(member: str, data: bytes) -> bytes:
-        if data[32:40] == struct.pack("<Q", CHUNK):
+        if data[40:48] == struct.pack("<Q", CHUNK):
             reached.set()
             await asyncio.Event().wait()
         return await update(member, data)
@@ -761,7 +788,152 @@ def test_an_upload_goes_on_when_the_coordinator_is_killed_in_its_middle(
     assert cycle.result()[1] == {"alice": BIG, "bob": UPDATES["bob"]}
 
 
+# Memories, with which tasks are done again.
+
+
+def test_a_memory_comes_when_the_coordinator_asks_for_it(
+    coordinator: Coordinator, cycle: Cycle, alice: Miner, bob: Miner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is there already is not asked for. What comes twice is answered twice."""
+    closes(cycle, alice, bob)
+    memories = {hashlib.sha256(data).digest(): data for data in (BIG, b"small")}
+    there = write_blob(coordinator.engine.store, b"there already")
+    brought = coordinator.bring(alice=[there, *memories], bob=[there])
+    request = request_of(alice.wait_for("memories"))
+    assert request == MemoryRequest(cycle.digest, sorted(memories))
+    chunks = [update_chunk(data, offset) for data in memories.values() for offset in range(0, len(data), CHUNK)]
+    before = open_files(coordinator.engine.store)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(partial(alice.ask, "memory"), chunks * 3))
+    assert set(answers) <= {b"", b"whole"}
+    brought.result(PATIENCE)
+    for data in memories.values():
+        alice.send_memory(data)
+    assert open_files(coordinator.engine.store) == before
+    for digest, data in memories.items():
+        assert (coordinator.engine.store / digest.hex()).read_bytes() == data
+    monkeypatch.setattr(nats_module, "POLL_SECONDS", 0.0)
+    assert "memories" not in bob.poll()
+    again = coordinator.begin(1)
+    alice.wait_for("opening")
+    alice.since["boot"] = ""
+    assert set(alice.poll()) == {"opening"}  # the next cycle takes the request back
+    closes(again, alice, bob)
+
+
+def test_a_memory_is_taken_only_as_it_was_asked_for(
+    coordinator: Coordinator, cycle: Cycle, alice: Miner, bob: Miner, carol: Miner
+) -> None:
+    digest = hashlib.sha256(BIG).digest()
+    for miner in (alice, carol):
+        assert miner.refusal("memory", update_chunk(BIG)) == (
+            f"nobody has asked {miner.name} for the memory {digest.hex()}"
+        )
+    closes(cycle, alice, bob)
+    assert "nobody has asked alice" in alice.refusal("memory", update_chunk(BIG))
+    brought = coordinator.bring(alice=[digest], bob=[hashlib.sha256(b"bob's").digest()])
+    alice.wait_for("memories")
+    bob.wait_for("memories")
+    for miner, data in ((bob, BIG), (alice, b"bob's"), (carol, BIG), (alice, UPDATES["alice"])):
+        assert f"nobody has asked {miner.name} for the memory" in miner.refusal("memory", update_chunk(data))
+    assert "a request of 0 bytes where 16 belong" in alice.refusal("memory", b"")
+    assert "a request of 15 bytes where 16 belong" in alice.refusal("memory", digest + bytes(15))
+    most = (1 << 20) + 4 * (coordinator.engine.store / coordinator.state.model_hash.hex()).stat().st_size
+    for size in (0, most + 1, 2**63, 2**64 - 1):
+        why = f"a memory of {size} bytes is refused: at most {most}"
+        assert alice.refusal("memory", update_chunk(BIG, 0, digest, size)) == why
+    for data, offset in ((BIG[:10], 0), (BIG, 1), (BIG + b"x", 2 * CHUNK), (BIG, 3 * CHUNK), (BIG, 2**64 - CHUNK)):
+        why = f"no chunk of {len(BIG)} bytes"
+        assert why in alice.refusal("memory", update_chunk(data, offset, digest, len(BIG))), (len(data), offset)
+    assert alice.ask("memory", update_chunk(BIG)) == b""
+    other = update_chunk(BIG, CHUNK, digest, 2 * CHUNK)
+    assert alice.refusal("memory", other) == f"the file had {len(BIG)} bytes before, and {2 * CHUNK} now"
+    wrong = BIG[:-1] + b"?"
+    alice.ask("memory", update_chunk(wrong, CHUNK, digest))
+    last = update_chunk(wrong, 2 * CHUNK, digest)
+    assert alice.refusal("memory", last) == f"the file is not what it must be: its SHA-256 is not {digest.hex()}"
+    assert not brought.done()
+    alice.send_memory(BIG)
+    bob.send_memory(b"bob's")
+    brought.result(PATIENCE)
+
+
+def test_a_miner_that_sends_no_memory_holds_up_nobody_for_long(
+    coordinator: Coordinator, cycle: Cycle, alice: Miner, bob: Miner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alice is silent, then she is away, while the time is not over. She cannot send anything later."""
+    closes(cycle, alice, bob)
+    late = "the memory came too late: the cycle takes no more memories"
+    monkeypatch.setattr(coordinator.engine, "present", lambda: [KEYS["alice"]])
+    monkeypatch.setattr(nats_module, "REVEAL_SECONDS", 1.0)
+    brought = coordinator.bring(alice=[hashlib.sha256(BIG).digest()], bob=[hashlib.sha256(b"bob's").digest()])
+    alice.wait_for("memories")
+    alice.ask("memory", update_chunk(BIG))
+    brought.result(PATIENCE)
+    assert alice.refusal("memory", update_chunk(BIG, CHUNK)) == late
+    assert bob.refusal("memory", update_chunk(b"bob's")) == late
+    monkeypatch.setattr(nats_module, "REVEAL_SECONDS", FAR)
+    monkeypatch.setattr(coordinator.engine, "present", list)
+    coordinator.bring(alice=[hashlib.sha256(BIG).digest()]).result(PATIENCE)
+    assert not (coordinator.engine.store / hashlib.sha256(BIG).hexdigest()).exists()
+    assert [path for path in coordinator.engine.store.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_coordinator_that_is_killed_asks_again_for_memories(
+    coordinator: Coordinator, cycle: Cycle, alice: Miner, bob: Miner
+) -> None:
+    closes(cycle, alice, bob)
+    digest = hashlib.sha256(BIG).digest()
+    brought = coordinator.bring(alice=[digest])
+    statement = alice.wait_for("memories")
+    alice.ask("memory", update_chunk(BIG))
+    coordinator.kill()
+    with pytest.raises(StoppedError):
+        brought.result(PATIENCE)
+    coordinator.start()
+    assert "nobody has asked alice" in alice.refusal("memory", update_chunk(BIG, CHUNK))
+    assert coordinator.go_on().result()[1] == {"alice": UPDATES["alice"], "bob": UPDATES["bob"]}
+    brought = coordinator.bring(alice=[digest])
+    assert request_of(alice.wait_for("memories")) == request_of(statement)
+    alice.send_memory(BIG)
+    brought.result(PATIENCE)
+    assert (coordinator.engine.store / digest.hex()).read_bytes() == BIG
+
+
 # Miners that are away, and deadlines.
+
+
+def test_a_commit_after_the_jobs_late_seconds_is_late_and_stays_so_after_a_restart(
+    coordinator: Coordinator, alice: Miner, bob: Miner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alice commits in time. Place and lateness are in the receipts, and in what the engine returns."""
+    coordinator.engine.job = replace(coordinator.engine.job, task_seconds=1000.0, late_seconds=500.0)
+    cycle = coordinator.begin(seconds=1000)
+    bob.wait_for("opening")
+    monkeypatch.setattr(nats_module, "time", SetClock(400))
+    bob.commit(cycle, UPDATES["bob"])
+    monkeypatch.setattr(nats_module, "time", SetClock(600))
+    alice.commit(cycle, UPDATES["alice"])
+    for _ in range(2):
+        for miner, place, late in ((bob, 0, False), (alice, 1, True)):
+            receipt = miner.commit(cycle, UPDATES[miner.name])
+            assert (receipt.place, receipt.late) == (place, late)
+        assert coordinator.commits() == {"alice": (1, True), "bob": (0, False)}
+        coordinator.kill()
+        coordinator.start()  # with a job without late_seconds
+    cycle = coordinator.go_on()
+    closes(cycle, alice, bob)
+    assert coordinator.commits() == {"alice": (1, True), "bob": (0, False)}
+    assert coordinator.evidence() == []
+
+
+def test_no_commit_is_late_without_late_seconds(
+    coordinator: Coordinator, cycle: Cycle, alice: Miner, bob: Miner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert coordinator.engine.job.late_seconds is None
+    monkeypatch.setattr(nats_module, "time", SetClock(FAR - 100))
+    assert not alice.commit(cycle, UPDATES["alice"]).late
+    closes(cycle, alice, bob)
 
 
 def test_a_cycle_closes_as_soon_as_all_who_are_present_have_committed(
@@ -840,18 +1012,31 @@ def train(miner: Miner, job: TrainingJob, files: Path, executing: threading.Lock
                 answer = executor.execute(files, order)
             digest = hashlib.sha256(statement).digest()
             commit = Commit.to(answer, hashlib.sha256(answer.update).digest())
-            message = CommitMessage(digest, *commit[:-1])
+            message = CommitMessage(digest, *commit[:6])
             miner.ask("commit", seal(SECRETS[miner.name], PARAMS.chain_id, message))
             updates[digest] = answer.update
         if statement := notices.get("reveal", b""):
             miner.send(updates[closing_of(statement).opening])
+        if statement := notices.get("memories", b""):
+            for memory in request_of(statement).memories:
+                miner.send_memory((files / memory.hex()).read_bytes())
+
+
+class Locked(SpotChecker):
+    """Does no task again while a miner in this process does its own."""
+
+    executing: threading.Lock
+
+    def check(self, drawn: Drawn) -> SpotCheck:
+        with self.executing:
+            return super().check(drawn)
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["without-memory", "density-and-memory"])
 def test_the_models_are_those_of_engine_local(
     server: Server, job: TrainingJob, small: TrainingJob, make_trainer: Any, tmp_path: Path, keep: bool
 ) -> None:
-    job = replace(small if keep else job, cycles=3)
+    job = replace(small if keep else job, cycles=3, spot_checks=1.0)
     names = sorted(NAMES, key=KEYS.__getitem__)
 
     def drawn(commits: Mapping[bytes, Commit]) -> bytes:
@@ -872,6 +1057,8 @@ def test_the_models_are_those_of_engine_local(
     over_nats: list[CycleResult] = []
     stop, executing = threading.Event(), threading.Lock()
     coordinator = Coordinator(server, tmp_path / "coordinator", dataset)
+    checker = Locked(dataset, coordinator.engine.store, coordinator.trainer.segments)
+    checker.executing, coordinator.trainer._checker = executing, checker
     with ExitStack() as stack:
         stack.callback(coordinator.pool.shutdown)
         stack.callback(coordinator.kill)
@@ -896,11 +1083,17 @@ def test_the_models_are_those_of_engine_local(
     assert [facts(result) for result in over_nats] == [facts(result) for result in local]
     assert len({result.model_after for result in local}) == 3
     assert all(len(result.contributions) == 3 for result in local)
+    checks = [check for result in over_nats for check in result.spot_checks]
+    assert [(check.failure, check.distance) for check in checks] == [("", None)] * 6  # of two cycles
     if keep:
         files = {path.name for path in (tmp_path / "alice").iterdir()}
         memory = coordinator.state.memories[KEYS["alice"]].hex()
         assert memory in files
         assert not (coordinator.run.store / memory).exists()
+        for task in over_nats[-1].tasks:  # they were sent
+            assert task.commit
+            assert task.commit.memory_before
+            assert (coordinator.run.store / task.commit.memory_before.hex()).exists()
 
 
 def facts(result: CycleResult) -> tuple[Any, ...]:
@@ -908,7 +1101,8 @@ def facts(result: CycleResult) -> tuple[Any, ...]:
     commits = [task.commit for task in result.tasks]
     made = [commit and (commit.update_hash, commit.memory_before, commit.memory_after) for commit in commits]
     weights = [each.weight for each in result.contributions]
-    return result.model_after, result.loss_after, result.score_seed, result.after.memories, made, weights
+    found = (result.spot_checks, result.after.standings, result.after.norms)
+    return result.model_after, result.loss_after, result.score_seed, result.after.memories, made, weights, found
 
 
 # The connection.
