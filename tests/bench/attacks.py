@@ -475,13 +475,16 @@ RULE = "traincert"
 RULES: dict[str, type[Judge]] = {"loss only": FedAvg, "rating": Gauntlet}
 """Other ways to score."""
 ALL_RULES = (RULE, "no spot checks", *RULES)
+AGGREGATIONS = ("trimmed_mean", "geometric_median")
+"""A rule may have one of these behind it, as in "loss only, trimmed_mean"."""
 
 
 def run(job_name: str, rule: str, attack: str, seed: int, cycles: int = CYCLES) -> dict[str, Any]:
     """Run an attack. Return the attackers' share of the weight, the accuracy, and what tasks and checks there were."""
     torch.set_num_threads(1)
     case = CASES[attack]
-    job = replace(JOBS[job_name], seed=seed)
+    rule, _, aggregation = rule.partition(", ")
+    job = replace(JOBS[job_name], seed=seed, aggregation=aggregation or "mean")  # type: ignore[arg-type]
     if rule != RULE:
         job = replace(job, spot_checks=0.0)
     names = case.names if case.attack else 2
@@ -634,7 +637,13 @@ def plot(found: Mapping[Key, dict[str, Any]], path: Path) -> None:
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--job", "jobs", multiple=True, type=click.Choice(list(JOBS)), default=list(JOBS))
-@click.option("--rule", "rules", multiple=True, type=click.Choice(ALL_RULES), default=ALL_RULES)
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    type=click.Choice([*ALL_RULES, *(f"{rule}, {each}" for rule in ALL_RULES for each in AGGREGATIONS)]),
+    default=ALL_RULES,
+)
 @click.option("--attack", "attacks", multiple=True, type=click.Choice(list(CASES)), default=list(CASES))
 @click.option("--seeds", type=click.IntRange(1), default=3)
 def main(folder: Path, jobs: Sequence[str], rules: Sequence[str], attacks: Sequence[str], seeds: int) -> None:
@@ -645,8 +654,13 @@ def main(folder: Path, jobs: Sequence[str], rules: Sequence[str], attacks: Seque
     found = run_all(keys, folder / "attacks.json")
     parts = []
     for job in dict.fromkeys(key[0] for key in found):
+        shown = [
+            rule
+            for rule in dict.fromkeys([*ALL_RULES, *sorted(key[1] for key in found)])
+            if (job, rule) in {key[:2] for key in found}
+        ]
         known = [attack for attack in CASES if any(key[0] == job and key[2] == attack for key in found)]
-        parts.append(f"{job}:\n\n{table(found, job, known, ALL_RULES)}")
+        parts.append(f"{job}:\n\n{table(found, job, known, shown)}")
     (folder / "table.md").write_text("\n".join(parts))
     plot(found, folder / "attacks.png")
     click.echo("\n".join(parts))

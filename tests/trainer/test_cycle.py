@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -392,3 +393,36 @@ def test_the_shipped_job_reaches_its_target(make_trainer: MakeTrainer, miners: l
         assert job.target_metric is not None
         assert trainer.test(results[-1].after.model).metric >= job.target_metric
     assert results[-1].loss_after < results[0].loss_before / 5
+
+
+def test_a_late_task_counts_at_its_share(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    with make_trainer(job, tmp_path / "in time") as trainer:
+        (in_time,) = run(trainer, miners, 1)
+    with make_trainer(replace(job, late_seconds=1e-6, late_share=0.5), tmp_path / "late") as trainer:
+        (late,) = run(trainer, miners, 1)
+    assert all(task.commit and task.commit.late for task in late.tasks)
+    assert not any(task.commit and task.commit.late for task in in_time.tasks)
+    for mine, whole in zip(late.contributions, in_time.contributions, strict=True):
+        assert mine.weight == pytest.approx(whole.weight / 2, rel=1e-3)
+
+
+def test_the_score_seed_decides_what_is_done_again_and_without_it_nothing_is(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    with make_trainer(replace(job, spot_checks=0.5), tmp_path) as trainer:
+        (trusted,) = run(trainer, miners, 1)
+        start = trainer.start()
+        found = [
+            trainer.run_cycle(start, miners, seed=b"", score_seed=partial(lambda seed, _commits: bytes([seed]), seed))
+            for seed in (1, 1, 2)
+        ]
+        second = trainer.run_cycle(found[0].after, miners, seed=b"2", score_seed=lambda _commits: b"3")
+    assert trusted.after.drawn == ()
+    assert all(task.own_shard is None for task in trusted.tasks)
+    assert all(len(each.after.drawn) == 2 for each in found)
+    assert found[0].after.drawn == found[1].after.drawn
+    assert all(task.own_shard is not None for task in found[0].tasks)
+    assert [check.miner for check in second.spot_checks] == [each.order.task.miner for each in found[0].after.drawn]
+    assert all(check.passed for check in second.spot_checks)
