@@ -596,7 +596,7 @@ class _Model:
         """Read a task's update. Return None if it is rightly refused; raise CosignError if it is wrongly judged."""
         from traincert.trainer.aggregation import Accepted
         from traincert.trainer.scoring import Contribution
-        from traincert.trainer.updates import UpdateError, read_update
+        from traincert.trainer.updates import UpdateError, l2_norm, read_update
 
         segment = self.segments[task.segment]
         try:
@@ -608,7 +608,7 @@ class _Model:
             return None
         if task.refusal is not None and task.refusal not in _AFTER_READING:
             raise CosignError("left-out", f"{task.name} is refused as {task.refusal}, but its update has no such fault")
-        norm = float(update.move.double().norm())
+        norm = l2_norm(update.move)
         if task.norm is None or abs(norm - task.norm) > _NORM_TOLERANCE * norm:
             raise CosignError("wrong-norm", f"{task.name}: norm: expected {norm:g}, found {task.norm}")
         if task.refusal is not None:

@@ -29,7 +29,7 @@ from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.broker import Connection
 from traincert.trainer.engines.nats import NatsEngine
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import RunFolder
+from traincert.trainer.records import RunFolder, standings
 
 STATUS_SECONDS = 1.0
 """How often a running coordinator writes its status."""
@@ -81,7 +81,11 @@ class Program:
 
         def note() -> None:
             while not over.wait(STATUS_SECONDS):
-                coordinator = {"closed": self.coordinator.closed, "awaiting": self.coordinator.awaiting}
+                coordinator = {
+                    "closed": self.coordinator.closed,
+                    "awaiting": self.coordinator.awaiting,
+                    "barred": self._barred(),
+                }
                 write_status(self.folder, coordinator | self.engine.status())
 
         thread = Thread(target=note, name="status", daemon=True)
@@ -91,6 +95,15 @@ class Program:
         finally:
             over.set()
             thread.join()
+
+    def _barred(self) -> dict[str, int]:
+        """Return until which cycle, counted from 1, members are barred that failed a spot check, by name."""
+        known = standings(self.run.records[-1])
+        return {
+            self._name(miner): each.barred_until + 1
+            for miner, each in known.items()
+            if each.barred_until > self.run.cycles
+        }
 
     def _name(self, key: bytes) -> str:
         return next((name for name, each in self.members.keys().items() if each == key), key.hex()[:16])
@@ -153,6 +166,7 @@ def cycle_facts(slot: ClosedSlot, winner: str) -> dict[str, Any]:
         "winner": winner,
         "tasks": len(record["tasks"]),
         "refusals": [task["refusal"] for task in record["tasks"] if task["refusal"]],
+        "spot_checks": len(record["spot_checks"]),
         "loss_before": certificate.loss_before,
         "loss_after": certificate.loss_after,
         "metric": record["metric"],

@@ -27,10 +27,11 @@ from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.standings import Standing, Standings
 from traincert.trainer.state import State
 from traincert.trainer.training import rows
-from traincert.trainer.updates import Update, UpdateError, read_update
+from traincert.trainer.updates import Update, UpdateError, l2_norm, read_update
 from traincert.trainer.weights import ENOUGH, Score, foreign, limit_norms
 
 _MANY = 64  # updates that are compared at once
+_SMALL = 1e-30  # less than any norm that is not 0
 _TINY = 4e-4  # a copy's distance from 1 is a quarter of it, where it is not known how alike updates are
 _GROUPS = 16  # batches of the examples of a shard
 
@@ -179,7 +180,7 @@ class Judge:
             if case.commit and case.commit.memory_before not in (None, case.order.memory_hash):
                 raise UpdateError(Reason.WRONG_MEMORY, "the task began with another memory than the last task left")
             case.update = read_update(sent, self.dataset.job, case.segment, model)
-            case.norm = float(case.update.move.double().norm())
+            case.norm = l2_norm(case.update.move)
         except UpdateError as error:
             case.refused = error
 
@@ -201,37 +202,31 @@ class Judge:
         """
         for segment, here in _by_segment([case for case in cases if not case.refused]).items():
             here.sort(key=lambda case: (case.commit.place if case.commit else 0, case.miner))
-            cosines = _cosines(here, [case.update.move for case in here if case.update])
-            last = {miner: each for (miner, where), each in known.moves.items() if where == segment}
-            former = [(miner, shard) for miner, (shard, _) in last.items()]
-            alike = _cosines(here, [move for _, move in last.values()])
-            pairs = [
-                cosines[number, earlier]
-                for number, case in enumerate(here)
-                for earlier, other in enumerate(here[:number])
-                if case.order.shard_hash != other.order.shard_hash
-            ]
+            last = [(miner, *each) for (miner, where), each in known.moves.items() if where == segment]
+            step = [] if known.step is None else [known.step[here[0].segment.start : here[0].segment.end]]
+            moves = [case.update.move for case in here if case.update]
+            cosines = _cosines(moves, [*moves, *(move for _, _, move in last), *step])
+            names = [f"the update of {case.miner.hex()}, which was committed to first" for case in here]
+            names += [f"the last update of {miner.hex()} of this segment" for miner, _, _ in last]
+            names += ["the model's last move" for _ in step]
+            shards = [*(case.order.shard_hash for case in here), *(shard for _, shard, _ in last), *(b"" for _ in step)]
+            same_shard = np.array([[case.order.shard_hash == shard for shard in shards] for case in here])
+            pairs = cosines[:, : len(here)][np.tril(~same_shard[:, : len(here)], -1)]
             usual = 1 - float(np.quantile(pairs, 0.25)) if len(pairs) >= ENOUGH else _TINY  # a quarter is less alike
             least = max(self.dataset.job.copy_cosine, 1 - usual / 4)
-            step = known.step[here[0].segment.start : here[0].segment.end] if known.step is not None else None
+            cosines[same_shard] = -1.0
+            cosines[:, : len(here)][np.triu_indices(len(here))] = -1.0  # only what was committed to earlier counts
+            committed: dict[bytes, int] = {}
             for number, case in enumerate(here):
-                found = {
-                    f"the update of {other.miner.hex()}, which was committed to first": (
-                        1.0 if other.hash == case.hash else float(cosines[number, earlier])
-                    )
-                    for earlier, other in enumerate(here[:number])
-                    if other.hash == case.hash or other.order.shard_hash != case.order.shard_hash
-                }
+                like, cosine = int(cosines[number].argmax()), float(cosines[number].max())
+                what = names[like]
                 if case.hash in known.hashes:
-                    found["an update of an earlier cycle"] = 1.0
-                for place, (miner, shard) in enumerate(former):
-                    if shard != case.order.shard_hash:
-                        found[f"the last update of {miner.hex()} of this segment"] = float(alike[number, place])
-                if step is not None:
-                    found["the model's last move"] = float(_cosines([case], [step])[0, 0])
-                like, cosine = max(found.items(), key=lambda each: each[1], default=("", -1.0))
+                    what, cosine = "an update of an earlier cycle", 1.0
+                elif case.hash in committed:
+                    what, cosine = names[committed[case.hash]], 1.0
+                committed.setdefault(case.hash, number)
                 if cosine >= least:
-                    case.refuse(Reason.COPY, f"cosine {cosine:.4f} with {like}; it must be below {least:.4f}")
+                    case.refuse(Reason.COPY, f"cosine {cosine:.4f} with {what}; it must be below {least:.4f}")
 
     def _compare_shards(
         self, cases: Sequence[_Case], model: State, seed: bytes, standings: Standings
@@ -322,17 +317,21 @@ def _remembered(known: Known, cases: Sequence[_Case]) -> Known:
     return Known(known.hashes | {case.hash for case in cases if case.update}, {**known.moves, **moves})
 
 
-def _cosines(cases: Sequence[_Case], moves: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
-    """Return the cosines of updates of one segment and other moves of it, (updates, moves)."""
-    found = np.ones((len(cases), len(moves)), np.float32)
-    if len(moves) == 1 == len(cases) and cases[0].update and moves[0] is cases[0].update.move:
+def _cosines(ours: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
+    """Return the cosines of moves of one segment, (ours, others)."""
+    found = np.ones((len(ours), len(others)), np.float32)
+    if len(ours) * len(others) <= _MANY:  # without a copy: the moves may be big
+        for row, mine in enumerate(ours):
+            for column, other in enumerate(others):
+                if mine is not other:
+                    move = other.float()
+                    found[row, column] = torch.dot(mine, move) / (mine.norm() * move.norm()).clamp_min(_SMALL)
         return found
-    for begin in range(0, len(moves), _MANY):  # not all have to fit into memory twice
-        other = torch.nn.functional.normalize(torch.stack([move.float() for move in moves[begin : begin + _MANY]]))
-        for start in range(0, len(cases), _MANY):
-            ours = [case.update.move for case in cases[start : start + _MANY] if case.update]
-            here = slice(start, start + _MANY), slice(begin, begin + _MANY)
-            found[here] = (torch.nn.functional.normalize(torch.stack(ours)) @ other.T).numpy()
+    for begin in range(0, len(others), _MANY):  # not all have to fit into memory twice
+        moves = torch.nn.functional.normalize(torch.stack([move.float() for move in others[begin : begin + _MANY]]))
+        for start in range(0, len(ours), _MANY):
+            some = torch.nn.functional.normalize(torch.stack(list(ours[start : start + _MANY])))
+            found[start : start + _MANY, begin : begin + _MANY] = (some @ moves.T).numpy()
     return found
 
 

@@ -154,10 +154,14 @@ def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -
     for name, delta in buffers.items():
         if not delta.any():
             raise UpdateError(Reason.NOT_CANONICAL, f"{_BUFFER}{name}: a buffer that did not change")
-    norm = math.hypot(*(float(part.double().norm()) for part in torch.split(move, _BLOCK)))
-    if norm > (most := max_norm(job, segment)):
+    if (norm := l2_norm(move)) > (most := max_norm(job, segment)):
         raise UpdateError(Reason.NORM_TOO_LARGE, f"L2 norm {norm:g}, at most {most:g} (max_update_norm)")
     return Update(move, buffers)
+
+
+def l2_norm(move: torch.Tensor) -> float:
+    """Return a move's L2 norm, computed in float64. Processors may differ in its last bits."""
+    return math.hypot(*(float(part.double().norm()) for part in torch.split(move, _BLOCK)))
 
 
 def max_norm(job: TrainingJob, segment: Segment) -> float:

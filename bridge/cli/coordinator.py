@@ -185,6 +185,8 @@ def coordinator_status(folder: Path, as_json: bool) -> None:
     else:
         click.echo(f"{status['closed']} cycles are closed; waiting for {status['awaiting']}")
         click.echo(f"present: {', '.join(status['present']) or 'nobody'}")
+        for name, until in status["barred"].items():
+            click.echo(f"barred: {name}, before cycle {until}: a task of it, done again, gave something else")
         if status["miners"]:
             late = sorted(set(status["miners"]) - set(status["committed"]))
             left = status["deadline"] - time.time()
