@@ -1,7 +1,9 @@
 """One cycle: assign tasks, collect commits and updates, judge them, aggregate them into the next model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -42,6 +44,8 @@ class Checkpoint:
     """The lowest validation loss of all models so far, nano-nats."""
     velocity: torch.Tensor
     """The outer optimizer's momentum buffer, (all trainable parameters,) float32."""
+    velocity_hash: bytes
+    """SHA-256 of its file, 32 raw bytes."""
     memories: Mapping[bytes, bytes] = field(default_factory=dict)
     """SHA-256 of each miner's memory, by miner. A miner without a memory is not in it."""
     norms: Mapping[int, float] = field(default_factory=dict)
@@ -132,14 +136,20 @@ class Trainer:
         Raises JobError if the job's `initial_model` cannot be used, or if its loss is no number or has no gradient.
         """
         model = initial_state(self.job)
-        model_hash = save_state(self._engine.store, model)
+        velocity = torch.zeros(self.layout.params)
+        model_hash, velocity_hash = self._save(model, {"velocity": velocity})
         evaluation = self.evaluate(model)
         if evaluation.loss == MAX_NANO_NATS:
             raise JobError(f"loss = {self.job.loss!r}: the initial model's loss is no number (NaN), or is infinite")
         with seeded(self.job.seed):
             batch = self.validation.batch(slice(self.job.batch_size))
             Functions(self.job).check_gradient(self._model.eval(), batch.inputs, batch.target)
-        return Checkpoint(0, model, model_hash, evaluation, evaluation.loss, torch.zeros(self.layout.params))
+        return Checkpoint(0, model, model_hash, evaluation, evaluation.loss, velocity, velocity_hash)
+
+    def _save(self, *states: State) -> list[bytes]:
+        """Store states at the same time, because big ones take long. Return their hashes."""
+        with ThreadPoolExecutor(len(states)) as pool:
+            return list(pool.map(partial(save_state, self._engine.store), states))
 
     def evaluate(self, model: State) -> Evaluation:
         """Return a model's loss and metric on the validation examples."""
@@ -249,13 +259,17 @@ class Trainer:
         if judged.accepted:
             model, velocity, evaluation, share, step = self._moved(before, judged.accepted)
             memories = _memories(judged.tasks) if share else {}
+        model_hash, velocity_hash = before.model_hash, before.velocity_hash
+        if velocity is not before.velocity:
+            model_hash, velocity_hash = self._save(model, {"velocity": velocity})
         after = Checkpoint(
             cycle=before.cycle + 1,
             model=model,
-            model_hash=save_state(self._engine.store, model) if share else before.model_hash,
+            model_hash=model_hash,
             evaluation=evaluation,
             best_loss=min(before.best_loss, evaluation.loss),
             velocity=velocity,
+            velocity_hash=velocity_hash,
             memories=_without_cheats({**before.memories, **memories}, spot_checks),
             norms=judged.norms,
             standings=next_standings(

@@ -32,7 +32,7 @@ from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.scoring import Contribution, Evaluation
 from traincert.trainer.spot_checks import Drawn, SpotCheck
 from traincert.trainer.standings import Standing
-from traincert.trainer.state import load_state, save_state
+from traincert.trainer.state import load_state
 from traincert.trainer.store import prune, verify_blob, write_file
 from traincert.trainer.tasks import Task
 
@@ -233,6 +233,7 @@ class RunFolder:
             ),
             best_loss=min(record["loss_after"] for record in self.records),
             velocity=load_state(self.store, bytes.fromhex(last["velocity"]))["velocity"],
+            velocity_hash=bytes.fromhex(last["velocity"]),
             memories=self.memories(),
             norms={int(segment): norm for segment, norm in last["norms"].items()},
             standings=standings(last),
@@ -258,7 +259,7 @@ class RunFolder:
     def next_record(self, result: CycleResult, opening: bytes = b"") -> Record:
         """Return the record of the next cycle. `save` writes it. `opening` is the statement that announced the cycle.
 
-        All files that it names are in the store then: models and memories already are; this stores the velocity.
+        All files that it names are in the store.
         """
         drawn = {each.order.task.miner for each in result.after.drawn}
         return {
@@ -301,7 +302,7 @@ class RunFolder:
             "loss_offset": self.job.loss_offset,
             "metric": finite(state.evaluation.metric),
             "more_metrics": list(map(finite, state.evaluation.more)),
-            "velocity": save_state(self.store, {"velocity": state.velocity}).hex(),
+            "velocity": state.velocity_hash.hex(),
             "memories": {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())},
             "norms": {str(segment): norm for segment, norm in sorted(state.norms.items())},
             "standings": {miner.hex(): list(each) for miner, each in sorted(state.standings.items())},
