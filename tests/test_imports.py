@@ -16,18 +16,19 @@ MAY_IMPORT = {"trainer": {"trainer"}, "regtest": {"regtest"}, "bridge": {"bridge
 # In the order in which data meets them: a file imports only from those before it.
 ORDER = {
     "trainer": (
-        "errors interrupts failpoints imports determinism job usercode store datasets examples sharding preprocessing "
-        "models state segments tasks updates training scoring aggregation engines.orders engines.executor "
-        "engines.local engines.broker engines.nats cycle records export replay report compare run"
+        "errors interrupts failpoints imports determinism job weights usercode store datasets examples sharding "
+        "preprocessing models state segments tasks updates training scoring aggregation engines.orders "
+        "engines.executor engines.local engines.broker engines.nats standings judging spot_checks cycle records "
+        "export replay report compare run"
     ),
     "bridge": (
         "errors consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "
-        "consensus.block consensus.rules status keys signer messages invitations broker members member "
-        "coordinator_folder rpc chain producer coordinator appointing remote_miners cosigning coordinator_program "
-        "miner checker cosigner deployment "
+        "consensus.block consensus.rules status keys signer recorded messages invitations broker members member "
+        "coordinator_folder rpc chain receipts producer coordinator appointing remote_miners cosigning "
+        "coordinator_program miner checker cosigner audit deployment "
         "testing.invalid testing.network testing.plugin "
         "cli.view cli.events cli.picture cli.demo cli.node cli.job cli.broker cli.coordinator cli.miner cli.cosigner "
-        "cli.network cli.main"
+        "cli.network cli.receipt cli.audit cli.main"
     ),
     "regtest": (
         "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"
@@ -97,9 +98,9 @@ def test_every_public_name_is_there(package: str) -> None:
 
 
 LIGHT = (
-    "bridge.chain bridge.cli.main bridge.cli.broker bridge.cli.coordinator bridge.cli.cosigner bridge.cli.job "
-    "bridge.cli.miner bridge.cli.network bridge.cli.node bridge.testing.plugin bridge.testing.network "
-    "regtest regtest.network regtest.plugin regtest.snapshot"
+    "bridge.chain bridge.cli.main bridge.cli.audit bridge.cli.broker bridge.cli.coordinator bridge.cli.cosigner "
+    "bridge.cli.job bridge.cli.miner bridge.cli.network bridge.cli.node bridge.cli.receipt bridge.testing.plugin "
+    "bridge.testing.network regtest regtest.network regtest.plugin regtest.snapshot"
 )
 # What the extra `train` brings.
 EXTRA = {"cryptography", "jinja2", "matplotlib", "nats", "nkeys", "numpy", "pydantic", "safetensors", "sklearn"}
@@ -117,8 +118,8 @@ def test_what_only_training_needs_is_imported_only_by_what_trains(module: str) -
     assert not imports_of(f"traincert.{module}") & EXTRA
 
 
-def test_a_job_is_read_without_torch() -> None:
-    assert "torch" not in imports_of("traincert.trainer.job")
+def test_a_job_is_read_and_a_receipt_is_checked_without_torch() -> None:
+    assert "torch" not in imports_of("traincert.trainer.job", "traincert.bridge.receipts")
 
 
 def test_every_start_of_pytest_imports_none_of_our_libraries() -> None:

@@ -91,6 +91,7 @@ class Remote:
             read_commit=self.miners.read_commit,
             make_receipt=self.miners.make_receipt,
             make_closing=self.miners.make_closing,
+            make_request=self.miners.make_request,
             shared=self.miners.shared,
         )
         self.trainer = stack.enter_context(Trainer(dataset, self.engine))

@@ -60,7 +60,7 @@ class Simulated:
                     await self.ask("commit", self.seal(commit))
                 elif kind == "reveal" and unseal(self.params.chain_id, Closing, statement)[1].opening == opening:
                     for offset in range(0, len(self.update), CHUNK):
-                        head = self.digest + struct.pack("<Q", offset)
+                        head = self.digest + struct.pack("<QQ", len(self.update), offset)
                         await self.ask("update", head + self.update[offset : offset + CHUNK])
 
     def seal(self, message: Message) -> bytes:

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
-from dataclasses import replace
-from math import isqrt
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,19 +60,24 @@ from traincert.trainer.examples import Dataset, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset
-from traincert.trainer.records import Record, RunFolder, record_hash
+from traincert.trainer.records import Record, RunFolder, record_hash, standings
 from traincert.trainer.scoring import Evaluation
 from traincert.trainer.segments import cut_segments
+from traincert.trainer.spot_checks import Drawn, SpotCheck, SpotChecker
+from traincert.trainer.standings import Standing, choose, draw_checks, next_standings
 from traincert.trainer.state import State, load_state, state_hash
 from traincert.trainer.store import read_blob, write_blob
 from traincert.trainer.updates import encode_update, read_update
+from traincert.trainer.weights import limit_norms, paid
 from training_chain import COORDINATORS, PAYOUT_SCRIPT
 
-SECRETS = [digest(f"miner {number}") for number in range(7)]
+SECRETS = [digest(f"miner {number}") for number in range(10)]
 KEYS = {PrivateKey(secret).public_key_xonly.format(): PrivateKey(secret) for secret in SECRETS}
 MINERS = sorted(KEYS)
 OWN = COORDINATORS[1]
 NOT_JUDGED = 60 * 60 * 24
+CHEATED = "cheated"
+"""A fault: the update helps, but is not what the task gives. It is found in the next cycle."""
 
 
 class Engine:
@@ -86,6 +91,7 @@ class Engine:
         self._executor = Executor(job, store)
         self._segments = cut_segments(build_model(job), job)
         self._updates: list[bytes | Reason] = []
+        self._first: dict[int, bytes] = {}  # the first update of each segment
 
     def collect(
         self, shards: Path, orders: Sequence[Order], on_commit: OnCommit | None = None
@@ -101,7 +107,7 @@ class Engine:
                 continue
             answer = self._spoiled(order, self._executor.execute(shards, order), fault)
             write_blob(self.store, answer.update)
-            commit = Commit.to(answer, hashlib.sha256(answer.update).digest())
+            commit = Commit.to(answer, hashlib.sha256(answer.update).digest())._replace(place=len(commits))
             message = CommitMessage(
                 hashlib.sha256(self.opening).digest(),
                 commit.update_hash,
@@ -109,7 +115,7 @@ class Engine:
                 commit.memory_before,
                 commit.memory_after,
                 commit.seconds,
-                "a machine",
+                commit.numeric_class,
             )
             commits.append(commit._replace(statement=seal(KEYS[order.task.miner], self.chain_id, message)))
             self._updates.append(Reason.WITHHELD if fault == Reason.WITHHELD else answer.update)
@@ -119,20 +125,41 @@ class Engine:
         del orders, commits
         return self._updates
 
+    def bring(self, wanted: Mapping[bytes, Sequence[bytes]]) -> None:
+        """Do nothing: all memories are in the store."""
+
     def _spoiled(self, order: Order, answer: Answer, fault: str) -> Answer:
+        first = self._first.setdefault(order.task.segment, answer.update)
         if fault == Reason.MALFORMED:
             return answer._replace(update=b"no safetensors")
-        if fault == Reason.NO_IMPROVEMENT:
+        if fault == Reason.WRONG_MEMORY:
+            return answer._replace(memory_before=digest("a memory"))
+        if fault == Reason.COPY:
+            return answer._replace(update=first)
+        if scale := {Reason.NO_IMPROVEMENT: -1.0, CHEATED: 0.9}.get(fault):
             state = load_state(self.store, order.model_hash)
             update = read_update(answer.update, self.job, self._segments[order.task.segment], state)
-            return answer._replace(update=encode_update(update.scaled(-1.0), self.job.density)[0])
+            return answer._replace(update=encode_update(update.scaled(scale), self.job.density)[0])
         return answer
+
+
+class Waiting(SpotChecker):
+    """Does tasks again before the next ones begin: both are done in this process."""
+
+    def begin(self, drawn: Sequence[Drawn]) -> Future[list[SpotCheck]]:
+        future = super().begin(drawn)
+        wait([future])
+        return future
 
 
 class Judge(Trainer):
     """A trainer that can find the next models bad, so many times, that the guard halves the step."""
 
     bad = 0
+
+    def __init__(self, dataset: Dataset, engine: Engine) -> None:
+        super().__init__(dataset, engine)
+        self._checker = Waiting(dataset, engine.store, self.segments)
 
     def evaluate(self, model: State) -> Evaluation:
         evaluation = super().evaluate(model)
@@ -155,6 +182,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         optimizer="SGD",
         optimizer_options={"momentum": 0.9},
         keep_optimizer_state=True,
+        spot_checks=1.0,
+        copy_cosine=0.9999,  # who is accepted must not depend on the block's hash
+        shard_margin=100.0,
     )
     return prepare_dataset(job, tmp_path_factory.mktemp("data"))
 
@@ -187,9 +217,10 @@ class World:
         header = self.node.call("getblockheader", tip)
         return Slot(header["height"] + 1, lx(tip), header["time"])
 
-    def result(self, faults: Mapping[bytes, str], miners: Sequence[bytes] = MINERS, bad: int = 0) -> CycleResult:
-        """Run the slot's cycle. It is not saved."""
+    def result(self, faults: Mapping[bytes, str], miners: Sequence[bytes] = (), bad: int = 0) -> CycleResult:
+        """Run the slot's cycle, with all miners that may have a task, or with these. It is not saved."""
         slot, before = self.slot, self.run.load()
+        miners = miners or choose(b"", before.cycle, MINERS, before.standings, self.job.most_tasks)
         now = int(time.time())
         memories = self.run.memories()
         opening = Opening(
@@ -217,7 +248,7 @@ class World:
             ),
         )
 
-    def next_record(self, faults: Mapping[bytes, str], miners: Sequence[bytes] = MINERS, bad: int = 0) -> Record:
+    def next_record(self, faults: Mapping[bytes, str], miners: Sequence[bytes] = (), bad: int = 0) -> Record:
         """Return the record of the slot's cycle. Its files can be fetched."""
         record = self.run.next_record(self.result(faults, miners, bad), self.engine.opening)
         self._save(record)
@@ -268,7 +299,11 @@ FAULTS = {
     MINERS[1]: Reason.NO_IMPROVEMENT,
     MINERS[2]: Reason.WITHHELD,
     MINERS[3]: Reason.ABSENT,
+    MINERS[8]: Reason.WRONG_MEMORY,
+    MINERS[9]: Reason.COPY,
 }
+CHEAT = 4
+"""The number of a task whose miner cheated in the cycle before."""
 ACCEPTED = 5
 """The number of a task that is accepted."""
 
@@ -282,11 +317,69 @@ class Lies(World):
         """Propose the record with some of its fields changed."""
         return self.lie_of({**self.record, **changes})
 
-    def lie_of_task(self, number: int, **changes: Any) -> Proposal:
-        """Propose the record with some fields of a task changed, and with the memories that follow from that."""
+    def altered(self, number: int, **changes: Any) -> Proposal:
+        """Propose the record with some fields of a task changed, and nothing else."""
         tasks = [{**task, **changes} if i == number else task for i, task in enumerate(self.record["tasks"])]
+        return self.lie(tasks=tasks)
+
+    def rescored(self, number: int = 5, **changes: Any) -> Proposal:
+        """Propose the record with some fields of a task's score changed, and nothing else."""
+        return self.altered(number, score={**self.record["tasks"][number]["score"], **changes})
+
+    def with_standing(self, number: int, **changes: Any) -> Proposal:
+        """Propose the record with a standing after it changed."""
+        miner = MINERS[number].hex()
+        changed = Standing(*self.record["standings"][miner])._replace(**changes)
+        return self.lie(standings={**self.record["standings"], miner: list(changed)})
+
+    def checked(self, miner: bytes, **changes: Any) -> Proposal:
+        """Propose the record with a spot check changed."""
+        checks = [
+            {**check, **changes} if check["miner"] == miner.hex() else check for check in self.record["spot_checks"]
+        ]
+        return self.lie(spot_checks=checks)
+
+    def lie_of_task(self, number: int, **changes: Any) -> Proposal:
+        """Propose the record with some fields of a task changed, and with all that follows from that."""
+        tasks = [{**task, **changes} if i == number else task for i, task in enumerate(self.record["tasks"])]
+        return self.lie(**self.following(tasks))
+
+    def following(self, tasks: Sequence[Record]) -> Record:
+        """These tasks, and what follows from them: scales, norms, standings, drawn tasks and memories."""
+        before = self.run.records[-1]
+        valid = [task for task in tasks if task["norm"] is not None]
+        scales, norms = limit_norms(
+            [task["segment"] for task in valid],
+            [task["norm"] for task in valid],
+            {int(segment): norm for segment, norm in before["norms"].items()},
+        )
+        scale = {task["miner"]: each for task, each in zip(valid, scales, strict=True)}
+        measured = standings(before)
+        for task in tasks:
+            if task["own_shard"] is not None:
+                miner = bytes.fromhex(task["miner"])
+                measured[miner] = measured.get(miner, Standing()).measured(task["own_shard"])
+        accepted = [bytes.fromhex(task["miner"]) for task in tasks if not task["refusal"]]
+        drawn = draw_checks(bytes.fromhex(self.record["score_seed"]), accepted, measured, self.job.spot_checks)
+        passed = {bytes.fromhex(check["miner"]): not check["failure"] for check in self.record["spot_checks"]}
+        steady = {
+            bytes.fromhex(task["miner"]): bool(task["commit"]) and task["refusal"] != Reason.WITHHELD for task in tasks
+        }
+        until = self.record["cycle"] + self.job.penalty_cycles
         moved = {task["miner"]: task["memory_after"] for task in tasks if not task["refusal"] and task["memory_after"]}
-        return self.lie(tasks=tasks, memories={**self.run.records[-1]["memories"], **moved})
+        memories = {**before["memories"], **moved}
+        return {
+            "tasks": [
+                {**task, "scale": scale.get(task["miner"], 1.0), "drawn": bytes.fromhex(task["miner"]) in drawn}
+                for task in tasks
+            ],
+            "norms": {str(segment): norm for segment, norm in norms.items()},
+            "standings": {
+                miner.hex(): list(each)
+                for miner, each in next_standings(measured, steady=steady, passed=passed, barred_until=until).items()
+            },
+            "memories": {miner: each for miner, each in memories.items() if passed.get(bytes.fromhex(miner), True)},
+        }
 
     def lie_of(self, record: Record) -> Proposal:
         self.lies[record_hash(record)] = encoded(record)
@@ -322,10 +415,25 @@ def world(
 ) -> Iterator[Lies]:
     with ExitStack() as stack:
         world = Lies(bitcoin_network_module, stack, dataset, tmp_path_factory.mktemp("world"))
-        world.append(world.next_record({}))
+        world.append(world.next_record({MINERS[CHEAT]: CHEATED}))
         world.record = world.next_record(FAULTS, bad=1)
-        assert [task["refusal"] for task in world.record["tasks"]] == [*map(str, FAULTS.values()), None, None, None]
+        expected = {**FAULTS, MINERS[CHEAT]: Reason.SPOT_CHECK_FAILED}
+        assert [task["refusal"] for task in world.record["tasks"]] == [expected.get(miner) for miner in MINERS]
         assert world.record["share"] == 0.5
+        assert len(world.record["spot_checks"]) == len(MINERS)
+        yield world
+
+
+@pytest.fixture(scope="module")
+def later(
+    bitcoin_network_module: NetworkFactory, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Lies]:
+    """A world at height 2: who cheated is barred. The record of the third cycle is the one of this miner alone."""
+    with ExitStack() as stack:
+        world = Lies(bitcoin_network_module, stack, dataset, tmp_path_factory.mktemp("later"))
+        world.append(world.next_record({MINERS[CHEAT]: CHEATED}))
+        world.append(world.next_record({}))
+        world.record = world.next_record({}, [MINERS[CHEAT]])
         yield world
 
 
@@ -380,6 +488,30 @@ def _without_last_byte(proposal: Proposal) -> Proposal:
     return replace(proposal, certificate=proposal.certificate[:-1])
 
 
+def _scored(world: Lies, number: int, reduction: int) -> dict[str, Any]:
+    """What a task has that was measured with this reduction, without an error."""
+    score = paid(world.record["tasks"][number]["params"], reduction, 0, noise_margin=0.5, late_share=0.5, late=False)
+    return {"score": asdict(score), "loss_reduction": score.loss_reduction, "weight": score.weight}
+
+
+def _other_norms(world: Lies) -> Proposal:
+    """Norms that are not those of the files; all that follows from them does."""
+    tasks = [{**task, "norm": task["norm"] and task["norm"] * 1.5} for task in world.record["tasks"]]
+    return world.lie(**world.following(tasks))
+
+
+def _without_check(world: Lies, number: int) -> Proposal:
+    return world.lie(spot_checks=[each for i, each in enumerate(world.record["spot_checks"]) if i != number])
+
+
+def _many_miners(world: Lies) -> Proposal:
+    many = sorted(digest(f"stranger {number}") for number in range(world.job.most_tasks + 1))
+    return world.opening(miners=many, memories=[None] * len(many))
+
+
+NOT_SCORED: dict[str, Any] = {"detail": "a lie", "score": None, "loss_reduction": 0, "weight": 0}
+NOT_READ: dict[str, Any] = {**NOT_SCORED, "norm": None, "own_shard": None}
+
 LIES: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
     "wrong-table": {
         "another root": lambda world: world.propose(world.record, contributions_root=digest("root")),
@@ -393,13 +525,75 @@ LIES: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
         "none": lambda world: world.lie_of_task(ACCEPTED, weight=0, loss_reduction=0),
         "one of a refused update": lambda world: world.lie_of_task(0, weight=1),
         "a loss reduction of a refused update": lambda world: world.lie_of_task(0, loss_reduction=1),
+        "one without an improvement": lambda world: world.lie_of_task(1, weight=1),
+        "another reduction": lambda world: world.rescored(reduction=1),
+        "a smaller error": lambda world: world.rescored(
+            error=world.record["tasks"][ACCEPTED]["score"]["error"] // 2 - 1
+        ),
+        "another margin": lambda world: world.rescored(margin=0),
+        "another loss reduction": lambda world: world.rescored(loss_reduction=1),
+        "another weight of the score": lambda world: world.rescored(weight=1),
+        "all of a late one's": lambda world: world.altered(ACCEPTED, late=True),
     },
     "wrong-score": {
-        "more than all of the loss": lambda world: world.lie_of_task(
-            ACCEPTED,
-            loss_reduction=(most := 2**40),
-            weight=isqrt(world.record["tasks"][ACCEPTED]["params"] * most),
+        "more than all of the loss": lambda world: world.lie_of_task(ACCEPTED, **_scored(world, ACCEPTED, 2**40)),
+        "none of an accepted update": lambda world: world.altered(ACCEPTED, score=None),
+        "none where it was too low": lambda world: world.altered(1, score=None),
+        "one of an update that was not read": lambda world: world.lie_of_task(0, score=_scored(world, 0, 1)["score"]),
+        "a huge reduction": lambda world: world.rescored(reduction=10**400),
+        "a huge rise": lambda world: world.rescored(reduction=-(10**400)),
+        "a huge error": lambda world: world.rescored(error=10**400),
+        "an error below 0": lambda world: world.rescored(error=-1),
+    },
+    "wrong-norm": {
+        "another scale": lambda world: world.altered(ACCEPTED, scale=0.123),
+        "a scale of what was not read": lambda world: world.altered(0, scale=0.5),
+        "another norm": lambda world: world.altered(ACCEPTED, norm=1e-9),
+        "norms that are not the files'": _other_norms,
+        "no norm": lambda world: world.altered(ACCEPTED, norm=None),
+        "no norm of a copy": lambda world: world.altered(9, norm=None),
+        "a norm of what cannot be read": lambda world: world.lie_of_task(0, norm=1.0),
+        "others for the next cycle": lambda world: world.lie(
+            norms={segment: 2 * norm for segment, norm in world.record["norms"].items()}
         ),
+        "none for the next cycle": lambda world: world.lie(norms={}),
+    },
+    "wrong-standing": {
+        "another measurement": lambda world: world.altered(
+            ACCEPTED, own_shard=world.record["tasks"][ACCEPTED]["own_shard"] + 1
+        ),
+        "no measurement": lambda world: world.altered(ACCEPTED, own_shard=None),
+        "a measurement of a copy": lambda world: world.lie_of_task(9, own_shard=1.0),
+        "a measurement of what was not read": lambda world: world.lie_of_task(0, own_shard=1.0),
+        "more evidence": lambda world: world.with_standing(ACCEPTED, evidence=9.0),
+        "another spread": lambda world: world.with_standing(ACCEPTED, spread=9.0),
+        "proven without a check": lambda world: world.with_standing(CHEAT, proven=True),
+        "not proven": lambda world: world.with_standing(ACCEPTED, proven=False),
+        "barred without a reason": lambda world: world.with_standing(ACCEPTED, barred_until=9),
+        "not barred": lambda world: world.with_standing(CHEAT, barred_until=0),
+        "barred for less": lambda world: world.with_standing(CHEAT, barred_until=3),
+        "steady, but absent": lambda world: world.with_standing(3, steady=True),
+        "steady, but withheld": lambda world: world.with_standing(2, steady=True),
+        "not steady": lambda world: world.with_standing(ACCEPTED, steady=False),
+        "one forgotten": lambda world: world.lie(standings=dict(list(world.record["standings"].items())[1:])),
+        "one of a stranger": lambda world: world.lie(
+            standings={**world.record["standings"], digest("stranger").hex(): list(Standing())}
+        ),
+    },
+    "wrong-draw": {
+        "one left out": lambda world: world.altered(ACCEPTED, drawn=False),
+        "one added": lambda world: world.altered(0, drawn=True),
+        "a check left out": lambda world: _without_check(world, CHEAT),
+        "no checks": lambda world: world.lie(spot_checks=[]),
+        "a check made up": lambda world: world.lie(
+            spot_checks=[
+                *world.record["spot_checks"],
+                {**world.record["spot_checks"][0], "miner": digest("stranger").hex(), "failure": "a lie"},
+            ]
+        ),
+        "a check of another update": lambda world: world.checked(MINERS[CHEAT], committed=digest("update").hex()),
+        "passed although it differs": lambda world: world.checked(MINERS[CHEAT], failure=""),
+        "passed although it is too far": lambda world: world.checked(MINERS[CHEAT], failure="", distance=0.06),
     },
     "wrong-params": {
         "more": lambda world: world.lie_of_task(0, params=10**6),
@@ -423,22 +617,38 @@ LIES: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
         "another size in the record": lambda world: world.lie_of_task(ACCEPTED, update_size=1),
         "another memory before": lambda world: world.lie_of_task(ACCEPTED, memory=digest("memory").hex()),
         "another memory after": lambda world: world.lie_of_task(ACCEPTED, memory_after=digest("memory").hex()),
+        "another numeric class": lambda world: world.altered(ACCEPTED, numeric_class="a machine"),
+        "a numeric class of who did not commit": lambda world: world.altered(3, numeric_class="a machine"),
+        "a place of who did not commit": lambda world: world.altered(3, place=0),
+        "who did not commit is slow": lambda world: world.altered(3, late=True),
         "an update of who did not commit": lambda world: world.lie_of_task(3, update_hash=digest("update").hex()),
     },
     "left-out": {
-        "a good update is malformed": lambda world: world.lie_of_task(
-            ACCEPTED, refusal="malformed", detail="a lie", weight=0, loss_reduction=0
-        ),
-        "a good update is too large": lambda world: world.lie_of_task(
-            ACCEPTED, refusal="norm-too-large", detail="a lie", weight=0, loss_reduction=0
-        ),
+        "a good update is malformed": lambda world: world.lie_of_task(ACCEPTED, refusal="malformed", **NOT_READ),
+        "a good update is too large": lambda world: world.lie_of_task(ACCEPTED, refusal="norm-too-large", **NOT_READ),
         "refused for another reason": lambda world: world.lie_of_task(0, refusal="not-finite"),
-        "one that came is late": lambda world: world.lie_of_task(
-            ACCEPTED, refusal="late", detail="a lie", weight=0, loss_reduction=0
-        ),
+        "one that came is late": lambda world: world.lie_of_task(ACCEPTED, refusal="late", **NOT_READ),
         "one that came is absent": lambda world: world.lie_of_task(1, refusal="absent"),
         "who did not commit is malformed": lambda world: world.lie_of_task(3, refusal="malformed"),
         "who did not commit is accepted": lambda world: world.lie_of_task(3, refusal=None, detail=None),
+        "one that is not foreign is not on its shard": lambda world: world.lie_of_task(
+            ACCEPTED, refusal="not-its-shard", **NOT_SCORED
+        ),
+        "a foreign one is accepted": lambda world: world.lie_of_task(ACCEPTED, own_shard=-1e4),
+        "one that did not cheat has failed": lambda world: world.lie_of_task(
+            ACCEPTED, refusal="spot-check-failed", **NOT_READ
+        ),
+        "one that is not barred is barred": lambda world: world.lie_of_task(ACCEPTED, refusal="barred", **NOT_READ),
+        "one that cheated is accepted": lambda world: world.lie_of_task(CHEAT, refusal=None, detail=None),
+        "one that cheated is barred already": lambda world: world.lie_of_task(CHEAT, refusal="barred"),
+        "one that cheated has only withheld": lambda world: world.lie_of_task(CHEAT, refusal="withheld"),
+        "the right memory is wrong": lambda world: world.lie_of_task(ACCEPTED, refusal="wrong-memory", **NOT_READ),
+        "a memory that was made up is accepted": lambda world: world.lie_of_task(8, refusal=None, detail=None),
+        "a memory that was made up does not help": lambda world: world.lie_of_task(8, refusal="no-improvement"),
+        "an improvement is none": lambda world: world.altered(
+            ACCEPTED, refusal="no-improvement", detail="a lie", loss_reduction=0, weight=0
+        ),
+        "none is an improvement": lambda world: world.altered(1, refusal=None, detail=None),
         "a task is not there": lambda world: _without(world, ACCEPTED),
         "the task of a refused one is not there": lambda world: _without(world, 0),
         "a task is there twice": lambda world: world.lie(tasks=[*world.record["tasks"], world.record["tasks"][-1]]),
@@ -453,7 +663,7 @@ LIES: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
     "wrong-velocity": {"any": lambda world: world.lie(velocity=digest("velocity").hex()), "none": _other_states},
     "wrong-update": {
         "a malformed one is accepted": lambda world: world.lie_of_task(
-            0, refusal=None, detail=None, loss_reduction=10**6, weight=isqrt(world.record["tasks"][0]["params"] * 10**6)
+            0, refusal=None, detail=None, norm=1.0, **_scored(world, 0, 10**6)
         ),
     },
     "wrong-winner": {
@@ -539,6 +749,7 @@ LIES: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
         "with a miner twice": lambda world: world.opening(miners=[MINERS[0], *MINERS]),
         "with another memory": lambda world: world.opening(memories=[digest("memory")] * len(MINERS)),
         "with a memory too few": lambda world: world.opening(memories=[]),
+        "with more miners than the job takes": _many_miners,
         "with less time than the job says": lambda world: world.opening(deadline=int(time.time()) + 1),
     },
     "wrong-assignment": {
@@ -550,6 +761,9 @@ LIES: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
     "wrong-memories": {
         "one lost": lambda world: world.lie(memories=dict(list(world.record["memories"].items())[1:])),
         "those before": lambda world: world.lie(memories=world.run.records[-1]["memories"]),
+        "the one of who cheated": lambda world: world.lie(
+            memories={**world.record["memories"], MINERS[CHEAT].hex(): world.record["tasks"][CHEAT]["memory"]}
+        ),
     },
     "wrong-record": {
         "no JSON": lambda world: world.lie_of_bytes(b"nothing"),
@@ -567,6 +781,12 @@ LIES: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
         "of another loss_offset": lambda world: world.lie(loss_offset=7.0),
         "a reason that nobody knows": lambda world: world.lie_of_task(0, refusal="ugly"),
         "a refusal without a detail": lambda world: world.lie_of_task(0, detail=None),
+        "a scale above 1": lambda world: world.altered(ACCEPTED, scale=1.5),
+        "a norm below 0": lambda world: world.altered(ACCEPTED, norm=-1.0),
+        "a field of a score more": lambda world: world.rescored(bonus=1),
+        "a standing with a field more": lambda world: world.lie(
+            standings={**world.record["standings"], MINERS[0].hex(): [*Standing(), 1]}
+        ),
         "an accepted update with a detail": lambda world: world.lie_of_task(ACCEPTED, detail="well done"),
     },
     "missing-file": {"the record": lambda world: world.propose(world.record, record=digest("record"))},
@@ -595,6 +815,38 @@ def test_each_lie_is_refused_by_its_name(world: Lies, tmp_path: Path, name: str,
     assert answer.certificate == hashlib.sha256(proposal.certificate).digest()
     assert answer.detail
     assert "\n" not in answer.detail
+
+
+LATER: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
+    "wrong-opening": {
+        "who is barred is there beside others": lambda world: world.lie_of(world.next_record({}, MINERS)),
+    },
+    "left-out": {
+        "who is barred is accepted": lambda world: world.lie_of_task(0, refusal=None, detail=None),
+        "who is barred has not improved": lambda world: world.lie_of_task(0, refusal="no-improvement"),
+        "who is barred has failed again": lambda world: world.lie_of_task(0, refusal="spot-check-failed"),
+    },
+    "wrong-standing": {
+        "who is barred is so no longer": lambda world: world.with_standing(CHEAT, barred_until=3),
+    },
+}
+"""The same in the third slot, for a record of who is barred alone."""
+
+
+@pytest.mark.parametrize(("name", "what"), [(name, what) for name, ways in LATER.items() for what in ways])
+def test_each_lie_about_who_is_barred_is_refused_by_its_name(later: Lies, tmp_path: Path, name: str, what: str) -> None:
+    answer = cosign(later.checker(), later.signer(tmp_path), LATER[name][what](later))
+    assert (answer.refusal, answer.signature) == (name, b"")
+
+
+def test_who_is_barred_has_a_task_only_if_nobody_else_is_there(later: Lies, tmp_path: Path) -> None:
+    """Both records are true. Nobody is accepted in the one of who is barred alone, so the chain goes on."""
+    assert later.record["tasks"][0]["refusal"] == Reason.BARRED
+    assert not cosign(later.checker(), later.signer(tmp_path), later.propose(later.record)).refusal
+    others = later.next_record({})
+    assert [task["miner"] for task in others["tasks"]] == [key.hex() for key in MINERS if key != MINERS[CHEAT]]
+    (tmp_path / "other").mkdir()
+    assert not cosign(later.checker(), later.signer(tmp_path / "other"), later.propose(others)).refusal
 
 
 def test_an_honest_proposal_is_signed_also_after_lies(world: Lies, tmp_path: Path) -> None:
@@ -703,13 +955,18 @@ def test_the_module_imports_no_torch() -> None:
 
 ALL_WITHHELD = dict.fromkeys(MINERS, Reason.WITHHELD)
 ALL_WORSE = dict.fromkeys(MINERS, Reason.NO_IMPROVEMENT)
+ALL_CHEAT = dict.fromkeys(MINERS, CHEATED)
 CYCLES: list[tuple[Mapping[bytes, str], int, float]] = [
     ({}, 0, 1.0),
     (ALL_WITHHELD, 0, 0.0),  # nothing came
     ({}, 2, 0.25),  # miners are appointed
     ({}, 5, 0.0),  # the guard allows no step: the momentum ends
     (ALL_WORSE, 0, 0.0),
-    (FAULTS, 0, 1.0),
+    ({**FAULTS, MINERS[CHEAT]: CHEATED}, 0, 1.0),
+    ({}, 0, 1.0),  # who cheated is found
+    (ALL_CHEAT, 0, 1.0),
+    ({}, 0, 0.0),  # all are found
+    ({}, 0, 0.0),  # all are barred
 ]
 
 
@@ -752,6 +1009,8 @@ def test_a_chain_of_honest_cycles_is_signed_by_who_follows_it_and_by_who_comes_n
     [
         {"memories": {MINERS[0].hex(): digest("memory").hex()}},
         {"velocity": digest("velocity").hex()},
+        {"norms": {"0": 1.0}},
+        {"standings": {MINERS[0].hex(): list(Standing(proven=True))}},
         {"model_after": digest("model").hex()},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -31,22 +32,29 @@ from traincert.bridge.messages import (
     CommitReceipt,
     Cosignature,
     Join,
+    MemoryRequest,
     Message,
     MessageError,
     Opening,
     Proposal,
     Receipt,
     Report,
+    message_json,
     seal,
     unseal,
 )
-from traincert.bridge.miner import Miner
+from traincert.bridge.miner import VERSION, Miner
 from traincert.bridge.remote_miners import RemoteMiners, receipts
 from traincert.bridge.signer import Signer
 from traincert.bridge.testing.invalid import digest
+from traincert.trainer.engines.broker import RefusedError
 from traincert.trainer.engines.nats import NatsEngine
 from traincert.trainer.errors import EngineError
+from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import record_hash
+from traincert.trainer.standings import Standing
+from traincert.trainer.store import write_blob
+from traincert.trainer.weights import paid
 
 SECRETS = {name: PrivateKey(digest(name)) for name in ("coordinator", "alice", "bob", "carol", "cosigner")}
 KEYS = {name: secret.public_key_xonly.format() for name, secret in SECRETS.items()}
@@ -183,8 +191,15 @@ class Engine:
 
 
 RECORDS: list[dict[str, Any]] = [
-    {"cycle": 0, "model_after": digest("model").hex(), "tasks": [], "memories": {}},
-    {"cycle": 1, "model_after": digest("model 1").hex(), "tasks": [], "memories": {}},
+    {
+        "cycle": number,
+        "model_after": digest(f"model {number}").hex(),
+        "velocity": digest(f"velocity {number}").hex(),
+        "tasks": [],
+        "memories": {},
+        "standings": {},
+    }
+    for number in range(2)
 ]
 
 
@@ -198,7 +213,9 @@ def remote(joined: MemberList, engine: Engine, tmp_path: Path) -> RemoteMiners:
     dataset = SimpleNamespace(
         root=digest("root"), directory=tmp_path / "data", shards=[digest("shard")], shard_folder=tmp_path / "shards"
     )
-    job = SimpleNamespace(digest=lambda: digest("job"), task_seconds=100.5, shared_identity=lambda: {"job": "x"})
+    job = SimpleNamespace(
+        digest=lambda: digest("job"), task_seconds=100.5, shared_identity=lambda: {"job": "x"}, seed=0, most_tasks=2
+    )
     run = SimpleNamespace(
         records=list(RECORDS),
         store=tmp_path / "store",
@@ -259,22 +276,66 @@ def test_the_first_cycle_waits_for_enough_miners(engine: Engine, remote: RemoteM
     assert remote.open(Slot(2, digest("block 1"), 0), 1)[0] == [KEYS["alice"]]
 
 
-def test_a_member_reads_what_is_for_all_and_a_cosigner_also_models_and_shards(
+def test_a_cycle_has_at_most_as_many_miners_as_the_job_takes_and_none_that_is_barred(
+    engine: Engine, remote: RemoteMiners
+) -> None:
+    """Of three at most two have a task, first those that committed in their last one; by the block's hash if equal."""
+    names = ("alice", "bob", "carol")
+    engine.there = sorted(KEYS[name] for name in names)
+
+    def chosen(known: Mapping[str, Standing], cycle: int = 2, block: str = "block") -> set[str]:
+        remote._run.records[-1]["standings"] = {KEYS[name].hex(): list(each) for name, each in known.items()}
+        engine.opening = None
+        miners, statement = remote.open(Slot(cycle + 1, digest(block), 0), cycle)
+        assert list(miners) == sorted(miners)
+        assert unseal(PARAMS.chain_id, Opening, statement)[1].miners == miners
+        return {name for name in names if KEYS[name] in miners}
+
+    by_block = [frozenset(chosen({}, block=f"block {number}")) for number in range(20)]
+    assert len(set(by_block)) == 3
+    assert {len(each) for each in by_block} == {2}
+    steady = Standing(steady=True)
+    assert chosen({"bob": steady, "carol": steady}) == {"bob", "carol"}
+    known = {"bob": steady, "carol": steady._replace(barred_until=3)}
+    assert chosen(known) == {"alice", "bob"}
+    assert chosen(known, cycle=3) == {"bob", "carol"}
+    assert chosen({name: Standing(barred_until=3) for name in names[1:]}) == {"alice"}
+    assert len(chosen({name: Standing(barred_until=3) for name in names})) == 2  # otherwise the chain would end
+
+
+def test_a_member_reads_what_closed_cycles_reveal_and_a_cosigner_also_shards(
     remote: RemoteMiners, tmp_path: Path
 ) -> None:
+    def store(name: str) -> Path:
+        return tmp_path / "store" / digest(name).hex()
+
     for member in ("alice", "cosigner", "invited"):
         assert remote.shared(member, digest("root")) == tmp_path / "data" / digest("root").hex()
         for cycle, record in enumerate(RECORDS):
             assert remote.shared(member, record_hash(record)) == tmp_path / f"{cycle}.json"
-    new = {"cycle": 2, "model_after": "", "tasks": [], "memories": {}}
-    assert remote.shared("alice", record_hash(new)) is None
+        for name in ("model 0", "model 1", "velocity 0", "velocity 1"):
+            assert remote.shared(member, digest(name)) == store(name)
+
+    def task(name: str, *, drawn: bool) -> dict[str, Any]:
+        files = {what: digest(f"{what} {name}").hex() for what in ("update_hash", "memory", "memory_after")}
+        return {**files, "drawn": drawn}
+
+    absent = {"update_hash": None, "memory": None, "memory_after": None, "drawn": False}
+    tasks = [task("of bob", drawn=True), task("of carol", drawn=False), absent]
+    new = {"cycle": 2, "model_after": digest("model 2").hex(), "velocity": digest("velocity 2").hex(), "tasks": tasks}
+    public = ["model 2", "velocity 2", "update_hash of bob", "update_hash of carol", "memory of bob"]
+    public.append("memory_after of bob")
+    for member in ("alice", "cosigner"):
+        assert remote.shared(member, record_hash(new)) is None
+        assert not any(remote.shared(member, digest(name)) for name in public)
     remote._run.records.append(new)
-    assert remote.shared("alice", record_hash(new)) == tmp_path / "2.json"
-    for name in ("shard", "model"):
-        assert remote.shared("alice", digest(name)) is None
-        assert remote.shared("stranger", digest(name)) is None
+    for member in ("alice", "cosigner"):
+        assert remote.shared(member, record_hash(new)) == tmp_path / "2.json"
+        assert [remote.shared(member, digest(name)) for name in public] == list(map(store, public))
+        assert not any(remote.shared(member, digest(f"{what} of carol")) for what in ("memory", "memory_after"))
+    assert remote.shared("alice", digest("shard")) is None
+    assert remote.shared("stranger", digest("shard")) is None
     assert remote.shared("cosigner", digest("shard")) == tmp_path / "shards" / digest("shard").hex()
-    assert remote.shared("cosigner", digest("model")) == tmp_path / "store" / digest("model").hex()
 
 
 def certificate(winner: str = "alice", round_: int = 0, signatures: Sequence[CoordinatorSignature] = ()) -> Certificate:
@@ -328,16 +389,38 @@ def test_an_award_is_posted_for_its_winner_only(engine: Engine, remote: RemoteMi
 
 def test_a_commits_receipt_is_the_coordinators(remote: RemoteMiners) -> None:
     statement = b"any statement"
-    key, receipt = unseal(PARAMS.chain_id, CommitReceipt, remote.make_receipt(statement, 3))
+    key, receipt = unseal(PARAMS.chain_id, CommitReceipt, remote.make_receipt(statement, 3, True))
     assert key == KEYS["coordinator"]
-    assert receipt == CommitReceipt(hashlib.sha256(statement).digest(), 3)
+    assert receipt == CommitReceipt(hashlib.sha256(statement).digest(), 3, late=True)
+
+
+def test_a_request_for_memories_is_the_coordinators(remote: RemoteMiners) -> None:
+    statement = remote.make_request(digest("opening"), [digest("memory"), digest("another")])
+    key, request = unseal(PARAMS.chain_id, MemoryRequest, statement)
+    assert key == KEYS["coordinator"]
+    assert request == MemoryRequest(digest("opening"), [digest("memory"), digest("another")])
 
 
 def test_each_miner_of_a_cycle_gets_its_leaf_and_path_or_the_refusal() -> None:
     def task(name: str, reduction: int, refusal: str | None) -> dict[str, Any]:
         return {
             "miner": KEYS[name].hex(),
+            "segment": 0,
+            "shard": digest("shard").hex(),
+            "seed": digest("seed").hex(),
+            "memory": None,
+            "memory_after": None,
             "update_hash": None if refusal else digest(f"update {name}").hex(),
+            "update_size": 0 if refusal else 1000,
+            "commit": None if refusal else "00ff",
+            "numeric_class": "" if refusal else "a machine",
+            "place": None if refusal else 1,
+            "late": False,
+            "norm": None if refusal else 1.5,
+            "scale": 1.0,
+            "own_shard": None if refusal else -0.5,
+            "score": None if refusal else asdict(paid(100, reduction, 0, noise_margin=0.5, late_share=0.5, late=False)),
+            "drawn": not refusal,
             "params": 100,
             "loss_reduction": reduction,
             "weight": 0 if refusal else contribution_weight(100, reduction),
@@ -347,9 +430,16 @@ def test_each_miner_of_a_cycle_gets_its_leaf_and_path_or_the_refusal() -> None:
 
     tasks = [task("alice", 1000, None), task("bob", 0, "late"), task("carol", 3000, None)]
     record = {"cycle": 1, "tasks": sorted(tasks, key=lambda each: str(each["miner"]))}
-    found: dict[bytes, Receipt] = dict(receipts(record))
+    job = cast(TrainingJob, SimpleNamespace(noise_margin=0.25, late_share=0.75))
+    found: dict[bytes, Receipt] = dict(receipts(record, job))
     assert set(found) == {KEYS[name] for name in ("alice", "bob", "carol")}
-    assert (found[KEYS["bob"]].refusal, found[KEYS["bob"]].index, found[KEYS["bob"]].path) == ("late", None, [])
+    bobs = found[KEYS["bob"]]
+    assert (bobs.task.refusal, bobs.index, bobs.path) == ("late", None, [])
+    for each in tasks:
+        receipt = found[bytes.fromhex(each["miner"])]
+        assert message_json(receipt)["task"] == each
+        assert (receipt.cycle, receipt.record) == (1, record_hash(record))
+        assert (receipt.noise_margin, receipt.late_share) == (0.25, 0.75)
     table = contribution_table(record)
     for name in ("alice", "carol"):
         receipt = found[KEYS[name]]
@@ -434,7 +524,7 @@ def member() -> Member:
 
 
 def test_a_member_reads_only_what_its_coordinator_said(member: Member) -> None:
-    receipt = CommitReceipt(digest("commit"), 0)
+    receipt = CommitReceipt(digest("commit"), 0, late=False)
     statement = sealed("coordinator", receipt)
     assert member.read(CommitReceipt, statement) == receipt
     for place in range(len(statement)):
@@ -489,3 +579,37 @@ def test_a_miner_takes_only_an_award_that_its_own_node_will_take(tmp_path: Path)
             miner._check_award(each, node)
         found[reason] = caught.value.reason
     assert found == {reason: reason for reason in wrong}
+
+
+def test_a_miner_sends_the_memories_of_its_last_task_and_says_which_are_lost(tmp_path: Path) -> None:
+    """It goes on after one that the coordinator does not want. A request of an older cycle is not for it."""
+    sent: list[tuple[str, bytes, bytes]] = []
+    said: list[tuple[str, str]] = []
+
+    def send(kind: str, asked: bytes, data: bytes) -> None:
+        if data == b"not wanted":
+            raise RefusedError("the memory came too late")
+        sent.append((kind, asked, data))
+
+    here, refused = (write_blob(tmp_path, data) for data in (b"memory", b"not wanted"))
+    folder = SimpleNamespace(params=PARAMS, coordinator=KEYS["coordinator"], folder=tmp_path, store=tmp_path)
+    folder.secret = SECRETS["alice"].secret
+    miner = Miner.__new__(Miner)
+    miner._folder = cast(Any, folder)
+    miner._member = Member(cast(Any, folder), cast(Any, None), cast(Any, SimpleNamespace(send=send)))
+    miner._view = cast(Any, SimpleNamespace(say=lambda event, text, **_: said.append((event, text))))
+
+    def ask(opening: str, name: str = "coordinator") -> None:
+        miner._send_memories(sealed(name, MemoryRequest(digest(opening), [refused, digest("lost"), here])))
+
+    ask("opening")  # there is no task yet
+    (tmp_path / "task.json").write_text(json.dumps({"version": VERSION, "opening": digest("opening").hex()}))
+    ask("an older opening")
+    with pytest.raises(MessageError, match="which is not the coordinator's key"):
+        ask("opening", "bob")
+    assert (sent, said) == ([], [])
+    ask("opening")
+    assert sent == [("memory", here, b"memory")]
+    assert [event for event, _ in said] == ["checked", "refused", "refused"]
+    assert "the memory came too late" in said[1][1]
+    assert digest("lost").hex() in said[2][1]

@@ -17,23 +17,30 @@ from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import COSIGNER, MINER, Invitation
 from traincert.bridge.messages import (
+    AuditedTask,
     Award,
     CommitMessage,
     CommitReceipt,
     Cosignature,
+    Finding,
     Join,
+    MemoryRequest,
     Message,
     MessageError,
     Opening,
     Proposal,
     Receipt,
     Report,
+    Verdict,
     assignment_seed,
     commits_root,
     score_seed,
     seal,
     unseal,
 )
+from traincert.bridge.recorded import RecordedTask
+from traincert.trainer.errors import Reason
+from traincert.trainer.weights import Score
 
 KEY = PrivateKey(b"\x01" * 32)
 PUBLIC = KEY.public_key_xonly.format()
@@ -41,17 +48,71 @@ CHAIN_ID = b"\x02" * 32
 A, B, C = (bytes([number]) * 32 for number in (10, 11, 12))
 
 COMMIT = CommitMessage(A, B, 1000, None, C, 1.5, "x86-64")
+ABSENT = RecordedTask(
+    miner=A,
+    segment=1,
+    shard=B,
+    seed=C,
+    memory=None,
+    memory_after=None,
+    update_hash=None,
+    update_size=0,
+    commit=None,
+    numeric_class="",
+    place=None,
+    late=False,
+    params=100,
+    norm=None,
+    scale=1.0,
+    own_shard=None,
+    score=None,
+    loss_reduction=0,
+    weight=0,
+    drawn=False,
+    refusal=Reason.ABSENT,
+    detail="it was absent",
+)
+ACCEPTED = replace(
+    ABSENT,
+    memory=A,
+    memory_after=B,
+    update_hash=C,
+    update_size=1000,
+    commit=b"\x00\xff",
+    numeric_class="x86-64",
+    place=2**64 - 1,
+    late=True,
+    norm=0.1,
+    scale=1 / 3,
+    own_shard=-1.5,
+    score=Score(2**62, 3, 2, 2**61, 7),
+    loss_reduction=2**61,
+    weight=7,
+    drawn=True,
+    refusal=None,
+    detail=None,
+)
 MESSAGES: list[Message] = [
     Join("alice"),
     Opening(A, 2**64 - 1, 1, B, C, A, [A, B], [None, C], 5, 6),
     COMMIT,
-    CommitReceipt(A, 0),
+    CommitReceipt(A, 0, late=True),
+    MemoryRequest(A, [B, C]),
     Award(b""),
     Proposal(b"\x00\xff", [b"x"]),
     Cosignature(A, b"", "too-early", "it is too early"),
-    Receipt(1, A, B, None, 1, 2, 3, "late", "it was late", C, 9, 3, None, []),
-    Receipt(1, A, B, C, 1, 2, 3, None, None, C, 9, 3, 2, [(A, 1), (B, 2**64 - 1)]),
+    Receipt(1, A, ABSENT, 0.5, 0.25, C, 9, 3, None, []),
+    Receipt(1, A, ACCEPTED, 0.5, 1.0, C, 9, 3, 2, [(A, 1), (B, 2**64 - 1)]),
     Report(1, 0, "", "no node"),
+    Verdict(
+        9,
+        A,
+        "x86-64",
+        False,
+        Finding(True, ""),
+        [AuditedTask(True, "far", B, 1, 2, Reason.COPY, 0.5), AuditedTask(False, "no memory", C, 1, 2, None, None)],
+        Finding(False, "no velocity"),
+    ),
 ]
 
 
@@ -73,7 +134,7 @@ def refused(statement: bytes, kind: type[Any] = CommitMessage) -> str:
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_a_message_is_read_as_it_was_sealed(message: Message) -> None:
     statement = seal(KEY, CHAIN_ID, message)
-    assert unseal(CHAIN_ID, type(message), statement) == (PUBLIC, message)  # type: ignore[type-var]
+    assert unseal(CHAIN_ID, type(message), statement) == (PUBLIC, message)
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)

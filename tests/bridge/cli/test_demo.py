@@ -162,6 +162,9 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
     blocks = json.loads(shown.stdout)
     assert [block["height"] for block in blocks] == [1, 2]
     assert blocks[1]["model_before"] == blocks[0]["model_after"]
+    receipt = run("receipt", "verify", directory / "miner0", "--cycle", "1", "--datadir", directory / "node1")
+    assert receipt.stdout.count("✓") == 6, receipt.stderr
+    assert "\nThis miner won block 2, because the ticket is one of its own: " in receipt.stdout
     records = directory / "coordinator/run"
     table = run("chain", "--datadir", directory / "node1", "--run", records)
     assert all(block["blockhash"] in table.stdout for block in blocks)

@@ -305,6 +305,12 @@ def test_workers_die_with_a_killed_parent_in_the_middle_of_a_task(tmp_path: Path
     os.close(handles[0])
 
 
+def test_memories_are_in_the_store_already(engine: LocalEngine, miners: list[bytes]) -> None:
+    before = sorted(engine.store.iterdir())
+    engine.bring({miners[0]: [bytes(32)]})
+    assert sorted(engine.store.iterdir()) == before
+
+
 def test_an_engine_needs_a_worker(job: TrainingJob, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workers = 0: must be at least 1"):
         LocalEngine(replace(job), tmp_path, workers=0)
