@@ -62,7 +62,7 @@ _SHARES = {0.0, 1.0, 0.5, 0.25, 0.125, 0.0625}
 _WITHOUT_COMMIT = {Reason.WORKER_DIED, Reason.LATE, Reason.ABSENT}
 _BEFORE_READING = {Reason.BARRED, Reason.SPOT_CHECK_FAILED, Reason.WITHHELD, Reason.WRONG_MEMORY}
 """Refusals of a committed update that is not read."""
-_AFTER_READING = {Reason.COPY, Reason.NOT_ITS_SHARD, Reason.NO_IMPROVEMENT}
+_AFTER_READING = {Reason.COPY, Reason.NOT_ITS_SHARD, Reason.NO_IMPROVEMENT, Reason.MEMORY_WITHHELD}
 """Refusals of an update that has the right form. All others are for its form."""
 _NORM_TOLERANCE = 1e-6  # processors add the squares in other orders
 _SHOWN = 120  # characters of a value in a message
@@ -154,7 +154,7 @@ class Checker:
 
     What cannot be checked without held-out data, or without having been there: the losses, and so each measured
     reduction and its error, how much more an update helps on its own shard, and the share of the step; whether an
-    update is a `copy`, was late or was `withheld`; what a spot check found; in which order commits came; whether a
+    update is a `copy`, was late or was `withheld`, and a memory `memory-withheld`; what a spot check found; in which order commits came; whether a
     miner without a commit in the record was `late`, `absent` or `worker-died` (a miner that committed has a receipt);
     whether another opening was announced before; whether a winner got its award.
 
@@ -418,7 +418,7 @@ class Checker:
 
     def _check_score(self, task: RecordedTask, cycle: CycleRecord) -> None:
         """Check that a task's weight is what its measured score pays."""
-        measured = task.refusal in {None, Reason.NO_IMPROVEMENT}
+        measured = task.refusal in {None, Reason.NO_IMPROVEMENT, Reason.MEMORY_WITHHELD}
         _require("wrong-score", f"{task.name} was measured", measured, task.score is not None)
         counts = (0, 0)
         if score := task.score:
@@ -427,7 +427,8 @@ class Checker:
             shares = {"noise_margin": self._job.noise_margin, "late_share": self._job.late_share}
             expected = paid(task.params, score.reduction, score.error, **shares, late=task.late)
             _require("wrong-weight", f"{task.name}: what counts", expected, score)
-            _require("left-out", f"{task.name} is accepted", score.weight > 0, task.refusal is None)
+            good = task.refusal is not Reason.NO_IMPROVEMENT
+            _require("left-out", f"{task.name} takes enough off the loss", score.weight > 0, good)
             # Scored on all validation examples, no update takes off more than all of their loss.
             if not self._job.score_examples and score.reduction > cycle.loss_before:
                 what = f"a loss of {cycle.loss_before} nano-nats cannot fall by {score.reduction}"
@@ -462,14 +463,18 @@ class Checker:
         }
         refused = [task.miner for task in cycle.tasks if task.refusal is Reason.NOT_ITS_SHARD]
         _require("left-out", "not on their own shards", sorted(foreign(evidence, self._job.shard_margin)), refused)
-        accepted = [task.miner for task in cycle.accepted]
-        drawn = draw_checks(cycle.score_seed, accepted, measured, self._job.spot_checks)
-        _require("wrong-draw", "tasks that are done again", drawn, [task.miner for task in cycle.tasks if task.drawn])
+        good = [task.miner for task in cycle.tasks if task.refusal in {None, Reason.MEMORY_WITHHELD}]
+        drawn = draw_checks(cycle.score_seed, good, measured, self._job.spot_checks)
+        without = [task.miner for task in cycle.tasks if task.refusal is Reason.MEMORY_WITHHELD]
+        found = [task.miner for task in cycle.tasks if task.drawn != (task.miner in without)]
+        _require("wrong-draw", "tasks that are done again", drawn, found)
         expected = next_standings(
             measured,
             steady={
-                task.miner: task.commit is not None and task.refusal is not Reason.WITHHELD for task in cycle.tasks
+                task.miner: task.commit is not None and task.refusal not in {Reason.WITHHELD, Reason.MEMORY_WITHHELD}
+                for task in cycle.tasks
             },
+            unproven=without,
             passed={check.miner: not check.failure for check in cycle.spot_checks},
             barred_until=cycle.cycle + self._job.penalty_cycles,
         )

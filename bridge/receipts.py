@@ -30,8 +30,7 @@ ADVICE: Mapping[Reason, str] = {
     Reason.ABSENT: "The miner was away before it committed: keep it running and connected to the broker.",
     Reason.WITHHELD: "The update itself did not come: after a commit keep the miner running until it has its receipt.",
     Reason.BARRED: "A spot check found a wrong task before: wait until the bar ends, and do each task as it is given.",
-    Reason.SPOT_CHECK_FAILED: "The last task, done again, gave another update, or its memory did not come: do each "
-    "task in full and with its own data, and keep the miner running and its folder whole.",
+    Reason.SPOT_CHECK_FAILED: "Its last task, done again, gave another update: do each task in full, on its own data.",
     Reason.WRONG_MEMORY: "The task began with another memory than the last accepted task left: never put an older copy "
     "of the miner's folder in its place.",
     Reason.TOO_LARGE: f"The update's file is larger than any right one: {_SAME_PROGRAMS}",
@@ -45,6 +44,8 @@ ADVICE: Mapping[Reason, str] = {
     Reason.NORM_TOO_LARGE: "The update moves the model too far: train with the job's own learning rate and steps.",
     Reason.COPY: "The update is nearly the same as another one: train each task anew, and send only your own work.",
     Reason.NOT_ITS_SHARD: "The updates do not help most on their own shards: train on the task's shard alone.",
+    Reason.MEMORY_WITHHELD: "The task was drawn to be done again, and the memory for that did not come: keep the miner "
+    "running until it has its receipt.",
     Reason.NO_IMPROVEMENT: "Now and then, and late in a job, this happens to every miner; if it happens always, train "
     "with the job's own settings and all of its steps.",
 }
@@ -159,7 +160,7 @@ def check_signature(statement: bytes, params: TrainingParams) -> Receipt:
 def check_score(receipt: Receipt) -> str:
     """Check that what counts of an update, and its weight, follow from what was measured. Return how they do."""
     task, score = receipt.task, receipt.task.score
-    if (score is not None) != (task.refusal in {None, Reason.NO_IMPROVEMENT}):
+    if (score is not None) != (task.refusal in {None, Reason.NO_IMPROVEMENT, Reason.MEMORY_WITHHELD}):
         raise ReceiptError(
             "score", f"the update was {outcome(task)}, but it has {'no' if score is None else 'a'} score"
         )
@@ -172,11 +173,11 @@ def check_score(receipt: Receipt) -> str:
             raise ReceiptError("score", "its numbers are too large") from None
         if score != expected:
             raise ReceiptError("score", f"from the factors follows {expected}, but the receipt has {score}")
-        if (score.weight > 0) != (task.refusal is None):
+        if (score.weight > 0) == (task.refusal is Reason.NO_IMPROVEMENT):
             raise ReceiptError(
                 "score", f"the update was {outcome(task)}, but what was measured has weight {score.weight}"
             )
-        counts = score.loss_reduction, score.weight
+        counts = (0, 0) if task.refusal else (score.loss_reduction, score.weight)
         late = f", times {receipt.late_share:g} squared because it was late" if task.late else ""
         text = (
             f"the loss falls by {score.reduction:,} nano-nats, less {score.margin:,} that may be noise{late}: "

@@ -88,7 +88,7 @@ class CycleResult:
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """The refused updates, sorted by miner."""
-        return tuple(task.refusal for task in self.tasks if task.refusal)
+        return _refusals(self.tasks)
 
     @property
     def params_trained(self) -> int:
@@ -205,7 +205,9 @@ class Trainer:
             refused=self._refused(before, orders, spot_checks),
             strangers=score_seed is not None,
         )
-        checked = self._draw_checks(judged, drawn) if score_seed else ()
+        checked: tuple[Drawn, ...] = ()
+        if score_seed:
+            judged, checked = self._draw_checks(judged, drawn)
         return self.aggregate(before, judged, spot_checks, checked, drawn)
 
     def assign(self, before: Checkpoint, miners: Sequence[bytes], seed: bytes) -> list[Order]:
@@ -231,8 +233,11 @@ class Trainer:
                 refused[check.miner] = UpdateError(Reason.SPOT_CHECK_FAILED, detail)
         return refused
 
-    def _draw_checks(self, judged: Judged, score_seed: bytes) -> tuple[Drawn, ...]:
-        """Draw the tasks that are done again, and have their miners send the memories that this needs."""
+    def _draw_checks(self, judged: Judged, score_seed: bytes) -> tuple[Judged, tuple[Drawn, ...]]:
+        """Draw the tasks that are done again, and have their miners send the memories that this needs.
+
+        A miner that does not send them is refused. It may be away: it is not barred, but its next task is drawn first.
+        """
         done = {task.order.task.miner: task for task in judged.tasks if task.contribution and task.commit}
         drawn = []
         for miner in draw_checks(score_seed, list(done), judged.standings, self.job.spot_checks):
@@ -242,7 +247,12 @@ class Trainer:
             drawn.append(Drawn(began, commit.update_hash, commit.memory_after, commit.numeric_class))
         ours = numeric_class(self.job.device)
         self._engine.bring({each.order.task.miner: memories_of(each, ours) for each in drawn})
-        return tuple(drawn)
+        lacking = {
+            each.order.task.miner
+            for each in drawn
+            if not all((self._engine.store / digest.hex()).exists() for digest in memories_of(each, ours))
+        }
+        return judged.without(lacking), tuple(each for each in drawn if each.order.task.miner not in lacking)
 
     def aggregate(
         self,
@@ -276,6 +286,7 @@ class Trainer:
                 judged.standings,
                 steady={task.order.task.miner: _is_steady(task) for task in judged.tasks},
                 passed={check.miner: check.passed for check in spot_checks},
+                unproven=[each.miner for each in _refusals(judged.tasks) if each.reason is Reason.MEMORY_WITHHELD],
                 barred_until=before.cycle + 1 + self.job.penalty_cycles,
             ),
             drawn=drawn,
@@ -313,8 +324,13 @@ class Trainer:
         return before.model, torch.zeros_like(before.velocity), before.evaluation, 0.0, None
 
 
+def _refusals(tasks: Sequence[TaskResult]) -> tuple[Refusal, ...]:
+    return tuple(task.refusal for task in tasks if task.refusal)
+
+
 def _is_steady(task: TaskResult) -> bool:
-    return task.commit is not None and not (task.refusal and task.refusal.reason is Reason.WITHHELD)
+    withheld = {Reason.WITHHELD, Reason.MEMORY_WITHHELD}
+    return task.commit is not None and not (task.refusal and task.refusal.reason in withheld)
 
 
 def _without_cheats(memories: Mapping[bytes, bytes], spot_checks: Sequence[SpotCheck]) -> dict[bytes, bytes]:

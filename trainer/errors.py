@@ -54,3 +54,4 @@ class Reason(StrEnum):
     COPY = "copy"
     NOT_ITS_SHARD = "not-its-shard"
     NO_IMPROVEMENT = "no-improvement"
+    MEMORY_WITHHELD = "memory-withheld"

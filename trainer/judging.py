@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -83,6 +83,19 @@ class Judged:
     """With this cycle's measurements."""
     known: Known
     """For the next cycle, without its step."""
+
+    def without(self, miners: Collection[bytes]) -> Judged:
+        """Refuse accepted updates whose miners did not send the memory with which their task is done again."""
+
+        def judged(task: TaskResult) -> TaskResult:
+            miner = task.order.task.miner
+            if miner not in miners:
+                return task
+            detail = "the memory did not come, with which the task was to be done again"
+            return replace(task, contribution=None, refusal=Refusal(miner, Reason.MEMORY_WITHHELD, detail))
+
+        accepted = tuple(each for each in self.accepted if each.contribution.miner not in miners)
+        return replace(self, tasks=tuple(map(judged, self.tasks)), accepted=accepted)
 
 
 @dataclass

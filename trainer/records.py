@@ -321,6 +321,7 @@ class RunFolder:
             kept.add(record["model_before"])
             for task in record["tasks"]:
                 kept |= {task["memory"], task["update_hash"]} - {None}
+                kept |= {task["memory_after"]} - {None} if task["drawn"] else set()
         prune(self.store, [bytes.fromhex(digest) for digest in kept])
 
 

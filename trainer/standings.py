@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 MEMORY = 0.9
@@ -77,13 +77,18 @@ def draw_checks(seed: bytes, miners: Sequence[bytes], standings: Standings, shar
 
 
 def next_standings(
-    measured: Standings, *, steady: Mapping[bytes, bool], passed: Mapping[bytes, bool], barred_until: int
+    measured: Standings,
+    *,
+    steady: Mapping[bytes, bool],
+    passed: Mapping[bytes, bool],
+    unproven: Collection[bytes],
+    barred_until: int,
 ) -> dict[bytes, Standing]:
     """Return the standings after a cycle, sorted by miner.
 
     `measured` are the standings before, with the cycle's measurements. `steady` says of each miner that had a task
     whether it committed to an update and sent it; `passed` says of each that was checked what came of it. Who failed is
-    barred until the cycle `barred_until`, counted from 0.
+    barred until the cycle `barred_until`, counted from 0. Those of `unproven` have to prove themselves again.
     """
     found = dict(measured)
     for miner, is_steady in steady.items():
@@ -92,6 +97,8 @@ def next_standings(
         standing = found.get(miner, Standing())
         until = standing.barred_until if has_passed else barred_until
         found[miner] = standing._replace(proven=has_passed, barred_until=until)
+    for miner in unproven:
+        found[miner] = found[miner]._replace(proven=False)
     return dict(sorted(found.items()))
 
 

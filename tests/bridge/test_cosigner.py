@@ -363,8 +363,11 @@ class Lies(World):
         drawn = draw_checks(bytes.fromhex(self.record["score_seed"]), accepted, measured, self.job.spot_checks)
         passed = {bytes.fromhex(check["miner"]): not check["failure"] for check in self.record["spot_checks"]}
         steady = {
-            bytes.fromhex(task["miner"]): bool(task["commit"]) and task["refusal"] != Reason.WITHHELD for task in tasks
+            bytes.fromhex(task["miner"]): bool(task["commit"])
+            and task["refusal"] not in (Reason.WITHHELD, Reason.MEMORY_WITHHELD)
+            for task in tasks
         }
+        unproven = [bytes.fromhex(task["miner"]) for task in tasks if task["refusal"] == Reason.MEMORY_WITHHELD]
         until = self.record["cycle"] + self.job.penalty_cycles
         moved = {task["miner"]: task["memory_after"] for task in tasks if not task["refusal"] and task["memory_after"]}
         memories = {**before["memories"], **moved}
@@ -376,7 +379,9 @@ class Lies(World):
             "norms": {str(segment): norm for segment, norm in norms.items()},
             "standings": {
                 miner.hex(): list(each)
-                for miner, each in next_standings(measured, steady=steady, passed=passed, barred_until=until).items()
+                for miner, each in next_standings(
+                    measured, steady=steady, passed=passed, unproven=unproven, barred_until=until
+                ).items()
             },
             "memories": {miner: each for miner, each in memories.items() if passed.get(bytes.fromhex(miner), True)},
         }

@@ -105,7 +105,8 @@ def receipt_of(table: ContributionTable, index: int, error: int = 2000, record: 
 
 def refused_of(table: ContributionTable, reason: Reason) -> Receipt:
     """The receipt of a miner whose update is refused, and not in the table."""
-    score = Score(5, 20, 10, 0, 0) if reason is Reason.NO_IMPROVEMENT else None
+    scores = {Reason.NO_IMPROVEMENT: Score(5, 20, 10, 0, 0), Reason.MEMORY_WITHHELD: Score(14, 20, 10, 4, 2)}
+    score = scores.get(reason)
     task = replace(
         task_of(leaf_of(-1, 1, 1)), score=score, loss_reduction=0, weight=0, refusal=reason, detail="it [b]is\x1b so"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -95,11 +95,30 @@ def test_another_class_does_not_free_from_the_right_memory(done: Done) -> None:
     assert done.check(memory_after=other, numeric_class="another machine").distance == float("inf")
 
 
-def test_a_memory_that_did_not_come_fails(done: Done) -> None:
-    missing = bytes(32)
-    found = done.check(order=done.order._replace(memory_hash=missing))
-    assert found.failure == f"the memory {missing.hex()} did not come"
-    assert not done.check(memory_after=missing, numeric_class="another machine").passed
+def test_who_does_not_send_its_memory_is_refused_and_checked_again_but_not_barred(
+    make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path
+) -> None:
+    checked = replace(job, spot_checks=1.0, keep_optimizer_state=True)
+    away = miners[0]
+    with make_trainer(checked, tmp_path) as trainer:
+        store = trainer._engine.store
+
+        def bring(wanted: Mapping[bytes, Sequence[bytes]]) -> None:
+            for digest in wanted[away]:
+                (store / digest.hex()).rename(tmp_path / "memory")
+
+        first = trainer.run_cycle(trainer.start(), miners, seed=b"1", score_seed=lambda _: b"1")
+        trainer._engine.bring = bring  # type: ignore[method-assign]
+        second = trainer.run_cycle(first.after, miners, seed=b"2", score_seed=lambda _: b"2")
+        (tmp_path / "memory").rename(store / first.after.memories[away].hex())
+        del trainer._engine.bring
+        third = trainer.run_cycle(second.after, miners, seed=b"3", score_seed=lambda _: b"3")
+    assert [(each.miner, each.reason) for each in second.refusals] == [(away, Reason.MEMORY_WITHHELD)]
+    assert away not in [each.order.task.miner for each in second.after.drawn]
+    assert second.after.memories[away] == first.after.memories[away]
+    assert (second.after.standings[away].proven, second.after.standings[away].barred_until) == (False, 0)
+    assert third.refusals == ()
+    assert away in [each.order.task.miner for each in third.after.drawn]
 
 
 def test_a_memory_of_nonsense_fails_and_does_not_end_the_checker(done: Done) -> None:

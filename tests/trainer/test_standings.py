@@ -87,11 +87,13 @@ def test_who_failed_a_spot_check_is_barred_and_has_to_prove_itself_again() -> No
         KNOWN | {b"o": Standing(barred_until=3)},
         steady={MINERS[0]: True, MINERS[1]: False, b"n": True},
         passed={MINERS[0]: False, b"n": True},
+        unproven=[MINERS[3]],
         barred_until=107,
     )
     assert list(found) == sorted(found)
     assert found[MINERS[0]] == Standing(steady=True, proven=False, barred_until=107)
     assert found[MINERS[1]] == Standing(steady=False, proven=True)
     assert found[MINERS[2]] == KNOWN[MINERS[2]]
+    assert found[MINERS[3]] == Standing(steady=True, proven=False)
     assert found[b"n"] == Standing(steady=True, proven=True)
     assert found[b"o"] == Standing(barred_until=3)

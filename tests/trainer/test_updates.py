@@ -157,6 +157,7 @@ def test_every_reason_about_an_updates_form_has_a_case() -> None:
         Reason.COPY,
         Reason.NOT_ITS_SHARD,
         Reason.NO_IMPROVEMENT,
+        Reason.MEMORY_WITHHELD,
     }
     assert {reason for reason, _ in HOSTILE} == set(Reason) - others
 

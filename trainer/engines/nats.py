@@ -42,7 +42,7 @@ GRACE_SECONDS = 5.0
 REVEAL_SECONDS = 120.0
 """By then the updates must have come, after the commits are closed."""
 _SIZE_SLACK = 1 << 20  # bytes that an update may be larger than two models
-_MOST_MEMORY = 4  # times the size of a model: two moments of the optimizer, and the residual
+_MOST_MEMORY = 16  # times the size of a model: moments of the optimizer, and the residual, in wider types
 _LONGEST_COMMIT = 4096  # bytes of a commit's statement, which is in the record
 
 
