@@ -154,9 +154,9 @@ class Checker:
 
     What cannot be checked without held-out data, or without having been there: the losses, and so each measured
     reduction and its error, how much more an update helps on its own shard, and the share of the step; whether an
-    update is a `copy`, was late or was `withheld`, and a memory `memory-withheld`; what a spot check found; in which order commits came; whether a
-    miner without a commit in the record was `late`, `absent` or `worker-died` (a miner that committed has a receipt);
-    whether another opening was announced before; whether a winner got its award.
+    update is a `copy`, was late or was `withheld`, and a memory `memory-withheld`; what a spot check found; in which
+    order commits came; whether a miner without a commit in the record was `late`, `absent` or `worker-died` (a miner
+    that committed has a receipt); whether another opening was announced before; whether a winner got its award.
 
     A failed check says nothing of the next one: another proposal for the slot can be true.
     """
@@ -464,7 +464,9 @@ class Checker:
         refused = [task.miner for task in cycle.tasks if task.refusal is Reason.NOT_ITS_SHARD]
         _require("left-out", "not on their own shards", sorted(foreign(evidence, self._job.shard_margin)), refused)
         good = [task.miner for task in cycle.tasks if task.refusal in {None, Reason.MEMORY_WITHHELD}]
-        drawn = draw_checks(cycle.score_seed, good, measured, self._job.spot_checks)
+        passed = {check.miner: not check.failure for check in cycle.spot_checks}
+        proven = [miner for miner, has_passed in passed.items() if has_passed]
+        drawn = draw_checks(cycle.score_seed, good, measured, self._job.spot_checks, proven)
         without = [task.miner for task in cycle.tasks if task.refusal is Reason.MEMORY_WITHHELD]
         found = [task.miner for task in cycle.tasks if task.drawn != (task.miner in without)]
         _require("wrong-draw", "tasks that are done again", drawn, found)
@@ -475,7 +477,7 @@ class Checker:
                 for task in cycle.tasks
             },
             unproven=without,
-            passed={check.miner: not check.failure for check in cycle.spot_checks},
+            passed=passed,
             barred_until=cycle.cycle + self._job.penalty_cycles,
         )
         _require("wrong-standing", "standings", expected, cycle.by_miner)

@@ -1,6 +1,6 @@
 """One cycle: assign tasks, collect commits and updates, judge them, aggregate them into the next model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -207,7 +207,7 @@ class Trainer:
         )
         checked: tuple[Drawn, ...] = ()
         if score_seed:
-            judged, checked = self._draw_checks(judged, drawn)
+            judged, checked = self._draw_checks(judged, drawn, {check.miner for check in spot_checks if check.passed})
         return self.aggregate(before, judged, spot_checks, checked, drawn)
 
     def assign(self, before: Checkpoint, miners: Sequence[bytes], seed: bytes) -> list[Order]:
@@ -233,14 +233,16 @@ class Trainer:
                 refused[check.miner] = UpdateError(Reason.SPOT_CHECK_FAILED, detail)
         return refused
 
-    def _draw_checks(self, judged: Judged, score_seed: bytes) -> tuple[Judged, tuple[Drawn, ...]]:
+    def _draw_checks(
+        self, judged: Judged, score_seed: bytes, passed: Collection[bytes]
+    ) -> tuple[Judged, tuple[Drawn, ...]]:
         """Draw the tasks that are done again, and have their miners send the memories that this needs.
 
         A miner that does not send them is refused. It may be away: it is not barred, but its next task is drawn first.
         """
         done = {task.order.task.miner: task for task in judged.tasks if task.contribution and task.commit}
         drawn = []
-        for miner in draw_checks(score_seed, list(done), judged.standings, self.job.spot_checks):
+        for miner in draw_checks(score_seed, list(done), judged.standings, self.job.spot_checks, passed):
             order, commit = done[miner].order, done[miner].commit
             assert commit  # noqa: S101 - an accepted update has one
             began = order._replace(memory_hash=commit.memory_before)

@@ -52,19 +52,21 @@ def choose(seed: bytes, cycle: int, present: Sequence[bytes], standings: Standin
     return sorted(sorted(free or present, key=order)[:most])
 
 
-def draw_checks(seed: bytes, miners: Sequence[bytes], standings: Standings, share: float) -> list[bytes]:
+def draw_checks(
+    seed: bytes, miners: Sequence[bytes], standings: Standings, share: float, passed: Collection[bytes] = ()
+) -> list[bytes]:
     """Return the miners whose task is done again, sorted: the share (0 to 1) of `miners`, on average over the seeds.
 
     First come miners that are not proven: of these, those with the least evidence that they train on their own shard.
-    There is at least one check while there are such miners. The seed draws the others. No check is drawn if `share` is
-    0.
+    There is at least one check while there are such miners. The seed draws the others. `passed` are miners that are
+    proven since this cycle. No check is drawn if `share` is 0.
     """
     if not share:
         return []
     unproven = {
         miner: standing.own_shard or 0.0
         for miner in miners
-        if not (standing := standings.get(miner, Standing())).proven
+        if not (standing := standings.get(miner, Standing())).proven and miner not in passed
     }
     whole, part = divmod(share * len(miners), 1)
     fraction = int.from_bytes(_hash(b"checks", seed, b"")[:8], "big") / 2**64

@@ -140,7 +140,8 @@ def main() -> None:
         return
     limits = {each: LIMITS[each] for each in LIMITS if not arguments.limit or each in ("none", *arguments.limit)}
     options = ["--steps", str(arguments.steps), *(["--batch", str(arguments.batch)] if arguments.batch else [])]
-    kinds = [(limit, processor) for limit in limits for processor in (HERE, *arguments.emulate)]
+    emulated = arguments.limit or limits
+    kinds = [(limit, each) for limit in limits for each in (HERE, *(arguments.emulate if limit in emulated else []))]
     with tempfile.TemporaryDirectory(prefix="traincert-processors-") as folder:
         command = [sys.executable, __file__, "--child", folder, *options, *arguments.jobs]
         turns: list[dict[tuple[str, str], Any]] = []

@@ -360,8 +360,10 @@ class Lies(World):
                 miner = bytes.fromhex(task["miner"])
                 measured[miner] = measured.get(miner, Standing()).measured(task["own_shard"])
         accepted = [bytes.fromhex(task["miner"]) for task in tasks if not task["refusal"]]
-        drawn = draw_checks(bytes.fromhex(self.record["score_seed"]), accepted, measured, self.job.spot_checks)
         passed = {bytes.fromhex(check["miner"]): not check["failure"] for check in self.record["spot_checks"]}
+        proven = [miner for miner, has_passed in passed.items() if has_passed]
+        seed = bytes.fromhex(self.record["score_seed"])
+        drawn = draw_checks(seed, accepted, measured, self.job.spot_checks, proven)
         steady = {
             bytes.fromhex(task["miner"]): bool(task["commit"])
             and task["refusal"] not in (Reason.WITHHELD, Reason.MEMORY_WITHHELD)

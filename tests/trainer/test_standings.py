@@ -70,6 +70,7 @@ def test_who_is_not_proven_comes_first_and_of_them_who_has_the_least_evidence() 
     for seed in seeds(20):
         assert draw_checks(seed, MINERS, standings, 0.001) == [MINERS[4]]
         assert draw_checks(seed, MINERS, standings, 0.2) == MINERS[4:6]
+        assert draw_checks(seed, MINERS, standings, 0.001, passed=[MINERS[4]]) == [MINERS[5]]
     assert draw_checks(b"", MINERS, {}, 0.0) == []
     assert draw_checks(b"", [], {}, 1.0) == []
 
