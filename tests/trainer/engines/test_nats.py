@@ -838,7 +838,7 @@ def test_a_memory_is_taken_only_as_it_was_asked_for(
         assert f"nobody has asked {miner.name} for the memory" in miner.refusal("memory", update_chunk(data))
     assert "a request of 0 bytes where 16 belong" in alice.refusal("memory", b"")
     assert "a request of 15 bytes where 16 belong" in alice.refusal("memory", digest + bytes(15))
-    most = (1 << 20) + 4 * (coordinator.engine.store / coordinator.state.model_hash.hex()).stat().st_size
+    most = (1 << 20) + 16 * (coordinator.engine.store / coordinator.state.model_hash.hex()).stat().st_size
     for size in (0, most + 1, 2**63, 2**64 - 1):
         why = f"a memory of {size} bytes is refused: at most {most}"
         assert alice.refusal("memory", update_chunk(BIG, 0, digest, size)) == why
