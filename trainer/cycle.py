@@ -175,7 +175,7 @@ class Trainer:
         miner trains which segment on which shard, and the order of the examples. `score_seed` is called with all
         commits by miner, and returns the bytes that draw the validation examples for scoring, and the tasks
         that are done again; no miner may have known them before it committed. Without it miners are trusted: no task is
-        done again, and it is not measured whether they trained on their own shards.
+        done again, only the form of updates is checked, and all that they take off the loss counts.
 
         Within a numeric class the result depends on the dataset, `before`, the set of miners and the seeds alone. The
         order of `miners` and the number of workers do not change it.

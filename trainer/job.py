@@ -184,10 +184,10 @@ class TrainingJob:
     score_examples: Annotated[int, Field(ge=0)] = 0
     """How many validation examples updates are scored on. Each cycle draws others. 0: all validation examples."""
     noise_margin: Annotated[float, Field(ge=0, le=10)] = 0.5
-    """How much of the loss that an update takes off does not count, in standard errors of its measurement.
+    """How much of the loss that an update takes off does not count on a chain, in standard errors of its measurement.
     An update that takes off no more is refused: chance alone could have done that."""
     copy_cosine: Annotated[float, Field(gt=0, le=1)] = 0.98
-    """An update is refused as a copy if its cosine with another one is at least this."""
+    """On a chain an update is refused as a copy if its cosine with another one is at least this."""
     shard_examples: Annotated[int, Field(ge=0)] = 64
     """Of how many examples of its own shard, and of how many of others, it is measured on a chain whether a miner has
     trained on its own. 0: it is not measured."""

@@ -160,7 +160,7 @@ class Judge:
         """Judge the updates of `orders`, which start from `model`.
 
         `known`, `norms` and `standings` are the last cycle's. `refused` are miners that are refused whatever they sent.
-        With `strangers` it is measured whether miners trained on their own shards.
+        Without `strangers` miners are trusted: only an update's form is checked, and its whole loss reduction counts.
         """
         cases = []
         for order, commit, sent in zip(orders, commits, updates, strict=True):
@@ -169,11 +169,13 @@ class Judge:
             if not case.refused:
                 self._read(case, sent, model)
             cases.append(case)
-        usual = self._limit_norms(cases, norms)
-        self._find_copies(cases, known)
-        if strangers and self.dataset.job.shard_examples and len(self.dataset.shards) > 1:
-            standings = self._compare_shards(cases, model, score_seed, standings)
-        self._score(cases, model, score_seed)
+        if strangers:
+            norms = self._limit_norms(cases, norms)
+            self._find_copies(cases, known)
+            known = _remembered(known, cases)
+            if self.dataset.job.shard_examples and len(self.dataset.shards) > 1:
+                standings = self._compare_shards(cases, model, score_seed, standings)
+        self._score(cases, model, score_seed, self.dataset.job.noise_margin if strangers else 0.0)
         return Judged(
             tuple(map(_result, cases)),
             tuple(
@@ -181,9 +183,9 @@ class Judge:
                 for case in cases
                 if (contribution := _result(case).contribution)
             ),
-            usual,
+            norms,
             standings,
-            _remembered(known, cases),
+            known,
         )
 
     def _read(self, case: _Case, sent: bytes | Reason, model: State) -> None:
@@ -282,7 +284,7 @@ class Judge:
             self._shards[digest] = read_examples(self.dataset.job, self.dataset.shard_folder, digest)
         return self._shards[digest]
 
-    def _score(self, cases: Sequence[_Case], model: State, score_seed: bytes) -> None:
+    def _score(self, cases: Sequence[_Case], model: State, score_seed: bytes, noise_margin: float) -> None:
         """Score the updates that are left on validation examples."""
         left = [case for case in cases if not case.refused]
         # Score each of n updates at 1/n of its size. At full size, the noise of one miner's few examples can raise the
@@ -296,7 +298,7 @@ class Judge:
         before, *losses = self.scorer.losses(chain([model], candidates), self._score_examples(score_seed))
         for case, after in zip(left, losses, strict=True):
             late = bool(case.commit and case.commit.late)
-            case.score = each = score(self.dataset.job, case.segment.params, before, after, late=late)
+            case.score = each = score(self.dataset.job, case.segment.params, before, after, noise_margin, late=late)
             if not each.weight:
                 case.refuse(
                     Reason.NO_IMPROVEMENT,

@@ -196,15 +196,17 @@ def nats(recorded: int, offset: float) -> float:
     return math.nan if recorded == MAX_NANO_NATS else recorded / 1e9 - offset
 
 
-def score(job: TrainingJob, params: int, before: Losses, after: Losses, *, late: bool = False) -> Score:
+def score(
+    job: TrainingJob, params: int, before: Losses, after: Losses, noise_margin: float, *, late: bool = False
+) -> Score:
     """Score an update that passed all checks. `params` is the size of its segment.
 
-    `before` are the losses without the update, `after` with this update alone, on the same batches. `late`: the task
-    took longer than `late_seconds`.
+    `before` are the losses without the update, `after` with this update alone, on the same batches. `noise_margin` is
+    how many standard errors do not count. `late`: the task took longer than `late_seconds`.
     """
     fall, error = before.fall(after)
     if not math.isfinite(fall):
         fall, error = -math.inf, 0.0
     reduction = round(max(-_MOST, min(fall * 1e9, _MOST)))
     deviation = math.ceil(min(error * 1e9, _MOST))
-    return paid(params, reduction, deviation, noise_margin=job.noise_margin, late_share=job.late_share, late=late)
+    return paid(params, reduction, deviation, noise_margin=noise_margin, late_share=job.late_share, late=late)

@@ -219,7 +219,7 @@ def test_updates_of_which_each_does_harm_count_if_their_mean_helps(
     make_trainer: MakeTrainer, job: TrainingJob, miners: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real updates with noise that is gone from their mean: each is scored at the share that it has of it."""
-    whole = replace(job, segments=1, max_update_norm=100.0, copy_cosine=1.0)  # the noise makes them alike
+    whole = replace(job, segments=1, max_update_norm=100.0)
     with make_trainer(whole, tmp_path) as trainer:
         (plain,) = run(trainer, miners, 1)
         (segment,) = trainer.segments

@@ -228,7 +228,7 @@ def test_the_weight_is_the_root_of_params_times_reduction(params: int, reduction
 
 @pytest.mark.parametrize("after", [1.0, 1.5, 1e300, math.inf, math.nan])
 def test_an_update_that_does_not_help_has_no_weight(job: TrainingJob, after: float) -> None:
-    found = score(job, 100, Losses((1.0, 1.0), (1.0, 1.0)), Losses((after, after), (1.0, 1.0)))
+    found = score(job, 100, Losses((1.0, 1.0), (1.0, 1.0)), Losses((after, after), (1.0, 1.0)), 0.5)
     assert (found.loss_reduction, found.weight) == (0, 0)
     assert found.reduction <= 0
 
