@@ -428,7 +428,8 @@ class FedAvg(Judge):
         del cases, model, seed
         return dict(standings)
 
-    def _score(self, cases: Sequence[_Case], model: State, score_seed: bytes) -> None:
+    def _score(self, cases: Sequence[_Case], model: State, score_seed: bytes, noise_margin: float) -> None:
+        del noise_margin
         left = [case for case in cases if not case.refused and case.update]
         states = [case.update.applied(self.layout, case.segment, model) for case in left if case.update]
         before, *after = self.scorer.losses([model, *states], self._score_examples(score_seed))
@@ -451,7 +452,8 @@ class Gauntlet(FedAvg):
     random data, times the moving average of the sign of (own data - random data), squared.
     """
 
-    def _score(self, cases: Sequence[_Case], model: State, score_seed: bytes) -> None:
+    def _score(self, cases: Sequence[_Case], model: State, score_seed: bytes, noise_margin: float) -> None:
+        del noise_margin
         ratings: dict[bytes, list[float]] = self.__dict__.setdefault("ratings", {})
         left = [case for case in cases if not case.refused and case.update]
         falls = []
