@@ -61,7 +61,7 @@ bench: node data
 	$(call if_missing,valgrind,valgrind)
 	.venv/bin/python tests/bench/run.py
 
-# What attackers earn, with each way to score. It takes hours. An interrupted run continues.
+# What attackers earn, with each way to score. It takes two hours. An interrupted run continues.
 bench-attacks: setup data
 	.venv/bin/python tests/bench/attacks.py bench/attacks
 
