@@ -128,6 +128,7 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._checker.close()
         self._scorer.__exit__(kind, error, tb)
 
     def start(self) -> Checkpoint:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from traincert.trainer.determinism import numeric_class
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.orders import Order
-from traincert.trainer.errors import IntegrityError
+from traincert.trainer.errors import EngineError, IntegrityError
 from traincert.trainer.examples import Dataset
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.segments import Segment
@@ -69,8 +69,8 @@ class TaskChecker:
         if self._executor is None:
             self._executor = Executor(self._job, self._store)
         try:
-            answer = self._executor.execute(self._shards, order)
-        except (OSError, MemoryError, torch.OutOfMemoryError, IntegrityError):
+            answer = self._executor.execute(self._shards, order, self._on_step)
+        except (OSError, MemoryError, torch.OutOfMemoryError, IntegrityError, EngineError):
             raise
         except Exception as error:
             if order.memory_hash is None:
@@ -90,6 +90,9 @@ class TaskChecker:
         most = self._job.spot_tolerance
         failure = f"the update is {distance:.3g} away from ours, at most {most:g} is allowed" if distance > most else ""
         return SpotCheck(miner, drawn.update_hash, found, distance, failure)
+
+    def _on_step(self) -> None:
+        """Is called before each step of a task."""
 
     def _distance(self, drawn: Drawn, ours: bytes, memory: bytes | None) -> float:
         """Return the distance of the updates or of the memories, whichever is greater."""
@@ -113,10 +116,12 @@ class TaskChecker:
 
 
 class SpotChecker(TaskChecker):
-    """Does tasks again, in a thread of its own."""
+    """Does tasks again, in a thread of its own. Call `close` at the end."""
 
     def __init__(self, dataset: Dataset, store: Path, segments: Sequence[Segment]) -> None:
         super().__init__(dataset.job, dataset.shard_folder, store, segments)
+        self._closed = Event()
+        self._thread: Thread | None = None
 
     def begin(self, drawn: Sequence[Drawn]) -> Future[list[SpotCheck]]:
         """Begin to do tasks again. This thread must not compute with torch until the result is there."""
@@ -129,10 +134,21 @@ class SpotChecker(TaskChecker):
                 future.set_exception(error)
 
         if drawn:
-            Thread(target=work, name="spot-checks", daemon=True).start()  # daemon: Ctrl-C does not wait for it
+            self._thread = Thread(target=work, name="spot-checks", daemon=True)
+            self._thread.start()
         else:
             future.set_result([])
         return future
+
+    def close(self) -> None:
+        """End the task that is being done again, after its step: a thread in torch would crash Python at its end."""
+        self._closed.set()
+        if self._thread:
+            self._thread.join()
+
+    def _on_step(self) -> None:
+        if self._closed.is_set():
+            raise EngineError("the spot checker is closed")
 
 
 def memories_of(drawn: Drawn, ours: str) -> list[bytes]:

@@ -1,6 +1,6 @@
 """One task → one update, with the same bits on machines of one numeric class."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -88,11 +88,19 @@ def _group(job: TrainingJob, name: str) -> str:
 
 
 @deterministic()
-def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples, task: Task, memory: State) -> Trained:
+def train_task(
+    job: TrainingJob,
+    state: State,
+    segment: Segment,
+    shard: Examples,
+    task: Task,
+    memory: State,
+    on_step: Callable[[], None] = lambda: None,
+) -> Trained:
     """Train the task's segment on `shard`, starting from `state`. All other parameters are frozen.
 
     `memory` is the `Trained.memory` of the miner's last task. It is empty in the first task, and if the job keeps
-    neither the optimizer's state nor a residual.
+    neither the optimizer's state nor a residual. `on_step` is called before each step; it may raise to end the task.
     """
     with seeded(_seed(task), [torch.cuda.current_device()] if job.device == "cuda" else []):  # for dropout and the like
         model = build_model(job)
@@ -112,6 +120,7 @@ def train_task(job: TrainingJob, state: State, segment: Segment, shard: Examples
             _restore(optimizer, leaves, memory)
         functions = Functions(job)
         for batch in rows(job, len(shard), task):
+            on_step()
             inputs, target = shard.batch(batch, job.device)
             optimizer.zero_grad()
             with _joined(model, cut):

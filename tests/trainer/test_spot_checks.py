@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from traincert.trainer.cycle import Trainer
 from traincert.trainer.determinism import numeric_class
 from traincert.trainer.engines.orders import Commit, Order
-from traincert.trainer.errors import IntegrityError, Reason
+from traincert.trainer.errors import EngineError, IntegrityError, Reason
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import RunFolder
 from traincert.trainer.spot_checks import Drawn, SpotCheck, SpotChecker
@@ -168,3 +169,23 @@ def test_who_cheats_is_refused_in_the_next_cycle_and_barred_after_it(
     barred = [each.get(cheat) for each in refusals]
     assert barred == [None, None, Reason.SPOT_CHECK_FAILED, Reason.BARRED, Reason.BARRED, None]
     assert all(set(each) <= {cheat} for each in refusals[:3])
+
+
+def test_closing_ends_a_task_after_its_step(done: Done) -> None:
+    """Not at the end of Python: a thread that is in torch then crashes it."""
+    begun = Event()
+    checker = SpotChecker(done.trainer.dataset, done.store, done.trainer.segments)
+    checker._job = replace(done.trainer.job, local_steps=1_000_000)
+    on_step = checker._on_step
+
+    def step() -> None:
+        begun.set()
+        on_step()
+
+    checker._on_step = step  # type: ignore[method-assign]
+    order = done.order._replace(memory_hash=done.commit.memory_before)
+    future = checker.begin([Drawn(order, done.commit.update_hash, done.commit.memory_after, numeric_class("cpu"))])
+    assert begun.wait(60)
+    checker.close()
+    with pytest.raises(EngineError, match=r"^the spot checker is closed$"):
+        future.result(0)

@@ -1,6 +1,7 @@
 """Carry out one order. All engines and the replay share this code."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from traincert.trainer.determinism import numeric_class
@@ -29,8 +30,8 @@ class Executor:
         self._shards: dict[bytes, Examples] = {}  # memory-mapped
         self._segments: tuple[Segment, ...] = ()
 
-    def execute(self, shards: Path, order: Order) -> Answer:
-        """Do the order's task. `shards` is the folder of the shards.
+    def execute(self, shards: Path, order: Order, on_step: Callable[[], None] = lambda: None) -> Answer:
+        """Do the order's task. `shards` is the folder of the shards; `on_step` is as in `training.train_task`.
 
         A shard's hash is checked at its first use only.
 
@@ -45,7 +46,9 @@ class Executor:
             self._segments = cut_segments(build_model(self._job), self._job, shard)
         memory = load_state(self._store, order.memory_hash) if order.memory_hash else {}
         begin = time.perf_counter()
-        trained = train_task(self._job, self._state, self._segments[order.task.segment], shard, order.task, memory)
+        trained = train_task(
+            self._job, self._state, self._segments[order.task.segment], shard, order.task, memory, on_step
+        )
         seconds = time.perf_counter() - begin
         kept = save_state(self._store, trained.memory) if trained.memory else None
         return Answer(trained.update, order.memory_hash, kept, seconds, numeric_class(self._job.device))
