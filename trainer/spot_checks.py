@@ -124,7 +124,7 @@ class SpotChecker(TaskChecker):
         self._thread: Thread | None = None
 
     def begin(self, drawn: Sequence[Drawn]) -> Future[list[SpotCheck]]:
-        """Begin to do tasks again. This thread must not compute with torch until the result is there."""
+        """Begin to do tasks again."""
         future: Future[list[SpotCheck]] = Future()
 
         def work() -> None:

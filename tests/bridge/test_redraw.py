@@ -125,6 +125,14 @@ class LocalMiners:
         self.closed_slots.append(slot)
 
 
+def begin(run: RunFolder, trainer: Trainer) -> None:
+    """Begin a run. The trainer has put its files into its own store, which all trials share."""
+    state = trainer.start()
+    save_state(run.store, state.model)
+    save_state(run.store, {"velocity": state.velocity})
+    run.begin(state, trainer.dataset)
+
+
 class Trial:
     """A network whose first node is the coordinator's alone; the miners share the others. `fault` may be set."""
 
@@ -149,8 +157,7 @@ class Trial:
         signer.fault = self._fault
         client = stack.enter_context(NodeClient.from_datadir(self.network.nodes[0].datadir))
         self.run = stack.enter_context(RunFolder(path / "run", trainer.job))
-        save_state(self.run.store, state.model)  # the trainer has put it into its own store, which all trials share
-        self.run.begin(state, trainer.dataset)
+        begin(self.run, trainer)
         self.miners = LocalMiners(self.params, self.producers)
 
         def make_coordinator(signer: Signer, run: RunFolder) -> Coordinator:
@@ -402,8 +409,7 @@ def test_a_coordinator_whose_records_are_lost_cannot_sign_another_certificate(
         trial.close_slot()
     trial.producers.popitem()  # other miners, another cycle
     with RunFolder(tmp_path / "another run", trainer.job) as run:
-        save_state(run.store, trainer.start().model)
-        run.begin(trainer.start(), trainer.dataset)
+        begin(run, trainer)
         coordinator = trial.make_coordinator(trial.make_signer(trial.journal), run)
         with pytest.raises(JournalError, match="block 1, round 0"):
             coordinator.close_slot()
@@ -442,8 +448,7 @@ def test_a_block_of_another_coordinator_with_the_same_keys_is_told(
     trial: Trial, trainer: Trainer, tmp_path: Path
 ) -> None:
     with RunFolder(tmp_path / "another run", trainer.job) as run:
-        save_state(run.store, trainer.start().model)
-        run.begin(trainer.start(), trainer.dataset)
+        begin(run, trainer)
         other = trial.make_coordinator(trial.make_signer(tmp_path / "another journal"), run)
 
         def fault(now: str, _: Certificate) -> None:
