@@ -224,7 +224,7 @@ class Trainer:
     ) -> dict[bytes, UpdateError]:
         """Return the miners whose updates are refused for what they did before."""
         refused = {
-            order.task.miner: UpdateError(Reason.BARRED, f"barred until cycle {standing.barred_until}")
+            order.task.miner: UpdateError(Reason.BARRED, f"barred before cycle {standing.barred_until + 1}")
             for order in orders
             if (standing := before.standings.get(order.task.miner, Standing())).barred_until > before.cycle
         }

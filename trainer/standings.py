@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-MEMORY = 0.9
+KEPT = 0.9
 """The share of a miner's evidence that counts on in its next task: about the last ten tasks count."""
 
 
@@ -19,7 +19,7 @@ class Standing(NamedTuple):
     barred_until: int = 0
     """Its updates are refused in the cycles before this one, counted from 0."""
     evidence: float = 0.0
-    """That it trains on its own shard: the sum of its z-scores, each cycle's times `MEMORY` in the next."""
+    """That it trains on its own shard: the sum of its z-scores, each cycle's times `KEPT` in the next."""
     spread: float = 0.0
     """The variance that `evidence` would have if it were noise."""
 
@@ -30,7 +30,7 @@ class Standing(NamedTuple):
 
     def measured(self, z_score: float) -> "Standing":
         """Return the standing after one more measurement."""
-        return self._replace(evidence=MEMORY * self.evidence + z_score, spread=MEMORY**2 * self.spread + 1)
+        return self._replace(evidence=KEPT * self.evidence + z_score, spread=KEPT**2 * self.spread + 1)
 
 
 Standings = Mapping[bytes, Standing]

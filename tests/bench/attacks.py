@@ -28,7 +28,7 @@ from traincert.trainer.cycle import Trainer
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.orders import Commit, OnCommit, Order
 from traincert.trainer.errors import Reason
-from traincert.trainer.examples import Dataset, Examples, read_examples
+from traincert.trainer.examples import Examples, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.judging import Judge, Known, _Case
 from traincert.trainer.preprocessing import prepare_dataset
@@ -85,9 +85,7 @@ JOBS = {
 class Scene:
     """What an attacker can see and do in one cycle."""
 
-    dataset: Dataset
-    layout_segments: Sequence[Segment]
-    state: State
+    segments: Sequence[Segment]
     cycle: int
     orders: Sequence[Order]
     honest: Mapping[bytes, Update]
@@ -130,13 +128,13 @@ def scaled(factor: float) -> Attack:
 
 def lazy(scene: Scene, order: Order) -> Update:
     """Train nothing, and send noise."""
-    size = scene.layout_segments[order.task.segment].params
+    size = scene.segments[order.task.segment].params
     return Update(torch.randn(size, generator=scene.noise) * 1e-3)
 
 
 def mimic(scene: Scene, order: Order) -> Update:
     """Train nothing, and send the model's last move with so much noise that it is no copy (cosine 0.9)."""
-    segment = scene.layout_segments[order.task.segment]
+    segment = scene.segments[order.task.segment]
     if scene.step is None:
         return lazy(scene, order)
     move = scene.step[segment.start : segment.end]
@@ -226,7 +224,7 @@ def all_shards(scene: Scene, order: Order) -> Update:
 
 def withhold(scene: Scene, order: Order) -> Update | None:
     """Commit, and send nothing."""
-    return Update(torch.zeros(scene.layout_segments[order.task.segment].params))
+    return Update(torch.zeros(scene.segments[order.task.segment].params))
 
 
 def splitting(scene: Scene, order: Order) -> Update | None:
@@ -257,17 +255,18 @@ def together(scene: Scene, order: Order) -> Update | None:
 
 @dataclass(frozen=True)
 class Case:
-    """An attack: how many names the attackers have, and what they may earn."""
+    """An attack: how many names the attackers have, how many of the ten miners they are, and what they may earn."""
 
     attack: Attack | None
     names: int = 2
+    miners: int | None = None
+    """None: one for each name."""
     bar: str = ""
     """zero: they may earn 0.02; one: what they would honestly; half: their share of the work, a tenth, and 0.02."""
 
 
-HONEST = Case(None)
 CASES = {
-    "honest": HONEST,
+    "honest": Case(None),
     "lazy": Case(lazy, bar="zero"),
     "mimic": Case(mimic, bar="zero"),
     "copy": Case(copy, bar="zero"),
@@ -287,9 +286,9 @@ CASES = {
     "scaled x2": Case(scaled(2), bar="one"),
     "scaled x3": Case(scaled(3), bar="one"),
     "scaled x10": Case(scaled(10), bar="one"),
-    "splitting x4": Case(splitting, names=4, bar="one"),
-    "split lazy x4": Case(split_lazy, names=4),
-    "pooling x4": Case(honest, names=1, bar="one"),
+    "splitting x4": Case(splitting, names=4, miners=1, bar="one"),
+    "split lazy x4": Case(split_lazy, names=4, miners=1),
+    "pooling x4": Case(honest, names=1, miners=4, bar="one"),
     "relabelling": Case(honest, bar="one"),
     "swapped tasks": Case(swapped),
     "known validation": Case(known_validation),
@@ -334,9 +333,7 @@ class AttackedEngine:
             if order.task.miner not in self._attackers or self._attack is None:
                 continue
             scene = Scene(
-                self.trainer.dataset,
                 self.trainer.segments,
-                load_state(self.store, order.model_hash),
                 self.cycle,
                 orders,
                 honest,
@@ -489,8 +486,7 @@ def run(job_name: str, rule: str, attack: str, seed: int, cycles: int = CYCLES) 
     job = replace(JOBS[job_name], seed=seed, aggregation=aggregation or "mean")  # type: ignore[arg-type]
     if rule != RULE:
         job = replace(job, spot_checks=0.0)
-    names = case.names if case.attack else 2
-    others = MINERS - {"split": 1, "pooli": 4}.get(attack[:5], names)
+    others, names = MINERS - (case.miners or case.names), case.names
     label = attack if attack == "relabelling" else ""
     ids = [hashlib.sha256(f"{seed} {number}".encode()).digest() for number in range(others)]
     attackers = [hashlib.sha256(f"{seed} {others + number}{label}".encode()).digest() for number in range(names)]
@@ -562,13 +558,11 @@ def _run(key: Key) -> tuple[Key, dict[str, Any]]:
 
 
 def fair(attack: str) -> float:
-    """Return the share that the attackers would have if they were honest, with the work that their names stand for."""
+    """Return the share that the attackers would have if they were honest: a task for each, with one name for each."""
     case = CASES[attack]
-    if attack in ("splitting x4", "split lazy x4"):
-        return 1 / MINERS
-    if attack == "pooling x4":
-        return 1 / (MINERS - 3)
-    return case.names / MINERS
+    miners = case.miners or case.names
+    tasks = min(miners, case.names)
+    return tasks / (MINERS - miners + tasks)
 
 
 def verdict(attack: str, share: float, honest: float, lost: float) -> list[str]:
