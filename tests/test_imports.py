@@ -27,8 +27,8 @@ ORDER = {
         "coordinator_folder rpc chain receipts producer coordinator appointing remote_miners cosigning "
         "coordinator_program miner checker cosigner audit deployment "
         "testing.invalid testing.network testing.plugin "
-        "cli.view cli.events cli.picture cli.demo cli.node cli.job cli.broker cli.coordinator cli.miner cli.cosigner "
-        "cli.network cli.receipt cli.audit cli.main"
+        "cli.options cli.view cli.events cli.picture cli.demo cli.node cli.job cli.broker cli.coordinator cli.miner "
+        "cli.cosigner cli.network cli.receipt cli.audit cli.main"
     ),
     "regtest": (
         "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"

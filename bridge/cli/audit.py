@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from traincert.bridge.cli.events import Events
+from traincert.bridge.cli.options import NODE
 from traincert.trainer.imports import importing
 
 if TYPE_CHECKING:
@@ -38,13 +39,7 @@ class Findings(Events):
     type=click.Path(path_type=Path, dir_okay=False),
     help="Check somebody else's verdict, which is in this file. This needs no FOLDER.",
 )
-@click.option(
-    "--datadir",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    default=Path("demo/node0"),
-    show_default=True,
-    help="The data directory of a running node that you trust.",
-)
+@NODE
 @click.option("--json", "as_json", is_flag=True, help="Print lines of JSON.")
 def audit(folder: Path | None, height: int | None, draw: bool, file: Path | None, datadir: Path, as_json: bool) -> None:
     """Repeat a closed cycle, and write what was found, signed, into FOLDER/verdicts.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from traincert.bridge.cli.options import NODE
 from traincert.bridge.errors import BridgeError
 from traincert.regtest.errors import NodeUnreachableError, RegtestError
 from traincert.trainer.errors import TrainerError
@@ -92,13 +93,7 @@ def _fail(message: str, code: int) -> None:
 
 
 @cli.command()
-@click.option(
-    "--datadir",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    default=Path("demo/node0"),
-    show_default=True,
-    help="The data directory of a running node.",
-)
+@NODE
 @click.option(
     "--run",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

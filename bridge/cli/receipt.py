@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from traincert.bridge.cli.options import NODE
+
 FILE = click.argument("file", type=click.Path(path_type=Path, exists=True))
 CYCLE = click.option(
     "--cycle", type=click.IntRange(min=1), help="Which receipt of a miner's folder.  [default: the last]"
@@ -52,13 +54,7 @@ def receipt_show(file: Path, cycle: int | None, as_json: bool) -> None:
 @receipt.command("verify")
 @FILE
 @CYCLE
-@click.option(
-    "--datadir",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    default=Path("demo/node0"),
-    show_default=True,
-    help="The data directory of a running node.",
-)
+@NODE
 def receipt_verify(file: Path, cycle: int | None, datadir: Path) -> None:
     """Check a receipt against a node's chain, and say why its miner did or did not win the next block.
 
