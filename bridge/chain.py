@@ -31,23 +31,30 @@ class CertifiedBlock:
     winner_signature: bytes
 
 
-def certificate_json(block: CertifiedBlock) -> dict[str, Any]:
-    """Return a block's certificate as JSON, in the form of the node's gettrainingcertificate."""
-    shown: dict[str, Any] = {"blockhash": block.hash}
-    for name, value in vars(block.certificate).items():
+def certificate_fields(certificate: Certificate) -> dict[str, Any]:
+    """Return a certificate as JSON, with the names and in the form of the node's gettrainingcertificate."""
+    shown: dict[str, Any] = {}
+    for name, value in vars(certificate).items():
         shown[name] = value.hex() if isinstance(value, bytes) else value
-    shown["prev_block"] = block.certificate.prev_block[::-1].hex()
-    shown["award"] = block.certificate.award
+    shown["prev_block"] = certificate.prev_block[::-1].hex()
+    shown["award"] = certificate.award
     shown["coordinator_signatures"] = [
-        {"key_index": each.key_index, "signature": each.signature.hex()}
-        for each in block.certificate.coordinator_signatures
+        {"key_index": each.key_index, "signature": each.signature.hex()} for each in certificate.coordinator_signatures
     ]
     draw = shown.pop("draw")
     if draw:
         siblings = [{"hash": node.hash.hex(), "sum": node.sum} for node in draw.siblings]
         shown["draw"] = {**vars(draw), "update_hash": draw.update_hash.hex(), "siblings": siblings}
-    shown["winner_signature"] = block.winner_signature.hex()
     return shown
+
+
+def certificate_json(block: CertifiedBlock) -> dict[str, Any]:
+    """Return a block's certificate as JSON, in the form of the node's gettrainingcertificate."""
+    return {
+        "blockhash": block.hash,
+        **certificate_fields(block.certificate),
+        "winner_signature": block.winner_signature.hex(),
+    }
 
 
 def read_params(node: NodeClient) -> TrainingParams:
