@@ -53,12 +53,14 @@ class NodeClient:
     """A node's RPC interface, over one connection that is kept open.
 
     bitcoinrpc is asynchronous. Each call here waits for its answer: the loops that use it read from top to bottom, and
-    Ctrl-C ends them at once. Not for several threads at once.
+    Ctrl-C ends them at once. Not for several threads at once. A call that does not reach the node is repeated for
+    `retry_time` seconds.
     """
 
-    def __init__(self, url: str, cookie_file: Path, *, name: str) -> None:
+    def __init__(self, url: str, cookie_file: Path, *, name: str, retry_time: float = RETRY_TIME) -> None:
         self.url = url
         self.name = name
+        self._retry_time = retry_time
         self._cookie_file = cookie_file
         self._runner = asyncio.Runner()
         with ctrl_c_later():  # a half-made event loop would print a traceback
@@ -66,7 +68,7 @@ class NodeClient:
         self._rpc: BitcoinRPC | None = None
 
     @classmethod
-    def from_datadir(cls, datadir: Path) -> Self:
+    def from_datadir(cls, datadir: Path, *, retry_time: float = RETRY_TIME) -> Self:
         """Return a client of the regtest node on a data directory. The node is here, or where its rpcconnect says.
 
         Raises BridgeError if the directory has no bitcoin.conf with an rpcport.
@@ -78,7 +80,7 @@ class NodeClient:
         if "rpcport" not in options:
             raise BridgeError(f"{datadir / 'bitcoin.conf'} names no rpcport")
         url = f"http://{options.get('rpcconnect', '127.0.0.1')}:{options['rpcport']}"
-        return cls(url, datadir / "regtest" / ".cookie", name=datadir.name)
+        return cls(url, datadir / "regtest" / ".cookie", name=datadir.name, retry_time=retry_time)
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +100,7 @@ class NodeClient:
 
         Raises RpcError with the node's own error, and NodeUnreachableError if the node does not answer.
         """
-        return retrying(_NotReadyError, RETRY_TIME)(lambda: self._run(self._call(method, params)))
+        return retrying(_NotReadyError, self._retry_time)(lambda: self._run(self._call(method, params)))
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         try:

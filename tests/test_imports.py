@@ -26,9 +26,11 @@ ORDER = {
         "consensus.block consensus.rules status keys signer recorded messages invitations broker members member "
         "coordinator_folder rpc chain receipts producer coordinator appointing remote_miners cosigning "
         "coordinator_program miner checker cosigner audit deployment "
+        "explorer.blocks explorer.luck explorer.cycles explorer.nodes explorer.watch explorer.texts explorer.views "
+        "explorer.metrics explorer.app explorer.serve "
         "testing.invalid testing.network testing.plugin "
         "cli.options cli.view cli.events cli.picture cli.demo cli.node cli.job cli.broker cli.coordinator cli.miner "
-        "cli.cosigner cli.network cli.receipt cli.audit cli.main"
+        "cli.cosigner cli.network cli.receipt cli.audit cli.explorer cli.main"
     ),
     "regtest": (
         "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"
@@ -99,12 +101,13 @@ def test_every_public_name_is_there(package: str) -> None:
 
 LIGHT = (
     "bridge.chain bridge.cli.main bridge.cli.audit bridge.cli.broker bridge.cli.coordinator bridge.cli.cosigner "
-    "bridge.cli.job bridge.cli.miner bridge.cli.network bridge.cli.node bridge.cli.receipt bridge.testing.plugin "
-    "bridge.testing.network regtest regtest.network regtest.plugin regtest.snapshot"
+    "bridge.cli.explorer bridge.cli.job bridge.cli.miner bridge.cli.network bridge.cli.node bridge.cli.receipt "
+    "bridge.testing.plugin bridge.testing.network regtest regtest.network regtest.plugin regtest.snapshot"
 )
 # What the extra `train` brings.
 EXTRA = {"cryptography", "jinja2", "matplotlib", "nats", "nkeys", "numpy", "pydantic", "safetensors", "sklearn"}
 EXTRA |= {"tensorboard", "tomlkit", "torch"}
+EXPLORER = {"prometheus_client", "sse_starlette", "starlette", "uvicorn"}
 
 
 def imports_of(*names: str) -> set[str]:
@@ -115,7 +118,11 @@ def imports_of(*names: str) -> set[str]:
 
 @pytest.mark.parametrize("module", LIGHT.split())
 def test_what_only_training_needs_is_imported_only_by_what_trains(module: str) -> None:
-    assert not imports_of(f"traincert.{module}") & EXTRA
+    assert not imports_of(f"traincert.{module}") & (EXTRA | EXPLORER)
+
+
+def test_the_explorer_needs_what_its_own_extra_brings() -> None:
+    assert imports_of("traincert.bridge.explorer.serve") & (EXTRA | EXPLORER) == EXPLORER | {"jinja2", "pydantic"}
 
 
 def test_a_job_is_read_and_a_receipt_is_checked_without_torch() -> None:

@@ -18,9 +18,10 @@ from traincert.regtest.errors import NodeUnreachableError, RegtestError
 from traincert.trainer.errors import TrainerError
 from traincert.trainer.imports import importing
 
-GROUPS = ["audit", "broker", "coordinator", "cosigner", "job", "miner", "network", "node", "receipt"]
-"""Groups of commands, and the command `audit`: each is in the file of its name."""
-# What the extra `train` brings.
+GROUPS = ["audit", "broker", "coordinator", "cosigner", "explorer", "job", "miner", "network", "node", "receipt"]
+"""Groups of commands, and the commands `audit` and `explorer`: each is in the file of its name."""
+# What the extra `explorer` brings, and what the extra `train` brings besides.
+EXPLORER = {"prometheus_client", "sse_starlette", "starlette", "uvicorn"}
 EXTRA = {
     "cryptography",
     "jinja2",
@@ -73,9 +74,11 @@ def main() -> None:
     except (BridgeError, TrainerError, RegtestError) as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA | EXPLORER:
             raise
-        _fail(f"this command needs {error.name}, which is not installed: pip install 'traincert[train]'", 1)
+        extra = "explorer" if missing in EXPLORER else "train"
+        _fail(f"this command needs {error.name}, which is not installed: pip install 'traincert[{extra}]'", 1)
     except OSError as error:  # a full disk, a folder that may not be written
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
     except click.ClickException as error:
