@@ -52,7 +52,8 @@ RUN --mount=type=cache,target=/root/.cache/pip /opt/traincert/bin/pip install --
     --no-deps --require-hashes --requirement requirements-broker.lock
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-    print(*project["dependencies"], *project["optional-dependencies"]["train"], sep="\n")' \
+    extras = project["optional-dependencies"]; wanted = project["dependencies"] + extras["explorer"] + extras["train"]; \
+    print(*(each for each in wanted if not each.startswith("traincert")), sep="\n")' \
     > requirements.txt && /opt/traincert/bin/pip install --disable-pip-version-check \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint requirements.lock --requirement requirements.txt
 COPY . .
