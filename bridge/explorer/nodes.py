@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,7 +84,8 @@ class WatchedNode:
             self.network = self.params = None
             return
         if self.params is None:
-            self.params = await self.run(read_params, self.client)
+            with suppress(RpcError):  # it has pruned the block at the start height
+                self.params = await self.run(read_params, self.client)
 
     def close(self) -> None:
         """End the thread and the connection."""
