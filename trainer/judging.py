@@ -27,7 +27,7 @@ from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.standings import Standing, Standings
 from traincert.trainer.state import State
 from traincert.trainer.training import rows
-from traincert.trainer.updates import Update, UpdateError, l2_norm, read_update
+from traincert.trainer.updates import Update, UpdateError, read_update
 from traincert.trainer.weights import ENOUGH, Score, foreign, limit_norms
 
 _MANY = 64  # updates that are compared at once
@@ -148,7 +148,7 @@ class Judge:
         model: State,
         orders: Sequence[Order],
         commits: Sequence[Commit | Reason],
-        updates: Sequence[bytes | Reason],
+        updates: Sequence[bytes | memoryview | Reason],
         *,
         score_seed: bytes,
         known: Known,
@@ -188,14 +188,14 @@ class Judge:
             known,
         )
 
-    def _read(self, case: _Case, sent: bytes | Reason, model: State) -> None:
+    def _read(self, case: _Case, sent: bytes | memoryview | Reason, model: State) -> None:
         try:
             if isinstance(sent, Reason):
                 raise UpdateError(sent, _WHY[sent])
             if case.commit and case.commit.memory_before not in (None, case.order.memory_hash):
                 raise UpdateError(Reason.WRONG_MEMORY, "the task began with another memory than the last task left")
             case.update = read_update(sent, self.dataset.job, case.segment, model)
-            case.norm = l2_norm(case.update.move)
+            case.norm = case.update.norm
         except UpdateError as error:
             case.refused = error
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -94,16 +95,42 @@ def state_bytes(tensors: State) -> bytes:
 
 def state_parts(tensors: State) -> list[memoryview]:
     """Return `state_bytes` in parts: the header, then the bytes of each tensor. They are not copied: models are big."""
+    parts = [memoryview(_header(tensors))]
+    for tensor in _ordered(tensors).values():
+        parts.append(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return parts
+
+
+def state_views(data: memoryview, like: State) -> State | None:
+    """Return the tensors whose `state_bytes` are `data`, without copying them. `data` must be writable.
+
+    Returns None if they do not have the names, dtypes and shapes of `like`, whose tensors may be on the device "meta".
+    """
+    end = len(header := _header(like))
+    if data[:end] != header or len(data) != end + sum(tensor.nbytes for tensor in like.values()):
+        return None
+    found = {}
+    for name, tensor in _ordered(like).items():
+        begin, end = end, end + tensor.nbytes
+        found[name] = torch.from_numpy(np.frombuffer(data[begin:end], np.uint8)).view(tensor.dtype).view(tensor.shape)
+    return dict(sorted(found.items()))
+
+
+def _ordered(tensors: State) -> State:
+    """Sort tensors as the safetensors library does."""
     order = list(_DTYPES)
-    header, parts, end = {}, [], 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
-        part = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
-        begin, end = end, end + len(part)
+    return dict(sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])))
+
+
+def _header(tensors: State) -> bytes:
+    """Return how the tensors' `state_bytes` begin. It says where each tensor is."""
+    header, end = {}, 0
+    for name, tensor in _ordered(tensors).items():
+        begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        parts.append(part)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return [memoryview(len(text).to_bytes(8, "little") + text), *parts]
+    return len(text).to_bytes(8, "little") + text
 
 
 def state_hash(tensors: State) -> bytes:

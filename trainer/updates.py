@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from traincert.trainer.determinism import deterministic
 from traincert.trainer.errors import Reason, TrainerError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.segments import Layout, Segment
-from traincert.trainer.state import State, state_bytes, state_parts
+from traincert.trainer.state import State, state_bytes, state_parts, state_views
 
 CHUNK = 4096  # values that share one magnitude
 _SKIP = 255  # a byte of a gap: skip 255 values, and the gap goes on in the next byte
@@ -42,6 +43,11 @@ class Update:
 
     move: torch.Tensor  # (params,) float32
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)  # those that changed; as `change` returns it
+
+    @cached_property
+    def norm(self) -> float:
+        """The L2 norm of the move."""
+        return l2_norm(self.move)
 
     def scaled(self, share: float) -> "Update":
         """Return the change times `share`, 0 to 1. Integers are rounded."""
@@ -110,19 +116,54 @@ def encode_update(update: Update, density: float) -> tuple[bytes, torch.Tensor]:
 
 
 @deterministic()
-def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -> Update:
+def read_update(data: bytes | memoryview, job: TrainingJob, segment: Segment, state: State) -> Update:
     """Check and decode `data`, the untrusted bytes of an update of `segment`. Cheap checks come first.
+
+    The update may refer to `data`, which must not change then.
 
     Raises UpdateError if the tensors have other names, dtypes or shapes than the job asks for, are not in canonical
     safetensors, or are not finite, or if the move's L2 norm is above `max_norm`.
     """
     expected = _expected(job, segment, state)
     # Allow twice the expected size: an update with wrong names or wider dtypes then gets that as its reason.
-    limit = 1024 + 2 * sum(math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize for dtype, shape in expected.values())
+    limit = 1024 + 2 * sum(math.prod(shape) * _DTYPES[dtype].itemsize for dtype, shape in expected.values())
     if len(data) > limit:
         raise UpdateError(Reason.TOO_LARGE, f"{len(data)} bytes, at most {limit} are read")
+    tensors = _views(data, expected) or _decoded(data, expected)
+    for name, tensor in tensors.items():
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN is the bound of all
+            raise UpdateError(Reason.NOT_FINITE, f"{name} has a value that is NaN or infinite")
+    move = tensors["move"] if job.density == 1 else _read_compressed(tensors, segment.params, job.density)
+    buffers = {name.removeprefix(_BUFFER): each for name, each in tensors.items() if name.startswith(_BUFFER)}
+    for name, delta in buffers.items():
+        if not delta.any():
+            raise UpdateError(Reason.NOT_CANONICAL, f"{_BUFFER}{name}: a buffer that did not change")
+    update = Update(move, buffers)
+    if update.norm > (most := max_norm(job, segment)):
+        raise UpdateError(Reason.NORM_TOO_LARGE, f"L2 norm {update.norm:g}, at most {most:g} (max_update_norm)")
+    return update
+
+
+def _views(data: bytes | memoryview, expected: Mapping[str, tuple[str, list[int]]]) -> State | None:
+    """Return the tensors that are in `data`, without copying them: updates are big. None if they are not as expected.
+
+    It is None, too, if there are gaps, whose number is not known, or if nobody may write to `data`, as torch might.
+    """
+    if (data := memoryview(data)).readonly:
+        return None
+    header = bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    like = {
+        name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+        for name, (dtype, shape) in expected.items()
+        if not name.startswith(_BUFFER) or f'"{name}":'.encode() in header  # a buffer that did not change is not there
+    }
+    return state_views(data, like)
+
+
+def _decoded(data: bytes | memoryview, expected: Mapping[str, tuple[str, list[int]]]) -> State:
+    """Return a copy of the tensors that are in `data`. Raises UpdateError if they are not as expected."""
     try:
-        read = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
+        read = dict(safetensors.deserialize(bytes(data)))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise UpdateError(Reason.MALFORMED, str(error)[:200]) from None
     found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in read.items()}
@@ -140,23 +181,16 @@ def read_update(data: bytes, job: TrainingJob, segment: Segment, state: State) -
         if not right:
             raise UpdateError(Reason.WRONG_SHAPE, f"{name}: expected {shape}, found {str(found[name][1])[:200]}")
     tensors = {
-        name: torch.from_numpy(np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])).view(tensor["shape"])
+        name: torch.from_numpy(np.frombuffer(tensor["data"], np.uint8))
+        .view(_DTYPES[tensor["dtype"]])
+        .view(tensor["shape"])
         for name, tensor in sorted(read.items())
     }
     # The header says where each tensor is. So the whole encoding is canonical if the header is.
-    if not data.startswith(state_parts(tensors)[0]):
+    header = state_parts(tensors)[0]
+    if data[: len(header)] != header:
         raise UpdateError(Reason.NOT_CANONICAL, "the same tensors have another encoding")
-    for name, tensor in tensors.items():
-        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN is the bound of all
-            raise UpdateError(Reason.NOT_FINITE, f"{name} has a value that is NaN or infinite")
-    move = tensors["move"] if job.density == 1 else _read_compressed(tensors, segment.params, job.density)
-    buffers = {name.removeprefix(_BUFFER): each for name, each in tensors.items() if name.startswith(_BUFFER)}
-    for name, delta in buffers.items():
-        if not delta.any():
-            raise UpdateError(Reason.NOT_CANONICAL, f"{_BUFFER}{name}: a buffer that did not change")
-    if (norm := l2_norm(move)) > (most := max_norm(job, segment)):
-        raise UpdateError(Reason.NORM_TOO_LARGE, f"L2 norm {norm:g}, at most {most:g} (max_update_norm)")
-    return Update(move, buffers)
+    return tensors
 
 
 def l2_norm(move: torch.Tensor) -> float:
@@ -169,7 +203,7 @@ def max_norm(job: TrainingJob, segment: Segment) -> float:
     return job.max_update_norm or max(10.0, math.sqrt(segment.params))
 
 
-_DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64, "U8": torch.uint8}
 _BLOCK = 2**16  # values at a time: they stay in the processor's cache
 
 

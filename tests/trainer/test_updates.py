@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,6 +51,7 @@ def with_header(change: Callable[[dict[str, object]], object], good: State = GOO
 
 
 HOSTILE: list[tuple[Reason, bytes]] = [
+    (Reason.WRONG_SHAPE, state_bytes({**GOOD, "buffer.mean": torch.ones(0)})),
     (Reason.TOO_LARGE, bytes(10_000)),
     (Reason.TOO_LARGE, state_bytes({**GOOD, "move": torch.ones(1000)})),
     (Reason.MALFORMED, b""),
@@ -126,12 +128,26 @@ HOSTILE_COMPRESSED: list[tuple[Reason, bytes]] = [
 ]
 
 
+def read(data: bytes, job: TrainingJob) -> Update:
+    """Read an update from bytes, and from memory that may be written to: both are the same, or refused alike."""
+    writable = memoryview(bytearray(data))
+    try:
+        update = read_update(data, job, SEGMENT, STATE)
+    except UpdateError as error:
+        with pytest.raises(UpdateError, match=f"^{re.escape(str(error))}$"):
+            read_update(writable, job, SEGMENT, STATE)
+        raise
+    same = read_update(writable, job, SEGMENT, STATE)
+    assert state_bytes({"": same.move, **same.buffers}) == state_bytes({"": update.move, **update.buffers})
+    return update
+
+
 @pytest.mark.parametrize(("reason", "data"), HOSTILE, ids=[reason for reason, _ in HOSTILE])
 def test_a_hostile_update_is_refused_with_its_reason(reason: Reason, data: bytes) -> None:
     assert read_update(state_bytes(GOOD), JOB, SEGMENT, STATE).buffers.keys() == {"mean", "count"}
     assert read_update(without("buffer.mean"), JOB, SEGMENT, STATE).buffers.keys() == {"count"}  # it did not change
     with pytest.raises(UpdateError) as caught:
-        read_update(data, JOB, SEGMENT, STATE)
+        read(data, JOB)
     assert caught.value.reason == reason
     assert len(str(caught.value)) < 500
 
@@ -140,7 +156,7 @@ def test_a_hostile_update_is_refused_with_its_reason(reason: Reason, data: bytes
 def test_a_hostile_compressed_update_is_refused_with_its_reason(reason: Reason, data: bytes) -> None:
     assert read_update(state_bytes(COMPRESSED_GOOD), COMPRESSED, SEGMENT, STATE).move.count_nonzero() == 4
     with pytest.raises(UpdateError) as caught:
-        read_update(data, COMPRESSED, SEGMENT, STATE)
+        read(data, COMPRESSED)
     assert caught.value.reason == reason
     assert len(str(caught.value)) < 500
 
@@ -174,6 +190,15 @@ def test_a_bomb_is_not_unpacked() -> None:
     assert caught.value.reason == Reason.MALFORMED
 
 
+def test_an_update_in_memory_is_not_copied() -> None:
+    for good in (GOOD, state_from_bytes(without("buffer.mean"))):
+        data = bytearray(state_bytes(good))
+        update = read_update(memoryview(data), JOB, SEGMENT, STATE)
+        data[:] = bytes(len(data))
+        assert not update.move.any()
+        assert not any(delta.any() for delta in update.buffers.values())
+
+
 def test_the_norm_is_the_moves_and_may_reach_its_bound() -> None:
     data = state_bytes({**GOOD, "buffer.mean": torch.full((3,), 1e9)})
     assert read_update(data, replace(JOB, max_update_norm=3.0), SEGMENT, STATE)  # √9 ones
@@ -187,7 +212,7 @@ JOBS = st.sampled_from([(JOB, state_bytes(GOOD)), (COMPRESSED, state_bytes(COMPR
 @given(JOBS, st.binary(max_size=300))
 def test_any_bytes_are_refused_and_nothing_else_happens(case: tuple[TrainingJob, bytes], data: bytes) -> None:
     with pytest.raises(UpdateError):
-        read_update(data, case[0], SEGMENT, STATE)
+        read(data, case[0])
 
 
 @given(JOBS, st.binary(max_size=300), st.data())
@@ -213,7 +238,7 @@ def test_any_changed_byte_is_refused_or_is_another_canonical_update(
 @given(JOBS, st.integers(1))
 def test_a_truncated_update_is_refused(case: tuple[TrainingJob, bytes], left_out: int) -> None:
     with pytest.raises(UpdateError):
-        read_update(case[1][: -(left_out % len(case[1])) or -1], case[0], SEGMENT, STATE)
+        read(case[1][: -(left_out % len(case[1])) or -1], case[0])
 
 
 @given(st.binary(max_size=9))
@@ -223,7 +248,7 @@ def test_any_gaps_are_refused_or_are_places(symbols: bytes) -> None:
 
 def read_or_refuse(data: bytes, job: TrainingJob) -> None:
     try:
-        update = read_update(data, job, SEGMENT, STATE)
+        update = read(data, job)
     except UpdateError:
         return
     assert update.move.shape == (SEGMENT.params,)
@@ -243,11 +268,11 @@ def test_what_is_encoded_is_read_again(size: int, density: float, seed: int, zer
     update = Update(move.clone(), {"mean": torch.ones(3), "count": torch.tensor(-3)})
     job = replace(JOB, density=density, max_update_norm=1e30)
     data, sent = encode_update(update, density)
-    read = read_update(data, job, Segment(0, size, SEGMENT.buffers), STATE)
-    assert torch.equal(read.move, sent)
+    again = read_update(data, job, Segment(0, size, SEGMENT.buffers), STATE)
+    assert torch.equal(again.move, sent)
     assert torch.equal(update.move, move)
-    assert read.buffers["mean"].tolist() == [1, 1, 1]
-    assert int(read.buffers["count"]) == -3
+    assert again.buffers["mean"].tolist() == [1, 1, 1]
+    assert int(again.buffers["count"]) == -3
     if density == 1:
         assert torch.equal(sent, move)
         return
@@ -271,8 +296,8 @@ def test_any_places_are_encoded_and_read_again(size: int, data: st.DataObject) -
     move[sorted(places)] = 1.0
     encoded, sent = encode_update(Update(move), 0.1)
     assert torch.equal(sent, move)
-    read = read_update(encoded, replace(JOB, density=0.1, max_update_norm=1e30), Segment(0, size * 10), {})
-    assert torch.equal(read.move, move)
+    again = read_update(encoded, replace(JOB, density=0.1, max_update_norm=1e30), Segment(0, size * 10), {})
+    assert torch.equal(again.move, move)
 
 
 @settings(max_examples=20)

@@ -26,7 +26,7 @@ from traincert.trainer.errors import EngineError, Reason, TrainerError
 from traincert.trainer.imports import importing
 from traincert.trainer.interrupts import ctrl_c_later
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.store import read_blob, write_blob
+from traincert.trainer.store import map_blob, write_blob
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is not safe after torch has started threads
 
@@ -118,10 +118,10 @@ class LocalEngine:
             self.close()
             raise
 
-    def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[bytes | Reason]:  # noqa: ARG002
+    def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[memoryview | Reason]:  # noqa: ARG002
         """Take the updates of the tasks that `collect` had done last out of the store, and return them."""
         updates = [
-            read_blob(self.store, commit.update_hash) if isinstance(commit, Commit) else commit for commit in commits
+            map_blob(self.store, commit.update_hash) if isinstance(commit, Commit) else commit for commit in commits
         ]
         for commit in commits:
             if isinstance(commit, Commit):

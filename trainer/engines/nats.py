@@ -29,7 +29,7 @@ from traincert.trainer.engines.orders import Commit, OnCommit, Order
 from traincert.trainer.errors import EngineError, Reason
 from traincert.trainer.failpoints import reached
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.store import read_blob, sync
+from traincert.trainer.store import map_blob, sync
 
 POLL_SECONDS = 3.0
 """A poll for which there is nothing new is answered after this time, in a network of few members."""
@@ -232,7 +232,7 @@ class NatsEngine:
         on_commit(len(orders), len(orders))
         return [cycle.commits.get(miner) or cycle.closed[miner] for miner in cycle.orders]
 
-    def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[bytes | Reason]:  # noqa: ARG002
+    def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[memoryview | Reason]:  # noqa: ARG002
         """Ask those who have committed for their updates. The reason why one does not come is WITHHELD."""
         cycle = self._open_cycle()
         closing = self._make_closing(
@@ -277,8 +277,8 @@ class NatsEngine:
             self._connection.check()
             self._changed.wait(min(left, 1.0))
 
-    def _sent(self, commit: Commit) -> bytes | Reason:
-        return Reason.WITHHELD if self._lacks(commit) else read_blob(self.store, commit.update_hash)
+    def _sent(self, commit: Commit) -> memoryview | Reason:
+        return Reason.WITHHELD if self._lacks(commit) else map_blob(self.store, commit.update_hash)
 
     @staticmethod
     def _hold(members: Mapping[str, bytes]) -> float:

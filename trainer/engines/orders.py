@@ -74,7 +74,9 @@ class Engine(Protocol):
         Return, in the same order, what each miner commits to, or why it does not.
         """
 
-    def reveal(self, orders: Sequence[Order], commits: Sequence[Commit | Reason]) -> list[bytes | Reason]:
+    def reveal(
+        self, orders: Sequence[Order], commits: Sequence[Commit | Reason]
+    ) -> Sequence[bytes | memoryview | Reason]:
         """Return, in the same order, the update that each commit is for, or why it did not come."""
 
     def bring(self, wanted: Mapping[bytes, Sequence[bytes]]) -> None:

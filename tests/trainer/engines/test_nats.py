@@ -197,7 +197,7 @@ class Coordinator:
         assert self.engine.opening is not None
         return Cycle(hashlib.sha256(self.engine.opening).digest(), self.pool.submit(self._run), self)
 
-    def _run(self) -> tuple[list[Commit | Reason], list[bytes | Reason]]:
+    def _run(self) -> tuple[list[Commit | Reason], list[memoryview | Reason]]:
         orders = self.orders()
         commits = self.engine.collect(self.dataset.shard_folder, orders)
         return commits, self.engine.reveal(orders, commits)
@@ -223,7 +223,7 @@ class Cycle:
     def __init__(
         self,
         digest: bytes,
-        future: Future[tuple[list[Commit | Reason], list[bytes | Reason]]],
+        future: Future[tuple[list[Commit | Reason], list[memoryview | Reason]]],
         coordinator: Coordinator,
     ) -> None:
         self.digest, self._future, self._coordinator = digest, future, coordinator
