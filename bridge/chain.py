@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bitcoin.core import CBlock
+from bitcoin.core.serialize import SerializationError
 
 from traincert.bridge.consensus.certificate import Certificate
-from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
+from traincert.bridge.consensus.params import GENESIS_HASH, TrainingKeys, TrainingParams
 from traincert.bridge.consensus.rules import (
     check_training_certificate,
     contextual_check_training_certificate,
@@ -20,15 +21,25 @@ from traincert.bridge.consensus.rules import (
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.rpc import NodeClient
 
+HEADER_SIZE = 80  # bytes
+GENESIS = GENESIS_HASH[::-1].hex()
+"""The hash of the genesis block, as RPC shows it."""
+
 
 @dataclass(frozen=True)
-class CertifiedBlock:
-    """A block with a valid certificate. `hash` is in hex as RPC shows it."""
+class Certified:
+    """What a block's payload says. `hash` is the block's, in hex as RPC shows it."""
 
     hash: str
-    block: CBlock
     certificate: Certificate
     winner_signature: bytes
+
+
+@dataclass(frozen=True)
+class CertifiedBlock(Certified):
+    """A block with a valid certificate."""
+
+    block: CBlock
 
 
 def certificate_fields(certificate: Certificate) -> dict[str, Any]:
@@ -48,7 +59,7 @@ def certificate_fields(certificate: Certificate) -> dict[str, Any]:
     return shown
 
 
-def certificate_json(block: CertifiedBlock) -> dict[str, Any]:
+def certificate_json(block: Certified) -> dict[str, Any]:
     """Return a block's certificate as JSON, in the form of the node's gettrainingcertificate."""
     return {
         "blockhash": block.hash,
@@ -84,6 +95,30 @@ def check_network(node: NodeClient, params: TrainingParams) -> None:
         )
 
 
+def header_hash(header: bytes) -> str:
+    """Return a block's hash, as RPC shows it, from its header (80 bytes)."""
+    return hashlib.sha256(hashlib.sha256(header).digest()).digest()[::-1].hex()
+
+
+def previous_hash(header: bytes) -> str:
+    """Return the hash of the block before, as RPC shows it, from a header (80 bytes)."""
+    return header[4:36][::-1].hex()
+
+
+def parse_block(data: bytes) -> CBlock:
+    """Return the block that some bytes are: it has transactions, but they need not be those of its Merkle root.
+
+    Raises ValueError for any other bytes.
+    """
+    try:
+        block = CBlock.deserialize(data)
+    except SerializationError as error:
+        raise ValueError(f"these bytes are no block: {error}") from None
+    if not block.vtx:
+        raise ValueError("the block has no transactions")
+    return block
+
+
 def read_certificate(node: NodeClient, block_hash: str) -> Certificate:
     """Return the certificate of a node's block, given by its hash as RPC shows it."""
     block = CBlock.deserialize(bytes.fromhex(node.call("getblock", block_hash, 0)))
@@ -98,10 +133,10 @@ def read_block(node: NodeClient, height: int, params: TrainingParams) -> Certifi
     block_hash: str = node.call("getblockhash", height)
     block = CBlock.deserialize(bytes.fromhex(node.call("getblock", block_hash, 0)))
     payload = check_training_certificate(block, height, params)
-    return CertifiedBlock(block_hash, block, payload.certificate, payload.winner_signature)
+    return CertifiedBlock(block_hash, payload.certificate, payload.winner_signature, block)
 
 
-def check_records(chain: Sequence[CertifiedBlock], params: TrainingParams, run: Path) -> None:
+def check_records(chain: Sequence[Certified], params: TrainingParams, run: Path) -> None:
     """Check that each block's certificate has the hash of its cycle's record in the run folder `run`.
 
     Raises BridgeError for the first that does not.

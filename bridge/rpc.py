@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -100,7 +100,20 @@ class NodeClient:
 
         Raises RpcError with the node's own error, and NodeUnreachableError if the node does not answer.
         """
-        return retrying(_NotReadyError, self._retry_time)(lambda: self._run(self._call(method, params)))
+        return self._call(method, lambda rpc: rpc.acall(method, list(params)))
+
+    def call_each(self, method: str, arguments: Iterable[Sequence[object]]) -> list[Any]:
+        """Call an RPC method with each of these arguments, in one request. Return the results, in this order.
+
+        Where the node answers with an error, the result is an RpcError, which is not raised. Raises
+        NodeUnreachableError if the node does not answer.
+        """
+        params = [list(each) for each in arguments]
+        results: list[Any] = self._call(method, lambda rpc: self._post(rpc, method, params))
+        return results
+
+    def _call(self, method: str, ask: Callable[[BitcoinRPC], Coroutine[Any, Any, Any]]) -> Any:
+        return retrying(_NotReadyError, self._retry_time)(lambda: self._run(self._ask(method, ask)))
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         try:
@@ -108,13 +121,30 @@ class NodeClient:
         finally:
             coroutine.close()  # if Ctrl-C came before it began, Python would warn
 
-    async def _call(self, method: str, params: tuple[object, ...]) -> Any:
+    async def _post(self, rpc: BitcoinRPC, method: str, params: list[list[object]]) -> list[Any]:
+        """Make calls in one request, which bitcoinrpc cannot do."""
+        calls = [{"jsonrpc": "2.0", "id": i, "method": method, "params": each} for i, each in enumerate(params)]
+        response = await rpc.client.post(self.url, content=orjson.dumps(calls))
+        response.raise_for_status()
+        results: list[Any] = []
+        try:
+            for _, answer in zip(calls, orjson.loads(response.content), strict=True):
+                error = answer.get("error")
+                if error and error["code"] == RPC_IN_WARMUP:
+                    raise _NotReadyError(f"{self.name}: {error['message']}")
+                failed = error and RpcError(self.name, method, error["code"], error["message"])
+                results.append(failed or answer["result"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise NodeUnreachableError(f"{self.name} at {self.url}: {method}: not a JSON-RPC answer") from error
+        return results
+
+    async def _ask(self, method: str, ask: Callable[[BitcoinRPC], Coroutine[Any, Any, Any]]) -> Any:
         try:
             if self._rpc is None:
                 login = read_cookie(self._cookie_file)
                 # trust_env: a proxy of the environment must not stand between us and our node
                 self._rpc = BitcoinRPC.from_config(self.url, login, timeout=RPC_TIMEOUT, trust_env=False)
-            return await self._rpc.acall(method, list(params))
+            return await ask(self._rpc)
         except RPCError as error:
             if error.error["code"] == RPC_IN_WARMUP:
                 raise _NotReadyError(f"{self.name}: {error}") from error

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from traincert.bridge.chain import CertifiedBlock
+    from traincert.bridge.chain import Certified
     from traincert.regtest.lasting import NodeStatus
     from traincert.trainer.compare import Compared
 
@@ -193,7 +193,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
 
 
-def chain_table(chain: Iterable[CertifiedBlock], names: Mapping[bytes, str] | None = None) -> Table:
+def chain_table(chain: Iterable[Certified], names: Mapping[bytes, str] | None = None) -> Table:
     """Return a table with a row for each block.
 
     A winner is shown by its name, or by the start of its key, with the round if the slot was drawn again. Losses are in
