@@ -29,8 +29,8 @@ ORDER = {
         "explorer.blocks explorer.luck explorer.cycles explorer.nodes explorer.watch explorer.texts explorer.views "
         "explorer.metrics explorer.app explorer.serve "
         "testing.invalid testing.network testing.plugin "
-        "cli.options cli.view cli.events cli.picture cli.demo cli.node cli.job cli.broker cli.coordinator cli.miner "
-        "cli.cosigner cli.network cli.receipt cli.audit cli.explorer cli.main"
+        "cli.options cli.view cli.events cli.picture cli.explorer cli.demo cli.node cli.job cli.broker cli.coordinator "
+        "cli.miner cli.cosigner cli.network cli.receipt cli.audit cli.main"
     ),
     "regtest": (
         "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import bitcoin
+import click
 from bitcoin.core import CheckBlock, ValidationError
 
 from traincert.bridge.chain import CertifiedBlock, certificate_json, read_chain, read_params
+from traincert.bridge.cli.explorer import options_of_demo
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.coordinator_program import View
-from traincert.bridge.deployment import Deployment
+from traincert.bridge.deployment import TRAINCERT, Deployment
 from traincert.bridge.errors import BridgeError, CertificateError
 from traincert.bridge.keys import payout_script, xonly_key
 from traincert.bridge.rpc import NodeClient
@@ -47,6 +51,7 @@ class Plan:
     keep: bool
     round_seconds: int
     compat_pow: bool
+    explorer: bool
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     try:
         datadirs = [node.datadir for node in network.nodes]
         view.step("starting the broker, the coordinator, the cosigners and the miners")
-        with deployment:
+        with deployment, _explorer(directory) if plan.explorer else nullcontext():
             deployment.start(datadirs, [] if plan.compat_pow else ["--no-compat-pow"])
             from traincert.bridge.cli.picture import draw_picture  # slow: the others start meanwhile
 
@@ -110,6 +115,20 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     if not plan.keep:
         network.stop()
     return Outcome(chain, names, claims)
+
+
+@contextmanager
+def _explorer(directory: Path) -> Iterator[None]:
+    """Run an explorer of the demo while the code inside runs, and say where it is."""
+    program = subprocess.Popen([*TRAINCERT, "explorer", *options_of_demo(directory)], stdout=PIPE, text=True)
+    try:
+        if not (line := program.stdout.readline() if program.stdout else ""):
+            raise BridgeError("the explorer did not start")  # it said why
+        click.echo(line.partition(" (")[0], err=True)
+        yield
+    finally:
+        program.terminate()
+        program.communicate()
 
 
 def _job(plan: Plan) -> tuple[str, TrainingJob]:

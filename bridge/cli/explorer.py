@@ -10,6 +10,12 @@ import click
 DEFAULT_PORT = 8480
 
 
+def options_of_demo(directory: Path) -> list[str]:
+    """Return the options of an explorer of a demo's folder."""
+    nodes = [option for node in sorted(directory.glob("node*")) for option in ("--node", str(node))]
+    return [*nodes, "--coordinator", str(directory / "coordinator")]
+
+
 @click.command()
 @click.option(
     "--node",
@@ -17,7 +23,7 @@ DEFAULT_PORT = 8480
     multiple=True,
     metavar="DATADIR|URL,COOKIEFILE",
     help="A node: its data directory, or its RPC address and a file with its login, in the form of Bitcoin Core's "
-    ".cookie. Repeat it for several nodes; the first one's chain is shown.  [default: the demo's nodes]",
+    ".cookie. Repeat it for several nodes; the first one's chain is shown.  [default: all of the demo in demo/]",
 )
 @click.option(
     "--records",
@@ -45,7 +51,9 @@ def explorer(places: Sequence[str], records: Path | None, coordinator: Path | No
     from traincert.bridge.explorer.serve import serve
 
     if not places:
-        places = [str(path) for path in sorted(Path("demo").glob("node*"))]
+        demo = Path("demo")
+        places = [str(node) for node in sorted(demo.glob("node*"))]
+        coordinator = coordinator or demo / "coordinator"
         if not places:
             raise BridgeError("there is no demo here: name a node with --node")
     serve(places, records, coordinator, port, lambda url: click.echo(f"explorer: {url} (Ctrl-C ends it)"))

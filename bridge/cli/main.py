@@ -155,6 +155,11 @@ def chain(datadir: Path, run: Path | None, as_json: bool) -> None:
 )
 @click.option("--keep", is_flag=True, help="Leave the nodes running at the end.")
 @click.option(
+    "--explorer",
+    is_flag=True,
+    help="Show the demo as a web page while it runs, and with --keep after it, until Ctrl-C.",
+)
+@click.option(
     "--compat-pow/--no-compat-pow",
     default=True,
     help="Make blocks that also meet regtest's trivial proof-of-work target (default). Then unpatched nodes and other "
@@ -169,12 +174,15 @@ def demo(
     seed: int | None,
     round_seconds: int,
     keep: bool,
+    explorer: bool,
     compat_pow: bool,
 ) -> None:
     """Run a training network on this machine, and check every claim that is printed at the end."""
     # Before the build of a quarter of an hour, which would be in vain if torch is missing.
     with importing():
         from traincert.bridge.cli.demo import PICTURE, Plan, run_demo
+    from traincert.bridge.cli.explorer import explorer as show_explorer
+    from traincert.bridge.cli.explorer import options_of_demo
     from traincert.bridge.cli.node import build_with_progress
     from traincert.bridge.cli.view import CyclesView, chain_table, print_claims, stdout_console
 
@@ -190,6 +198,7 @@ def demo(
             keep=keep,
             round_seconds=round_seconds,
             compat_pow=compat_pow,
+            explorer=explorer,
         )
         outcome = run_demo(programs / "bitcoind", plan, view)
     console = stdout_console()
@@ -201,10 +210,13 @@ def demo(
         bitcoin_cli = shlex.join([str(programs / "bitcoin-cli"), f"-datadir={data.absolute() / 'node0'}"])
         click.echo(f"\nThe nodes are running. Talk to them:\n  {bitcoin_cli} gettraininginfo")
         click.echo(f"  traincert chain --datadir {shlex.quote(str(data / 'node0'))}")
+        click.echo(f"See them in a browser:\n  {shlex.join(['traincert', 'explorer', *options_of_demo(data)])}")
         command = f'{shlex.quote(str(programs / "bitcoin-cli"))} "-datadir=$node" stop'
         click.echo(f"Stop them:\n  for node in {shlex.quote(str(data.absolute()))}/node*; do {command}; done")
     if not all(claim.holds for claim in outcome.claims):
         raise BridgeError("not every claim is true")
+    if keep and explorer:
+        show_explorer.main(options_of_demo(data), standalone_mode=False)
 
 
 if __name__ == "__main__":
