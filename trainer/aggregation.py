@@ -58,9 +58,10 @@ def aggregate(
         for begin in range(0, segment.params, _BLOCK):
             here = slice(begin, begin + _BLOCK)
             mean = _weighted_mean([each.update.move[here] for each in updates], weights, trim)
-            momentum = (moving[here].double() * job.outer_momentum + mean) * share
-            moved[here] = (momentum * job.outer_momentum + mean * share) * job.outer_learning_rate
+            # In place, which is faster: momentum * outer_momentum + mean, and then the same with the new momentum.
+            momentum = moving[here].double().mul_(job.outer_momentum).add_(mean).mul_(share)
             moving[here] = momentum
+            moved[here] = momentum.mul_(job.outer_momentum).add_(mean.mul_(share)).mul_(job.outer_learning_rate)
         buffers: dict[str, torch.Tensor] = {}
         for name in segment.buffers:
             changes = [each.update.buffers.get(name) for each in updates]
@@ -81,8 +82,8 @@ def _weighted_mean(tensors: Sequence[torch.Tensor], weights: Sequence[float], tr
             # Multiply, then add: a fused multiply-add rounds once instead of twice, which would change bits between
             # processors.
             product = tensor.double() * weight
-            total = total + product
-        return total / sum(weights)
+            total += product
+        return total.div_(sum(weights))
     values, order = torch.stack([tensor.double() for tensor in tensors]).sort(dim=0, stable=True)
     sorted_weights = torch.tensor(weights, dtype=torch.float64)[order]
     whole = torch.zeros_like(total)

@@ -295,7 +295,9 @@ class Judge:
             for case in left
             if case.update
         )
-        before, *losses = self.scorer.losses(chain([model], candidates), self._score_examples(score_seed))
+        examples = self._score_examples(score_seed)
+        known = self.scorer.known_losses(model, examples)
+        before, *losses = known + self.scorer.losses(candidates if known else chain([model], candidates), examples)
         for case, after in zip(left, losses, strict=True):
             late = bool(case.commit and case.commit.late)
             case.score = each = score(self.dataset.job, case.segment.params, before, after, noise_margin, late=late)

@@ -22,6 +22,7 @@ from traincert.trainer.usercode import Functions, blaming, shown
 from traincert.trainer.weights import Score, paid
 
 MAX_NANO_NATS = 2**64 - 1
+_LEAST = 4  # batches of examples
 _MOST = 2.0**62  # nano-nats: a reduction that counts has to fit into 64 bits
 
 
@@ -91,6 +92,7 @@ class Scorer:
         self._job = job
         self._functions = Functions(job)
         self._models = threading.local()
+        self._last: tuple[State, Examples, Losses] | None = None  # what was evaluated
         # torch has a number of threads for each thread. Set it once, when a thread of the pool starts; deterministic()
         # sets it in the calling thread only.
         self._threads = os.cpu_count() or 1 if job.device == "cpu" else 1
@@ -103,7 +105,7 @@ class Scorer:
         self._pool.shutdown(cancel_futures=True)
 
     @deterministic()
-    def losses(self, states: Iterable[State], examples: Examples, batches: int = 4) -> list[Losses]:
+    def losses(self, states: Iterable[State], examples: Examples, batches: int = _LEAST) -> list[Losses]:
         """Return each state's losses on `examples`, in at least so many batches, if there are so many examples.
 
         The model's outputs go to the job's loss as they are. The batches' losses are added in float64.
@@ -112,6 +114,14 @@ class Scorer:
         """
         return [losses for losses, _ in self._measure_all(states, examples, batches, keep_outputs=False)]
 
+    def known_losses(self, state: State, examples: Examples) -> list[Losses]:
+        """Return what `losses` returns for a state, if it was the last to be evaluated, and on the same examples.
+
+        Otherwise return an empty list.
+        """
+        last = self._last
+        return [last[2]] if last and last[0] is state and last[1] is examples else []
+
     @deterministic()
     def evaluate(self, state: State, examples: Examples) -> Evaluation:
         """Return a state's mean loss, and its metric, of the outputs for all examples at once.
@@ -119,7 +129,8 @@ class Scorer:
         A loss that is NaN, or above 64 bits of nano-nats, counts as `MAX_NANO_NATS`. Raises JobError if a loss is below
         0 with the job's `loss_offset` added.
         """
-        ((losses, outputs),) = self._measure_all([state], examples, 4, keep_outputs=True)
+        ((losses, outputs),) = self._measure_all([state], examples, _LEAST, keep_outputs=True)
+        self._last = state, examples, losses
         with torch.inference_mode():
             metric, *more = self._functions.metrics(self._concatenated(outputs), examples.batch(slice(None)).target)
         return Evaluation(nano_nats(losses.mean, self._job.loss_offset), metric, tuple(more))

@@ -84,6 +84,17 @@ def test_threads_do_not_matter(job: TrainingJob, validation: Examples) -> None:
         torch.set_num_threads(threads)
 
 
+def test_only_the_losses_of_what_was_evaluated_last_are_known(job: TrainingJob, validation: Examples) -> None:
+    first, second = (initial_state(replace(job, seed=seed)) for seed in range(2))
+    with Scorer(job) as scorer:
+        assert scorer.known_losses(first, validation) == []
+        for state in (first, second):
+            scorer.evaluate(state, validation)
+            assert scorer.known_losses(state, validation) == scorer.losses([state], validation)
+        assert scorer.known_losses(first, validation) == []
+        assert scorer.known_losses(second, validation.batch(slice(None))) == []
+
+
 def test_an_error_in_the_users_metric_is_not_hidden(write_job: WriteJob, validation: Examples) -> None:
     job = TrainingJob.load(write_job("def metric(outputs, target): return 1 / 0", metric='"{module}:metric"'))
     with Scorer(job) as scorer, pytest.raises(JobError, match=r"^metric = .*: ZeroDivisionError"):

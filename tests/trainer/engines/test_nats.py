@@ -234,7 +234,8 @@ class Cycle:
         miners = [order.task.miner for order in self._coordinator.orders()]
         names = [next(name for name, key in KEYS.items() if key == miner) for miner in miners]
         hashes = [commit.update_hash if isinstance(commit, Commit) else commit for commit in commits]
-        return dict(zip(names, hashes, strict=True)), dict(zip(names, updates, strict=True))
+        sent = [each if isinstance(each, Reason) else bytes(each) for each in updates]
+        return dict(zip(names, hashes, strict=True)), dict(zip(names, sent, strict=True))
 
     def ends_without_a_result(self) -> None:
         with pytest.raises(StoppedError):
