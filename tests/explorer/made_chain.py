@@ -8,8 +8,8 @@ from typing import Any
 from bitcoin.core import (
     CBlock,
     CMutableTransaction,
-    COutPoint,
     CoreRegTestParams,
+    COutPoint,
     CTransaction,
     CTxIn,
     CTxInWitness,
@@ -88,7 +88,9 @@ class MadeChain:
 
 def plain_block(height: int, parent: CBlock) -> CBlock:
     """A block without a certificate."""
-    coinbase = CMutableTransaction([CTxIn(COutPoint(), CScript([height, OP_0]))], [CTxOut(5_000_000_000, PAYOUT_SCRIPT)])
+    coinbase = CMutableTransaction(
+        [CTxIn(COutPoint(), CScript([height, OP_0]))], [CTxOut(5_000_000_000, PAYOUT_SCRIPT)]
+    )
     return CBlock(0x20000000, parent.GetHash(), nTime=FIRST_TIME + height, nBits=0x207FFFFF, vtx=[coinbase])
 
 

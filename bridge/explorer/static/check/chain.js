@@ -78,8 +78,8 @@ async function checkChain({ progress, count, broken, isStopped }) {
     const report = await ask(hash, height, trustedChainId());
     const { startHeight, fields } = report;
     const state = stateOf(report);
-    if (startHeight === null && state === 'none') return 'The node is on no training network: no block has a certificate.';
-    if (state === 'none') return 'No block has a certificate yet.';
+    if (report.rows.some(({ rule, good }) => rule === 'network' && good === false)) return `✗ ${summary(report)}`;
+    if (state === 'none') return startHeight === null ? 'There is no training network.' : 'No block has a certificate yet.';
     counts[state] += 1;
     if (report.kept) counts.kept += 1;
     if (state !== 'good') {

@@ -23,7 +23,8 @@ function reportOn(element) {
   if (!reports.has(key)) {
     const begin = () => {
       begun.add(key);
-      for (const each of document.querySelectorAll(BLOCKS)) if (keyOf(each) === key) show(each, 'checking');
+      const waits = (each) => keyOf(each) === key && each.dataset.state === 'waiting';
+      for (const each of document.querySelectorAll(BLOCKS)) if (waits(each)) show(each, 'checking');
     };
     reports.set(key, ask(hash, Number(height), trustedChainId(), begin));
   }
@@ -37,6 +38,7 @@ async function update(element) {
   const key = keyOf(element);
   if (!element.dataset.state) show(element, begun.has(key) ? 'checking' : 'waiting');
   const report = await reportOn(element);
+  if (stateOf(report) === 'unknown') reports.delete(key); // it may be known when the page changes the next time
   if (from !== reports || keyOf(element) !== key) return; // it shows another block now
   const all = { ...report, rows: [...report.rows, shownRow(hash, report.fields)] };
   show(element, stateOf(all), all);

@@ -30,7 +30,8 @@ async function check({ hash, height, trusted }) {
   const key = params && `${hex(params.chainId)}/${hash}/${height}`;
   const kept = key ? await keptReport(key) : undefined;
   const report = kept ?? (await checkBlock(hash, height, params, fetchBlock).catch(failed));
-  if (key && !kept && report.rows.every((row) => row.good)) await keepReport(key, report);
+  if (!report.rows.every((row) => row.good)) blocks.clear(); // the server may have better bytes the next time
+  else if (key && !kept) await keepReport(key, report);
   const rows = [networkRow(network, trusted), ...report.rows];
   return { ...report, rows, kept: kept !== undefined, startHeight: params?.startHeight ?? null };
 }
