@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from bitcoin.core import CBlock
 from bitcoin.core.serialize import SerializationError
 
 from traincert.bridge.consensus.certificate import Certificate
+from traincert.bridge.consensus.lottery import ContributionTable, Leaf
 from traincert.bridge.consensus.params import GENESIS_HASH, TrainingKeys, TrainingParams
 from traincert.bridge.consensus.rules import (
     check_training_certificate,
@@ -136,23 +138,56 @@ def read_block(node: NodeClient, height: int, params: TrainingParams) -> Certifi
     return CertifiedBlock(block_hash, payload.certificate, payload.winner_signature, block)
 
 
-def check_records(chain: Sequence[Certified], params: TrainingParams, run: Path) -> None:
+def check_records(chain: Iterable[Certified], params: TrainingParams, run: Path) -> None:
     """Check that each block's certificate has the hash of its cycle's record in the run folder `run`.
 
     Raises BridgeError for the first that does not.
     """
     for block in chain:
-        cycle = block.certificate.height - params.start_height + 1
-        path = run / "cycles" / f"{cycle:08}.json"
-        try:
-            found = hashlib.sha256(path.read_bytes()).digest()
-        except OSError as error:
-            raise BridgeError(f"block {block.certificate.height}: {path}: {error.strerror}") from None
-        if found != block.certificate.record:
-            raise BridgeError(
-                f"block {block.certificate.height}: the certificate has record {block.certificate.record.hex()}, but "
-                f"{path} is {found.hex()}"
+        record_bytes(block.certificate, params, run)
+
+
+def record_bytes(certificate: Certificate, params: TrainingParams, run: Path) -> bytes:
+    """Return the record of the cycle that a certificate closes, from the run folder `run`.
+
+    Raises BridgeError if it is not there, or has another hash than the certificate.
+    """
+    path = run / "cycles" / f"{certificate.height - params.start_height + 1:08}.json"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BridgeError(f"block {certificate.height}: {path}: {error.strerror}") from None
+    found = hashlib.sha256(data).digest()
+    if found != certificate.record:
+        raise BridgeError(
+            f"block {certificate.height}: the certificate has record {certificate.record.hex()}, but {path} is "
+            f"{found.hex()}"
+        )
+    return data
+
+
+def record_table(certificate: Certificate, record: bytes) -> ContributionTable:
+    """Return the table of contributions of a cycle, from its record (`record_bytes`).
+
+    Raises BridgeError if it is not the one to which the certificate commits.
+    """
+    try:
+        table = ContributionTable(
+            Leaf(
+                bytes.fromhex(task["miner"]),
+                bytes.fromhex(task["update_hash"]),
+                task["params"],
+                task["loss_reduction"],
+                task["weight"],
             )
+            for task in json.loads(record)["tasks"]
+            if task["refusal"] is None
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BridgeError(f"block {certificate.height}: its record is of another version: {error!r}") from None
+    if table.root != certificate.contributions_root:
+        raise BridgeError(f"block {certificate.height}: its record has another table of contributions")
+    return table
 
 
 def read_chain(node: NodeClient, params: TrainingParams) -> list[CertifiedBlock]:

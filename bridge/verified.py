@@ -81,6 +81,11 @@ class VerifiedBlocks:
         """Return a block if it was verified."""
         return self._added.get(block_hash) or self._use(lambda database: self._read(database, block_hash))
 
+    def height(self, block_hash: str) -> int | None:
+        """Return a block's height if it was verified."""
+        found = self.get(block_hash)
+        return found.height if found else None
+
     def add(self, block: Verified) -> None:
         """Add a block, after all blocks below it."""
         self._added[block.hash] = block

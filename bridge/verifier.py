@@ -131,9 +131,15 @@ class NodeBlocks:
 
 @dataclass(frozen=True)
 class Chain:
-    """The blocks of a chain from some height on. `whole`: all blocks below were verified, too."""
+    """The blocks of a chain from some height on, up to `tip`.
 
+    `parent` is the block below them, and None below the genesis block. `whole` means that all blocks below were
+    verified, too.
+    """
+
+    parent: Verified | None
     blocks: list[Verified]
+    tip: Verified
     whole: bool
 
     @property
@@ -163,18 +169,17 @@ class Verifier:
             except ChainError as error:
                 failed.append(error)
                 continue
-            if last is not None and chain.blocks[-1].height != last:
-                raise BridgeError(f"block {tip} is no block {last}: it is block {chain.blocks[-1].height}")
+            if last is not None and chain.tip.height != last:
+                raise BridgeError(f"block {tip} is not block {last}: it is block {chain.tip.height}")
             return chain
         raise failed[0]
 
     def chain(self, tip: str, first: int = 0) -> Chain:
-        """Return the blocks from the height `first` to the block `tip`, verified.
+        """Return the blocks from the height `first` to the block `tip`, verified; none if the tip is below `first`.
 
-        Of the blocks below `first` only the headers are read, unless they were verified before.
+        Of the blocks below `first` only the headers are checked, unless they were verified before.
 
-        Raises ChainError for the first block that breaks a rule or cannot be read, BridgeError if the chain ends below
-        `first`, and NodeUnreachableError.
+        Raises ChainError for the first block that breaks a rule or cannot be read, and NodeUnreachableError.
         """
         at, headers, below = tip, list[bytes](), self._source.headers(tip)
         while not (base := self._verified_before(at)):
@@ -183,36 +188,33 @@ class Verifier:
                 raise BridgeError(f"asked for the header of block {at}, it came with another hash")
             at = previous_hash(headers[-1])
         headers.reverse()
-        if base.height + len(headers) < first:
-            raise BridgeError(f"there is no block {first}: the last one is {base.height + len(headers)}")
         # Blocks below the start height, and those below the parent of block `first`, need not be read.
         unread = max(self._params.start_height, first - 1) - base.height - 1
         bodies = self._source.blocks([header_hash(header) for header in headers[max(unread, 0) :]])
-        blocks, block, whole = self._down(base, first), base, True
+        blocks, block, whole = self._down(base, first - 1), base, True
         for number, header in enumerate(headers):
             block = self._next(block, header, bodies if number >= unread else None, first)
             whole = whole and (block.height >= first or block.height < self._params.start_height)
             if whole:
                 self._verified.add(block)
-            if block.height >= first:
+            if block.height >= first - 1:
                 blocks.append(block)
-                self.read += 1
-        return Chain(blocks, whole)
+            self.read += block.height >= first
+        parent = blocks.pop(0) if blocks and blocks[0].height < first else None
+        return Chain(parent, blocks, block, whole)
 
     def block(self, block_hash: str) -> Verified:
         """Return a block, verified with all blocks below it. Raises what `chain` does."""
-        return self._verified_before(block_hash) or self.chain(block_hash).blocks[-1]
+        return self._verified_before(block_hash) or self.chain(block_hash).tip
 
     def _verified_before(self, block_hash: str) -> Verified | None:
         return _GENESIS if block_hash == GENESIS else self._verified.get(block_hash)
 
     def _down(self, block: Verified, first: int) -> list[Verified]:
         """Return the blocks from a height to this block, all of which were verified before."""
-        blocks = []
-        while block.height > first:
-            blocks.append(block)
+        blocks = [block] if block.height >= first else []
+        while block.height > max(first, 0):
             block = self.block(block.previous)
-        if block.height == first:
             blocks.append(block)
         return blocks[::-1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shlex
 import signal
 import sys
@@ -12,14 +11,16 @@ from pathlib import Path
 
 import click
 
-from traincert.bridge.cli.options import NODE
 from traincert.bridge.errors import BridgeError
 from traincert.regtest.errors import NodeUnreachableError, RegtestError
 from traincert.trainer.errors import TrainerError
 from traincert.trainer.imports import importing
 
-GROUPS = ["audit", "broker", "coordinator", "cosigner", "explorer", "job", "miner", "network", "node", "receipt"]
-"""Groups of commands, and the commands `audit` and `explorer`: each is in the file of its name."""
+READING = ["block", "chain", "verify", "watch"]
+"""Commands in the file `reading`."""
+GROUPS = ["audit", "broker", "completion", "coordinator", "cosigner", "explorer", "job", "miner", "network", "node"]
+GROUPS += ["receipt", *READING]
+"""Groups of commands, and commands such as `audit`: each is in the file of its name, except READING."""
 # What the extra `explorer` brings, and what the extra `train` brings besides.
 EXPLORER = {"prometheus_client", "sse_starlette", "starlette", "uvicorn"}
 EXTRA = {
@@ -54,7 +55,8 @@ class Cli(click.Group):
         """Return a command, or None if there is none of this name."""
         if cmd_name not in GROUPS:
             return super().get_command(ctx, cmd_name)
-        command: click.Command = getattr(import_module(f"traincert.bridge.cli.{cmd_name}"), cmd_name)
+        file = "reading" if cmd_name in READING else cmd_name
+        command: click.Command = getattr(import_module(f"traincert.bridge.cli.{file}"), cmd_name)
         return command
 
 
@@ -93,39 +95,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     click.echo(f"traincert: {message}", err=True)
     sys.exit(code)
-
-
-@cli.command()
-@NODE
-@click.option(
-    "--run",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="The coordinator's run folder, for example demo/coordinator/run: compare its records with the blocks, too.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: certificates as gettrainingcertificate has them.")
-def chain(datadir: Path, run: Path | None, as_json: bool) -> None:
-    """Read a training chain from a running node, check every rule on it, and show its blocks.
-
-    The last lines name each winner that signed two blocks under one certificate, as far as this node saw it.
-    """
-    from traincert.bridge.chain import certificate_json, check_records, read_chain, read_params
-    from traincert.bridge.cli.view import chain_table, print_equivocations, stdout_console
-    from traincert.bridge.rpc import NodeClient
-
-    with NodeClient.from_datadir(datadir) as client:
-        params = read_params(client)
-        blocks = read_chain(client, params)
-        equivocations = client.call("gettrainingequivocations")
-    if run:
-        check_records(blocks, params, run)
-    if as_json:
-        click.echo(json.dumps([certificate_json(block) for block in blocks], indent=2))
-    else:
-        console = stdout_console()
-        console.print(chain_table(blocks))
-        if run:
-            console.print(f"{run} has the record of each block", soft_wrap=True)
-        print_equivocations(console, equivocations)
 
 
 @cli.command()

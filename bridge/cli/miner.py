@@ -10,6 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from traincert.bridge.cli.events import Events
+from traincert.bridge.cli.options import NODE, Bytes32
+from traincert.bridge.cli.reading import RUN_EXAMPLE, show_miner
 from traincert.bridge.status import is_locked, read_status
 from traincert.trainer.imports import importing
 
@@ -83,6 +85,26 @@ def miner_status(folder: Path, as_json: bool) -> None:
 
     opened = MemberFolder(folder, MINER)
     show_status(opened, {"earned": vars(Earned.read(folder))}, as_json=as_json)
+
+
+@miner.command("show")
+@click.argument("key", type=Bytes32("x-only key"))
+@NODE
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help=f"{RUN_EXAMPLE}: say for how many blocks it was drawn, and how many are to be expected.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def miner_show(key: bytes, datadir: Path, run: Path | None, as_json: bool) -> None:
+    """Show what the miner with the public key KEY has won on a node's chain. Every block is checked.
+
+    Blocks have only the winners' weights. With the records of the cycles, in --run, it also says how often this miner
+    was drawn, absent or not, against what its weights let expect.
+
+    Exit code 1 if a block breaks a rule, or if a record is missing or not the one of its block.
+    """
+    show_miner(key, datadir, run, as_json)
 
 
 def show_status(folder: MemberFolder, more: dict[str, Any], *, as_json: bool) -> None:

@@ -116,7 +116,7 @@ class CyclesView(_LiveTable):
         reasons = _counted(cycle["refusals"])
         loss = f"{cycle['loss_before'] / 1e9:.4f} → {cycle['loss_after'] / 1e9:.4f}"
         metric = "no number" if cycle["metric"] is None else f"{cycle['metric']:.4f}"
-        winner = cycle["winner"] + _in_round(cycle["round"])
+        winner = cycle["winner"] + in_round(cycle["round"])
         self._add(
             (str(cycle["height"]), winner, updates, reasons, loss, metric, cycle["block"]),
             f"block {cycle['height']} by {winner}: {updates} updates{f' ({reasons})' if reasons else ''}, "
@@ -183,7 +183,7 @@ def differences_table(names: Sequence[str], different: Mapping[str, Sequence[str
     return table
 
 
-def _in_round(round_: int) -> str:
+def in_round(round_: int) -> str:
     """Return the note that earlier winners of this slot were absent, or nothing."""
     return f" (round {round_})" if round_ else ""
 
@@ -193,8 +193,8 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
 
 
-def chain_table(chain: Iterable[Certified], names: Mapping[bytes, str] | None = None) -> Table:
-    """Return a table with a row for each block.
+def chain_table(chain: Iterable[Certified], names: Mapping[bytes, str] | None = None, total: int = 0) -> Table:
+    """Return a table with a row for each block. `total` is the weight of the table from which the first was drawn.
 
     A winner is shown by its name, or by the start of its key, with the round if the slot was drawn again. Losses are in
     nats, on validation examples. The weight is shown with the total of the table from which the winner was drawn.
@@ -206,13 +206,12 @@ def chain_table(chain: Iterable[Certified], names: Mapping[bytes, str] | None = 
     table.add_column("loss before → after", justify="right")
     table.add_column("weight / total", justify="right")
     table.add_column("block hash", overflow="fold")
-    total = 0
     for block in chain:
         certificate = block.certificate
         winner = certificate.winner_key
         table.add_row(
             str(certificate.height),
-            (names[winner] if names else winner.hex()[:16]) + _in_round(certificate.round),
+            (names[winner] if names else winner.hex()[:16]) + in_round(certificate.round),
             f"{certificate.params_trained:,}",
             f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}",
             f"{certificate.draw.weight:,} / {total:,}" if certificate.draw else certificate.award,
@@ -240,14 +239,18 @@ def status_table(status: Iterable[NodeStatus], time: int | None) -> Table:
     return table
 
 
+def equivocation_text(equivocation: Mapping[str, Any]) -> str:
+    """Return an entry of gettrainingequivocations as a line."""
+    return (
+        f"equivocation: miner {equivocation['winner_key'][:16]} signed more than one block of height "
+        f"{equivocation['height']}, round {equivocation['round']}: {' and '.join(equivocation['blocks'])}"
+    )
+
+
 def print_equivocations(console: Console, equivocations: Iterable[Mapping[str, Any]]) -> None:
     """Print a line for each of gettrainingequivocations' entries."""
     for each in equivocations:
-        console.print(
-            f"equivocation: miner {each['winner_key'][:16]} signed more than one block of height {each['height']}, "
-            f"round {each['round']}: {' and '.join(each['blocks'])}",
-            soft_wrap=True,
-        )
+        console.print(equivocation_text(each), soft_wrap=True)
 
 
 def print_claims(console: Console, claims: Sequence[tuple[str, bool]]) -> None:
