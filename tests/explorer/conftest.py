@@ -13,7 +13,11 @@ from explorer.javascript import JavaScript
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium, without a window. Of one module: while it runs, no test in this process can use asyncio.run."""
+    """Chromium, without a window.
+
+    While it runs, nothing in this process can use asyncio, as NodeClient and so TrainingNetwork do: make blocks with
+    training_chain. So it ends with the module.
+    """
     chromium = shutil.which("chromium")
     assert chromium is not None, "chromium not found: install it (on Debian: apt-get install chromium)"
     with sync_playwright() as playwright:

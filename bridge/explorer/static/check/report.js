@@ -81,7 +81,7 @@ export async function checkBlock(hash, height, params, fetchBlock) {
 
   const bytes = await fetched(hash, fetchBlock, rows, 'hash');
   if (bytes === null || rows.run('hash', () => checkHash(bytes, hash)) === null) return report;
-  const words = ({ transactions, merkleRoot }) => `the root over ${transactions.length} is ${reversedHex(merkleRoot)}`;
+  const words = ({ merkleRoot }) => `the Merkle root is ${reversedHex(merkleRoot)}`;
   const block = rows.run('merkleroot', () => checkMerkleRoot(bytes), words);
   if (block === null) return report;
   report.fields = blockFields(block, height);

@@ -52,7 +52,7 @@ export function shownRow(hash, fields) {
   const shown = fieldsShown(hash);
   if (fields === null) return { rule: 'shown', good: null, text: '' };
   for (const [element, name] of shown) {
-    const text = element.dateTime || element.textContent;
+    const text = element.textContent;
     const value = name.split('.').reduce((object, part) => object?.[part], fields);
     if (value === undefined) return { rule: 'shown', good: false, text: `${name} is shown as ${text.trim()}, but the block has none` };
     if (!shows(text, value, name)) return { rule: 'shown', good: false, text: `${name} is shown as ${text.trim()}, but it is ${value}` };
