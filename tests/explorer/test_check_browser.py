@@ -307,6 +307,7 @@ def test_the_whole_chain_is_checked_once(page: Page) -> None:
         assert check_chain(page) == "✓ Every block from 200 to 1 is good. 200 good; 0 checked now, 200 before."
         page.goto(served.url)
         expect(page.locator(".check[data-state=good]")).to_have_count(200)
+        expect(page.locator(".check[data-state=none]")).to_have_count(1)
         assert len(served.asked) == len(served.blocks) + 1, (
             "only the block without a certificate, which nobody had checked"
         )
@@ -352,3 +353,32 @@ def test_the_check_of_the_chain_says_where_there_is_nothing_to_check(page: Page,
     assert OTHER_CHAIN_ID in said(f"?chain_id={OTHER_CHAIN_ID}")
     served.tip = ""
     assert said() == "The server does not say which block is the tip."
+
+
+def test_the_check_of_the_chain_can_be_stopped(page: Page, served: Served) -> None:
+    page.goto(f"{served.url}/chain")
+    page.get_by_role("button", name="Check the whole chain").evaluate("each => { each.click(); each.click(); }")
+    said = page.locator("#chain-check div [role=status]")
+    expect(said).to_have_text("1 good; 1 checked now, 0 before. You stopped it at block 8.")
+    assert check_chain(page) == "✓ Every block from 8 to 1 is good. 8 good; 7 checked now, 1 before."
+
+
+def test_where_the_checks_cannot_run_nothing_is_good(browser: Browser, served: Served) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.route("**/worker.js", lambda route: route.abort())
+        page.goto(served.url)
+        expect(page.locator(".check[data-state=unknown]")).to_have_count(9)
+        assert check_chain(page).startswith("0 good, 1 not known; 0 checked now, 0 before. It ends at block 8")
+        expect(page.locator("#chain-check li")).to_contain_text("this browser cannot check blocks")
+
+
+def test_without_a_place_to_keep_reports_nothing_is_kept(page: Page, served: Served) -> None:
+    page.goto(f"{served.url}/chain")
+    kept = """async () => {
+      Object.defineProperty(self, 'indexedDB', { value: undefined });
+      const store = await import('/static/check/store.js');
+      await store.keepReport('key', {});
+      return (await store.keptReport('key')) === undefined;
+    }"""
+    assert page.evaluate(kept)

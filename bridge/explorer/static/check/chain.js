@@ -50,11 +50,13 @@ function checkForm() {
   const count = make('span');
   const status = make('p', { role: 'status' });
   const broken = make('ul');
-  let stopped = true;
+  let runs = false;
+  let stopped = false;
 
   button.addEventListener('click', async () => {
-    stopped = !stopped;
-    if (stopped) return;
+    stopped = runs;
+    if (runs) return;
+    runs = true;
     button.textContent = 'Stop';
     progress.hidden = false;
     status.textContent = 'Your browser is checking the chain.';
@@ -63,7 +65,7 @@ function checkForm() {
     button.textContent = 'Check the whole chain';
     progress.hidden = true;
     count.textContent = '';
-    stopped = true;
+    runs = false;
   });
   return make('div', {}, button, ' ', progress, ' ', count, status, broken);
 }
@@ -72,7 +74,7 @@ function checkForm() {
 async function checkChain({ progress, count, broken, isStopped }) {
   const tip = await readTip();
   if (!tip) return 'The server does not say which block is the tip.';
-  const counts = { good: 0, bad: 0, none: 0, unknown: 0, kept: 0 };
+  const counts = { good: 0, bad: 0, unknown: 0, kept: 0 };
   let { hash, height } = tip;
   for (;;) {
     const report = await ask(hash, height, trustedChainId());
@@ -102,7 +104,7 @@ async function checkChain({ progress, count, broken, isStopped }) {
 
 function found({ good, bad, unknown, kept }) {
   const others = `${bad ? `, ${bad} broken` : ''}${unknown ? `, ${unknown} not known` : ''}`;
-  return `${good} good${others}; ${good + bad + unknown - kept} checked now, ${kept} before.`;
+  return `${good} good${others}; ${good + bad - kept} checked now, ${kept} before.`;
 }
 
 async function readTip() {

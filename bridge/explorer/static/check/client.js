@@ -16,8 +16,8 @@ worker.onmessage = ({ data: { id, report } }) => {
 };
 
 worker.onerror = (event) => {
-  failure = { certified: false, rows: [{ rule: 'hash', good: null, text: `this browser cannot check blocks: ${event.message}` }] };
-  Object.assign(failure, { fields: null, startHeight: null, kept: false });
+  const text = `this browser cannot check blocks: ${event.message ?? 'the worker does not start'}`;
+  failure = { certified: false, rows: [{ rule: 'hash', good: null, text }], fields: null, startHeight: null, kept: false };
   for (const { answered } of asked.values()) answered(failure);
   asked.clear();
 };
