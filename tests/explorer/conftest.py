@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from explorer.javascript import JavaScript
 
@@ -20,6 +20,7 @@ def browser() -> Iterator[Browser]:
     """
     chromium = shutil.which("chromium")
     assert chromium is not None, "chromium not found: install it (on Debian: apt-get install chromium)"
+    expect.set_options(timeout=60_000)  # milliseconds: machines are shared
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # root has no sandbox
         yield started

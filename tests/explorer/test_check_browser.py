@@ -294,7 +294,7 @@ def test_a_block_that_is_known_a_moment_later_is_checked_then(page: Page, served
 def check_chain(page: Page) -> str:
     """What the check of the whole chain says at its end."""
     page.get_by_role("button", name="Check the whole chain").click()
-    page.get_by_role("button", name="Check the whole chain").wait_for()
+    page.get_by_role("button", name="Check the whole chain").wait_for(timeout=120_000)
     return page.locator("#chain-check div [role=status]").inner_text()
 
 
