@@ -25,7 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from traincert.bridge.explorer import views
 from traincert.bridge.explorer.metrics import metrics
-from traincert.bridge.explorer.texts import FIELDS, REASONS
+from traincert.bridge.explorer.pictures import draw_picture, fork_picture
+from traincert.bridge.explorer.texts import FACTORS, FIELDS, REASONS
 from traincert.bridge.explorer.views import NotFoundError
 from traincert.bridge.explorer.watch import Watch
 
@@ -68,7 +69,7 @@ def make_app(watch: Watch) -> Starlette:
         lstrip_blocks=True,
     )
     environment.filters |= {"shown_time": _shown_time, "http_time": formatdate}
-    environment.globals |= {"FIELDS": FIELDS, "REASONS": REASONS}
+    environment.globals |= {"FIELDS": FIELDS, "REASONS": REASONS, "FACTORS": FACTORS}
     templates = Jinja2Templates(env=environment)
 
     def page(name: str, view: Callable[[Request], Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[Response]]:
@@ -77,7 +78,7 @@ def make_app(watch: Watch) -> Starlette:
                 context, status = await view(request), 200
             except NotFoundError as error:
                 return _problem(request, 404, str(error))
-            return templates.TemplateResponse(request, name, {"info": watch.info(), **context}, status)
+            return templates.TemplateResponse(request, name, {**_everywhere(watch), **context}, status)
 
         return endpoint
 
@@ -93,7 +94,7 @@ def make_app(watch: Watch) -> Starlette:
     def _problem(request: Request, status: int, text: str) -> Response:
         if request.url.path.startswith("/api/"):
             return JSONResponse({"error": text}, status)
-        return templates.TemplateResponse(request, "problem.html", {"info": watch.info(), "text": text}, status)
+        return templates.TemplateResponse(request, "problem.html", {**_everywhere(watch), "text": text}, status)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         status, detail = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, str(error))
@@ -155,7 +156,8 @@ def make_app(watch: Watch) -> Starlette:
 
     async def live(_: Request) -> dict[str, Any]:
         shown = views.blocks(watch, None, _SHOWN_BLOCKS)
-        return {"blocks": shown, "alarms": views.alarms(watch)[:10]}
+        luck = {"miners": views.miners(watch), "totals": views.totals(watch)}
+        return {"blocks": shown, "alarms": views.alarms(watch), **luck}
 
     async def blocks_page(request: Request) -> dict[str, Any]:
         before = _number(request, "before")
@@ -164,13 +166,23 @@ def make_app(watch: Watch) -> Starlette:
         return {"blocks": shown, "before": top, "count": _SHOWN_BLOCKS}
 
     async def block_page(request: Request) -> dict[str, Any]:
-        return {"block": await api_block(request)}
+        found = views.find_block(watch, request.path_params["which"])
+        shown, parent = await views.block(watch, found), watch.blocks.get(found.previous)
+        count = parent.certificate.contributions_count if parent and parent.certificate else 0
+        drawn = shown["certificate"] and "draw" in shown["certificate"]
+        following = watch.at(found.height + 1) if shown["in_chain"] else None
+        return {
+            "block": shown,
+            "picture": draw_picture(shown["certificate"]["draw"], count) if drawn else None,
+            "next": following.hash if following else None,
+        }
 
     async def cycle_page(request: Request) -> dict[str, Any]:
         return {"cycle": await api_cycle(request)}
 
-    async def miners_page(_: Request) -> dict[str, Any]:
-        return {"miners": views.miners(watch)}
+    async def miners_page(request: Request) -> dict[str, Any]:
+        before = _number(request, "before")
+        return {"miners": views.miners(watch, before), "totals": views.totals(watch, before)}
 
     async def miner_page(request: Request) -> dict[str, Any]:
         return {"miner": await api_miner(request)}
@@ -179,7 +191,8 @@ def make_app(watch: Watch) -> Starlette:
         return {"address": await api_address(request)}
 
     async def nodes_page(_: Request) -> dict[str, Any]:
-        return {"forks": views.forks(watch), "alarms": views.alarms(watch)}
+        forks = views.forks(watch)
+        return {"forks": forks, "picture": fork_picture(forks), "alarms": views.alarms(watch)}
 
     async def search(request: Request) -> Response:
         try:
@@ -241,6 +254,16 @@ def make_app(watch: Watch) -> Starlette:
         exception_handlers={HTTPException: on_http_error},
         lifespan=lifespan,
     )
+
+
+def _everywhere(watch: Watch) -> dict[str, Any]:
+    """What every page shows. `people` has a name and a colour's number for each key of a member or a winner."""
+    people: dict[str, dict[str, Any]]
+    people = {key.hex(): {"name": name, "colour": None} for key, name in watch.names().items()}
+    for colour, each in enumerate(views.winners(watch)):
+        people[each["key"]] = {"name": each["name"], "colour": colour}
+    open_alarms = sum(alarm.ended is None for alarm in watch.alarms)
+    return {"info": watch.info(), "people": people, "open_alarms": open_alarms, "now": time.time()}
 
 
 def _number(request: Request, name: str) -> int | None:

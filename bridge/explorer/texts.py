@@ -32,6 +32,20 @@ FIELDS: Mapping[str, str] = {
     "draw.loss_reduction": "How much the winner's update took off the loss, in nano-nats.",
     "draw.weight": "The winner's weight: the square root of (params * loss_reduction), rounded down.",
     "draw.index": "The position of the winner's leaf in the parent's table.",
+    "coordinator_signatures": "The BIP340 signatures of the coordinator's keys, each with its key's position in the list.",
     "winner_signature": "The winner's BIP340 signature of this very block.",
 }
 """The fields of a certificate, in the order of their bytes."""
+
+FACTORS: Mapping[str, str] = {
+    "params": "How many parameters the task's segment has.",
+    "norm": "The size of the update: the L2 norm of its move.",
+    "scale": "What the update was multiplied by, so that it is not larger than usual.",
+    "own_shard": "By how many standard errors it helps more on its own shard than elsewhere.",
+    "reduction": "What it takes off the loss on the validation examples, in nano-nats.",
+    "error": "The standard error of the reduction, in nano-nats.",
+    "margin": "The part of the reduction that may be noise and does not count, in nano-nats.",
+    "loss_reduction": "What counts of the reduction, in nano-nats: less if it was late, 0 if it was refused.",
+    "weight": "The chance in the lottery: the square root of (params * loss_reduction), rounded down.",
+}
+"""The factors of a score, as a cycle's record has them."""
