@@ -32,7 +32,7 @@ FIELDS: Mapping[str, str] = {
     "draw.loss_reduction": "How much the winner's update took off the loss, in nano-nats.",
     "draw.weight": "The winner's weight: the square root of (params * loss_reduction), rounded down.",
     "draw.index": "The position of the winner's leaf in the parent's table.",
-    "coordinator_signatures": "The BIP340 signatures of the coordinator's keys, each with its key's position in the list.",
+    "coordinator_signatures": "The BIP340 signatures of the coordinator's keys, by the keys' positions in the list.",
     "winner_signature": "The winner's BIP340 signature of this very block.",
 }
 """The fields of a certificate, in the order of their bytes."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from traincert.bridge.consensus.certificate import Certificate
@@ -43,22 +43,28 @@ def series(watch: Watch) -> dict[str, Any]:
     miners: dict[bytes, int] = {}
     for block, certificate in _certified(watch):
         cycle = watch.cycle(block)
-        trained = certificate.record != bytes(32)
-        loss = cycle.loss if cycle else certificate.loss_after / 1e9 if trained else math.nan
         columns["height"].append(block.height)
         columns["time"].append(block.time)
-        columns["loss"].append(None if math.isnan(loss) else loss)
+        columns["loss"].append(watch.loss(block))
         columns["metric"].append(cycle.metric if cycle else None)
         columns["winner"].append(miners.setdefault(certificate.winner_key, len(miners)))
         columns["round"].append(certificate.round)
+    return {**columns, "miners": winners(watch)}
+
+
+def winners(watch: Watch) -> list[dict[str, Any]]:
+    """Return the miners that won blocks of the shown chain, in the order of their first ones."""
     names = watch.names()
-    return {**columns, "miners": [{"key": key.hex(), "name": names.get(key)} for key in miners]}
+    keys = dict.fromkeys(certificate.winner_key for _, certificate in _certified(watch))
+    return [{"key": key.hex(), "name": names.get(key)} for key in keys]
 
 
-def _certified(watch: Watch) -> Iterator[tuple[BlockFacts, Certificate]]:
-    """Return the blocks of the shown chain that have a certificate, from the start height on."""
+def _certified(watch: Watch, before: int | None = None) -> Iterator[tuple[BlockFacts, Certificate]]:
+    """Return the blocks of the shown chain that have a certificate, from the start height on, below a height."""
     start = watch.start_height
     for block in watch.chain(start) if start is not None else ():
+        if before is not None and block.height >= before:
+            return
         if block.certificate:
             yield block, block.certificate
 
@@ -143,14 +149,14 @@ class _Standing:
 
     blocks: int = 0
     drawn: int = 0
-    chances: list[float] | None = None
+    chances: list[float] = field(default_factory=list)
 
 
-def _standings(watch: Watch) -> tuple[dict[bytes, _Standing], int]:
+def _standings(watch: Watch, before: int | None) -> tuple[dict[bytes, _Standing], int]:
     """Return each miner's part, and how many draws there were from tables that are known."""
     standings: dict[bytes, _Standing] = {}
     draws = 0
-    for block, certificate in _certified(watch):
+    for block, certificate in _certified(watch, before):
         winner = standings.setdefault(certificate.winner_key, _Standing())
         winner.blocks += 1
         table = watch.cycle(watch.blocks.get(block.previous)) if certificate.draw else None
@@ -161,27 +167,41 @@ def _standings(watch: Watch) -> tuple[dict[bytes, _Standing], int]:
         whole = sum(leaf.weight for leaf in table.leaves)
         for leaf in table.leaves:
             miner = standings.setdefault(leaf.miner, _Standing())
-            miner.chances = [*(miner.chances or []), leaf.weight / whole]
+            miner.chances.append(leaf.weight / whole)
     return standings, draws
 
 
-def miners(watch: Watch) -> list[dict[str, Any]]:
-    """Return each miner's share of weight and of blocks, those with most blocks first."""
-    standings, draws = _standings(watch)
+def miners(watch: Watch, before: int | None = None) -> list[dict[str, Any]]:
+    """Return each miner's share of weight and of the blocks below a height, those with most blocks first."""
+    standings, draws = _standings(watch, before)
     names = watch.names()
     found = []
     for key, each in standings.items():
         shown: dict[str, Any] = {"key": key.hex(), "name": names.get(key), "blocks": each.blocks, "drawn": each.drawn}
         shown |= dict.fromkeys(("expected", "low", "high", "weight", "share"))
         if draws:
-            chances = each.chances or []
-            low, high = fair_range(chances)
-            expected = math.fsum(chances)
+            low, high = fair_range(each.chances)
+            expected = math.fsum(each.chances)
             shown |= {"expected": expected, "low": low, "high": high}
             shown |= {"weight": expected / draws, "share": each.drawn / draws}
         shown["draws"] = draws
         found.append(shown)
     return sorted(found, key=lambda each: (-each["blocks"], each["key"]))
+
+
+def totals(watch: Watch, before: int | None = None) -> dict[str, Any]:
+    """Return how often winners were drawn again, and how many updates were refused for each reason, below a height."""
+    redraws = 0
+    redrawn: list[int] = []
+    refusals: dict[str, int] = {}
+    for block, certificate in _certified(watch, before):
+        redraws += certificate.round
+        if certificate.round:
+            redrawn.append(block.height)
+        known = watch.cycle(block)
+        for reason, count in known.refusals.items() if known else ():
+            refusals[reason] = refusals.get(reason, 0) + count
+    return {"redraws": redraws, "redrawn": redrawn, "refusals": refusals}
 
 
 def miner(watch: Watch, key: str) -> dict[str, Any]:
@@ -266,8 +286,10 @@ async def search(watch: Watch, text: str) -> str:
 
 def params(node: WatchedNode) -> dict[str, Any]:
     """Return what makes a node's training network. Raises NotFoundError."""
-    if node.params is None:
+    if node.network is None:
         raise NotFoundError(f"{node.name} is not on a training network.")
+    if node.params is None:
+        raise NotFoundError(f"{node.name} has pruned the first training block, which has the model to start from.")
     return {
         "chain_id": node.params.chain_id.hex(),
         "options": node.params.node_options(),

@@ -121,6 +121,13 @@ class Watch:
             return None
         return self.cycles.facts(block.certificate, block.height - start + 1)
 
+    def loss(self, block: BlockFacts) -> float | None:
+        """Return the validation loss of the model after a block's cycle, in nats; None: nothing was trained."""
+        cycle, certificate = self.cycle(block), block.certificate
+        if cycle:
+            return cycle.loss
+        return certificate.loss_after / 1e9 if certificate and certificate.record != bytes(32) else None
+
     def names(self) -> dict[bytes, str]:
         """Return the members' names by their keys, as the coordinator has them."""
         return {key: name for name, key in self.coordinator.members.keys().items()} if self.coordinator else {}
@@ -133,6 +140,7 @@ class Watch:
         cycle = self.cycle(block)
         shown["name"] = self.names().get(block.certificate.winner_key) if block.certificate else None
         shown |= {
+            "loss": self.loss(block) if shown["certificate"] else None,
             "metric": cycle.metric if cycle else None,
             "tasks": len(cycle.tasks) if cycle else None,
             "refusals": cycle.refusals if cycle else None,
