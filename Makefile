@@ -40,6 +40,7 @@ check: setup
 # PROCESSES may be higher than the number of processors, because tests with nodes mostly wait.
 test: check node data
 	$(call if_missing,npm,nodejs npm)
+	$(call if_missing,chromium,chromium)
 	find bitcoind-patch/src -name '*.h' -o -name '*.cpp' | \
 	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
 	.venv/bin/pytest --numprocesses $(PROCESSES) --dist loadfile
