@@ -256,7 +256,7 @@ class Miner:
             return
         update = bytes.fromhex(task["update"])
         try:
-            self._member.connection.send("update", update, read_blob(self._folder.store, update))
+            self._member.connection.send("update", update, self._folder.store)
         except RefusedError as error:
             self._view.say("refused", f"the update was refused: {error}", detail=str(error))
 
@@ -268,7 +268,7 @@ class Miner:
         self._view.say("checked", "our task is done again: sending what it began with")
         for digest in request.memories:
             try:
-                self._member.connection.send("memory", digest, read_blob(self._folder.store, digest))
+                self._member.connection.send("memory", digest, self._folder.store)
             except (RefusedError, IntegrityError) as error:
                 self._view.say("refused", f"a memory was not sent: {error}", detail=str(error))
 

@@ -81,22 +81,27 @@ def read_blob(directory: Path, digest: bytes) -> bytes:
 
 
 def map_blob(directory: Path, digest: bytes) -> memoryview:
-    """Map a file into memory, and check it as `read_blob` does. What is written to the memory does not change the file.
+    """Map a file into memory, see `map_file`, and check it as `read_blob` does."""
+    path = directory / digest.hex()
+    try:
+        data = map_file(path)
+    except FileNotFoundError:
+        raise IntegrityError(f"{path}: no such file") from None
+    _compare(path, hashlib.sha256(data).hexdigest())
+    return data
 
-    Unlike `mmap`, this keeps no file open: there may be as many as there are miners.
+
+def map_file(path: Path) -> memoryview:
+    """Map a file into memory. What is written to the memory does not change the file.
+
+    Unlike Python's `mmap`, this keeps no file open: there may be as many as there are miners. Raises OSError.
     """
     import torch  # here: programs that need the other functions only do not wait for it
 
-    path = directory / digest.hex()
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise IntegrityError(f"{path}: no such file") from None
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
     mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0)
-    data = mapped.numpy().data
-    _compare(path, hashlib.sha256(data).hexdigest())
-    return data
+    return mapped.numpy().data
 
 
 def verify_blob(directory: Path, digest: bytes) -> Path:

@@ -23,7 +23,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from threading import Lock, Thread
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import nats.errors
 from nats.aio.client import Client
@@ -190,30 +190,34 @@ class Connection:
             Path(temporary).unlink(missing_ok=True)
             raise
 
-    def send(self, kind: str, digest: bytes, data: bytes) -> None:
-        """Send the bytes with this SHA-256 in chunks, until the coordinator has all of them.
+    def send(self, kind: str, digest: bytes, folder: Path) -> None:
+        """Send the file with this SHA-256 from a folder in chunks, until the coordinator has all of it.
 
-        Raises RefusedError if the coordinator does not want them, and StoppedError if the connection ends.
+        Raises IntegrityError if the file is missing or damaged, RefusedError if the coordinator does not want it, and
+        StoppedError if the connection ends.
         """
-        self.run(self._send(kind, digest, data))
+        with verify_blob(folder, digest).open("rb") as file:
+            self.run(self._send(kind, digest, file.fileno()))
 
     async def _fetch(self, digest: bytes, file: int) -> None:
         async def get(offset: int) -> int:
             answer = await self._ask("file", digest + struct.pack("<Q", offset), ANSWER_SECONDS)
-            os.pwrite(file, answer[8:], offset)
+            os.pwrite(file, memoryview(answer)[8:], offset)
             return int.from_bytes(answer[:8], "little")
 
         size = await get(0)
         await _windowed(get(offset) for offset in range(CHUNK, size, CHUNK))
 
-    async def _send(self, kind: str, digest: bytes, data: bytes) -> None:
+    async def _send(self, kind: str, digest: bytes, file: int) -> None:
+        size = os.fstat(file).st_size
+
         async def put(offset: int) -> bytes:
-            head = digest + struct.pack("<QQ", len(data), offset)
-            return await self._ask(kind, head + data[offset : offset + CHUNK], ANSWER_SECONDS)
+            head = digest + struct.pack("<QQ", size, offset)
+            return await self._ask(kind, read_chunk(head, file, offset), ANSWER_SECONDS)
 
         # The coordinator may have been restarted on the way, and may have lost chunks: then it asks for all again.
         while await put(0) != b"whole":
-            await _windowed(put(offset) for offset in range(CHUNK, len(data), CHUNK))
+            await _windowed(put(offset) for offset in range(CHUNK, size, CHUNK))
 
     async def _ask(self, kind: str, data: bytes, seconds: float) -> bytes:
         while True:
@@ -354,6 +358,15 @@ class Connection:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def read_chunk(head: bytes, file: int, offset: int) -> bytes:
+    """Return `head`, followed by the chunk at `offset` of a file, given by its descriptor."""
+    message = bytearray(len(head) + CHUNK)  # read into it: to join two would copy the chunk again
+    message[: len(head)] = head
+    count = os.preadv(file, [memoryview(message)[len(head) :]], offset)
+    del message[len(head) + count :]
+    return cast(bytes, message)  # nats-py takes both
 
 
 async def _close_all(clients: Iterable[Client]) -> None:

@@ -24,12 +24,12 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any, NamedTuple
 
-from traincert.trainer.engines.broker import CHUNK, Connection, Handler
+from traincert.trainer.engines.broker import CHUNK, Connection, Handler, read_chunk
 from traincert.trainer.engines.orders import Commit, OnCommit, Order
 from traincert.trainer.errors import EngineError, Reason
 from traincert.trainer.failpoints import reached
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.store import map_blob, sync
+from traincert.trainer.store import map_blob, map_file, sync
 
 POLL_SECONDS = 3.0
 """A poll for which there is nothing new is answered after this time, in a network of few members."""
@@ -62,7 +62,7 @@ class _Upload:
     path: Path
     size: int  # bytes
     missing: set[int]  # offsets
-    end: asyncio.Task[bool] | None = None  # what happens as soon as nothing is missing, see `_finish`
+    end: asyncio.Task[memoryview | None] | None = None  # what happens as soon as nothing is missing, see `_finish`
 
 
 @dataclass
@@ -79,6 +79,7 @@ class _Cycle:
     receipts: dict[bytes, bytes] = field(default_factory=dict)
     closed: dict[bytes, Reason] | None = None
     revealed: bool = False
+    updates: dict[bytes, memoryview] = field(default_factory=dict)  # that came while this program ran, by SHA-256
     orders: dict[bytes, Order] = field(default_factory=dict)
     asked: dict[bytes, set[bytes]] = field(default_factory=dict)  # SHA-256 of memories, by miner
     brought: bool = False
@@ -243,7 +244,7 @@ class NatsEngine:
         self._wait_for(lambda: {miner for miner, commit in cycle.commits.items() if self._lacks(commit)})
         cycle.revealed = True
         self._connection.run(self._end_uploads(cycle))
-        return [commit if isinstance(commit, Reason) else self._sent(commit) for commit in commits]
+        return [commit if isinstance(commit, Reason) else self._sent(cycle, commit) for commit in commits]
 
     def bring(self, wanted: Mapping[bytes, Sequence[bytes]]) -> None:
         """Ask miners for their memories, and wait until they are here, or the miners are away."""
@@ -277,8 +278,10 @@ class NatsEngine:
             self._connection.check()
             self._changed.wait(min(left, 1.0))
 
-    def _sent(self, commit: Commit) -> memoryview | Reason:
-        return Reason.WITHHELD if self._lacks(commit) else map_blob(self.store, commit.update_hash)
+    def _sent(self, cycle: _Cycle, commit: Commit) -> memoryview | Reason:
+        if self._lacks(commit):
+            return Reason.WITHHELD
+        return cycle.updates.get(commit.update_hash) or map_blob(self.store, commit.update_hash)
 
     @staticmethod
     def _hold(members: Mapping[str, bytes]) -> float:
@@ -382,7 +385,7 @@ class NatsEngine:
             raise EngineError(f"there is no file {digest.hex()} for {member}")
         try:
             size = os.fstat(file).st_size
-            return struct.pack("<Q", size) + os.pread(file, CHUNK, min(offset, size))
+            return read_chunk(struct.pack("<Q", size), file, min(offset, size))
         finally:
             os.close(file)
 
@@ -431,7 +434,7 @@ class NatsEngine:
         return soon is not None and time.time() > cycle.deadline - self.job.task_seconds + soon
 
     async def _update(self, member: str, data: bytes) -> bytes:
-        digest, (size, offset), chunk = data[:32], _unpacked("<QQ", data[32:48]), data[48:]
+        digest, (size, offset), chunk = data[:32], _unpacked("<QQ", data[32:48]), memoryview(data)[48:]
         cycle, miner = self._cycle, self._members().get(member, b"")
         commit = cycle.commits.get(miner) if cycle else None
         if cycle is None or commit is None or commit.update_hash != digest:
@@ -444,13 +447,15 @@ class NatsEngine:
             raise EngineError("the update came too late: the cycle takes no more updates")
         if size != commit.update_size:
             raise EngineError(f"the update has {size} bytes; {member} has committed to {commit.update_size}")
-        if not await self._receive(cycle, miner, digest, size, offset, chunk):
+        update = await self._receive(cycle, miner, digest, size, offset, chunk)
+        if update is None:
             return b""
+        cycle.updates[digest] = update
         reached("revealed")
         return b"whole"
 
     async def _memory(self, member: str, data: bytes) -> bytes:
-        digest, (size, offset), chunk = data[:32], _unpacked("<QQ", data[32:48]), data[48:]
+        digest, (size, offset), chunk = data[:32], _unpacked("<QQ", data[32:48]), memoryview(data)[48:]
         cycle, miner = self._cycle, self._members().get(member, b"")
         if cycle is None or digest not in cycle.asked.get(miner, ()):
             raise EngineError(f"nobody has asked {member} for the memory {digest.hex()}")
@@ -461,10 +466,12 @@ class NatsEngine:
         limit = _SIZE_SLACK + _MOST_MEMORY * (self.store / cycle.orders[miner].model_hash.hex()).stat().st_size
         if not 0 < size <= limit:
             raise EngineError(f"a memory of {size} bytes is refused: at most {limit}")
-        return b"whole" if await self._receive(cycle, miner, digest, size, offset, chunk) else b""
+        return b"" if await self._receive(cycle, miner, digest, size, offset, chunk) is None else b"whole"
 
-    async def _receive(self, cycle: _Cycle, miner: bytes, digest: bytes, size: int, offset: int, chunk: bytes) -> bool:
-        """Take a chunk of a file. Return whether the whole file is in the store then."""
+    async def _receive(
+        self, cycle: _Cycle, miner: bytes, digest: bytes, size: int, offset: int, chunk: memoryview
+    ) -> memoryview | None:
+        """Take a chunk of a file. Return the file as soon as it is whole; it is in the store then."""
         if offset % CHUNK or offset >= size or len(chunk) != min(CHUNK, size - offset):
             raise EngineError(f"{len(chunk)} bytes at {offset} are no chunk of {size} bytes")
         upload = cycle.uploads.get((miner, digest)) or self._new_upload(cycle, miner, digest, size)
@@ -474,7 +481,7 @@ class NatsEngine:
             os.pwrite(upload.file, chunk, offset)
             upload.missing.discard(offset)
         if upload.missing:
-            return False
+            return None
         if upload.end is None:
             upload.end = asyncio.create_task(asyncio.to_thread(_finish, upload, self.store / digest.hex()))
         try:
@@ -482,10 +489,10 @@ class NatsEngine:
         finally:
             if cycle.uploads.get((miner, digest)) is upload:
                 del cycle.uploads[miner, digest]
-        if not whole:
+        if whole is None:
             raise EngineError(f"the file is not what it must be: its SHA-256 is not {digest.hex()}")
         self._changed.set()
-        return True
+        return whole
 
     def _new_upload(self, cycle: _Cycle, miner: bytes, digest: bytes, size: int) -> _Upload:
         handle, path = tempfile.mkstemp(dir=self.store, prefix=".writing-")
@@ -504,16 +511,17 @@ class NatsEngine:
                 upload.path.unlink()
 
 
-def _finish(upload: _Upload, path: Path) -> bool:
-    """Make an update that has all its chunks a file of its own, durably. Return whether it has the right hash."""
+def _finish(upload: _Upload, path: Path) -> memoryview | None:
+    """Make a file that has all its chunks one of the store, durably. Return it, or None if it has the wrong hash."""
     with os.fdopen(upload.file, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != path.name:
+        data = map_file(upload.path)
+        if hashlib.sha256(data).hexdigest() != path.name:
             upload.path.unlink()
-            return False
+            return None
         os.fsync(file.fileno())
     upload.path.replace(path)
     sync(path.parent)
-    return True
+    return data
 
 
 def _unpacked(form: str, data: bytes) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -292,10 +293,14 @@ class Miner:
         return read_receipt(self.ask("commit", self.sealed(cycle, update)))
 
     def send(self, update: bytes) -> None:
-        self.connection.send("update", hashlib.sha256(update).digest(), update)
+        self._send("update", update)
 
     def send_memory(self, memory: bytes) -> None:
-        self.connection.send("memory", hashlib.sha256(memory).digest(), memory)
+        self._send("memory", memory)
+
+    def _send(self, kind: str, data: bytes) -> None:
+        with TemporaryDirectory() as folder:
+            self.connection.send(kind, write_blob(Path(folder), data), Path(folder))
 
 
 def read_receipt(statement: bytes) -> CommitReceipt:
@@ -1245,7 +1250,7 @@ def test_to_close_a_connection_ends_all_requests_that_wait(
         with ThreadPoolExecutor() as pool:
             waiting: list[Future[Any]] = [pool.submit(connection.ask, "join", JOIN) for _ in range(3)]
             waiting.append(pool.submit(connection.fetch, bytes(32), tmp_path))
-            waiting.append(pool.submit(connection.send, "update", bytes(32), BIG))
+            waiting.append(pool.submit(connection.send, "update", write_blob(tmp_path, BIG), tmp_path))
             connection.close()
             for future in waiting:
                 with pytest.raises(StoppedError, match="the connection to the broker is closed"):
