@@ -75,8 +75,14 @@ HEADERS = {
 
 
 def cache_folder() -> Path:
-    """Return traincert's folder in the user's cache: $XDG_CACHE_HOME/traincert or ~/.cache/traincert."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "traincert")
+    """Return traincert's folder in the user's cache: $XDG_CACHE_HOME/traincert or ~/.cache/traincert.
+
+    Raises BuildError if the user has no home folder, as in a container whose user was chosen by number.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "traincert")
+    except RuntimeError:
+        raise BuildError("this user has no home folder: set XDG_CACHE_HOME to a folder for built nodes") from None
 
 
 @dataclass(frozen=True)

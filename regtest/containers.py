@@ -40,7 +40,7 @@ class Docker:
 
     def __init__(self, directory: Path, image: str = IMAGE, *, keep: bool = False) -> None:
         self.image = image
-        self.directory = str(directory.absolute())
+        self.directory = str(directory.resolve())
         self.name = f"traincert-{hashlib.sha256(self.directory.encode()).hexdigest()[:12]}"
         self._keep = keep
         self._one_at_a_time = Lock()
@@ -175,7 +175,7 @@ class _ContainerNode(Node):
         if code:
             raise NodeError(f"{self.name}: cannot limit its files: {output!r}")
 
-    def _listening(self) -> Options:
+    def _listening(self) -> dict[str, str]:
         # Listen on all addresses of the container. Outside it, Docker publishes the RPC port only on 127.0.0.1.
         return {"rpcbind": "0.0.0.0", "rpcallowip": "0.0.0.0/0"}  # noqa: S104
 

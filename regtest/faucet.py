@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
+from typing import Any
 
 from traincert.regtest.errors import NodeError, RpcError
 from traincert.regtest.network import Network
@@ -25,13 +27,18 @@ Mine = Callable[[int, str], None]
 class Faucet:
     """The wallet `faucet` of a network's first node. It gets its coins from the blocks that `mine` makes.
 
-    Raises NodeError if the wallet cannot be loaded or made.
+    The wallet is loaded only while it is used: with another wallet loaded, calls that name no wallet would fail. All
+    methods raise NodeError if it cannot be loaded or made.
     """
 
     def __init__(self, network: Network, mine: Mine) -> None:
         self._network = network
         self._node = network.nodes[0]
         self._mine = mine
+
+    @contextmanager
+    def _wallet(self) -> Iterator[Callable[..., Any]]:
+        """Load the wallet, and give the function that calls RPC methods for it."""
         try:
             self._node.rpc("loadwallet", WALLET)
         except RpcError as error:
@@ -39,10 +46,20 @@ class Faucet:
                 self._node.rpc("createwallet", WALLET)
             elif error.code != _WALLET_ALREADY_LOADED:
                 raise
+        try:
+            yield partial(self._node.rpc, wallet=WALLET)
+        finally:
+            self._node.rpc("unloadwallet", WALLET)
+
+    def address(self) -> str:
+        """Return a new address of the faucet."""
+        with self._wallet() as wallet:
+            address: str = wallet("getnewaddress")
+            return address
 
     def mine(self, count: int) -> None:
         """Make `count` blocks that pay the faucet."""
-        self._mine(count, self._address())
+        self._mine(count, self.address())
 
     def fund(self, address: str, amount: Decimal) -> str:
         """Pay `amount` BTC to an address, make a block that confirms the payment, and return the txid.
@@ -52,48 +69,47 @@ class Faucet:
         """
         if not self._node.rpc("validateaddress", address)["isvalid"]:
             raise NodeError(f"{address} is not a regtest address")
-        while self._balance() <= amount:
-            height = self._node.rpc("getblockcount")
-            if height > MATURITY and self._node.rpc("getblockstats", height)["subsidy"] < 10**6:
-                raise NodeError(
-                    f"the faucet cannot pay {amount} BTC: it has {self._balance()} BTC, "
-                    "and new blocks pay almost nothing"
-                )
-            self.mine(MATURITY + 1 if height <= MATURITY else 10)
-        txid: str = self._node.rpc("sendtoaddress", address, str(amount), wallet=WALLET)
-        self.mine(1)
+        with self._wallet() as wallet:
+            own: str = wallet("getnewaddress")
+            while _balance(wallet) <= amount:
+                height = self._node.rpc("getblockcount")
+                if height > MATURITY and self._node.rpc("getblockstats", height)["subsidy"] < 10**6:
+                    raise NodeError(
+                        f"the faucet cannot pay {amount} BTC: it has {_balance(wallet)} BTC, "
+                        "and new blocks pay almost nothing"
+                    )
+                self._mine(MATURITY + 1 if height <= MATURITY else 10, own)
+            txid: str = wallet("sendtoaddress", address, amount)
+        self._mine(1, own)
         return txid
 
     def make_fee_history(self) -> None:
-        """Make blocks with payments of different fees, so that estimatesmartfee has an answer on every node.
+        """Make blocks with payments of different fees, so that estimatesmartfee has an answer.
+
+        It has one on all nodes that can hear of the first node.
 
         Raises NodeError, or WaitTimeoutError if a node does not hear of a payment within RELAY_TIMEOUT seconds.
         """
-        if self._balance() < 1:
-            self.mine(MATURITY + 1)
-        # Each payment of a block gets its own coins. So no payment must wait until another one is confirmed.
-        outputs = {self._address(): "0.1" for _ in range(4 * len(_FEE_RATES))}
-        self._node.rpc("sendmany", "", outputs, wallet=WALLET)
-        self.mine(1)
-        for _ in range(_FEE_BLOCKS):
-            txids = {self._pay(rate) for rate in _FEE_RATES}
-            for node in self._network.nodes:
-                what = f"{node.name} to hear of {len(txids)} transactions"
-                wait_for(partial(_has_heard, node, txids), RELAY_TIMEOUT, what)
-            self.mine(1)
-        self._network.wait_until_same_tip()
+        with self._wallet() as wallet:
+            own: str = wallet("getnewaddress")
+            if _balance(wallet) < 1:
+                self._mine(MATURITY + 1, own)
+            # Each payment of a block gets its own coins. So no payment must wait until another one is confirmed.
+            wallet("sendmany", "", {wallet("getnewaddress"): "0.1" for _ in range(4 * len(_FEE_RATES))})
+            self._mine(1, own)
+            for _ in range(_FEE_BLOCKS):
+                payments = [wallet("send", {own: "0.001"}, None, "unset", rate) for rate in _FEE_RATES]
+                txids = {payment["txid"] for payment in payments}
+                for node in self._network.linked(0):
+                    what = f"{node.name} to hear of {len(txids)} transactions"
+                    wait_for(partial(_has_heard, node, txids), RELAY_TIMEOUT, what)
+                self._mine(1, own)
+        self._network.wait_until_synced()
 
-    def _pay(self, rate: int) -> str:
-        amount = {self._address(): "0.001"}
-        txid: str = self._node.rpc("send", amount, None, "unset", rate, wallet=WALLET)["txid"]
-        return txid
 
-    def _address(self) -> str:
-        address: str = self._node.rpc("getnewaddress", wallet=WALLET)
-        return address
-
-    def _balance(self) -> Decimal:
-        return Decimal(str(self._node.rpc("getbalances", wallet=WALLET)["mine"]["trusted"]))
+def _balance(wallet: Callable[..., Any]) -> Decimal:
+    balance: Decimal = wallet("getbalances")["mine"]["trusted"]
+    return balance
 
 
 def _has_heard(node: Node, txids: set[str]) -> bool:

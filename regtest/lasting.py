@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from traincert.regtest.blockfiles import last_block, last_file
 from traincert.regtest.errors import NodeError
 from traincert.regtest.links import Link
 from traincert.regtest.network import Network
@@ -34,9 +35,8 @@ _STATE = "network.json"
 _LOCK = "lock"
 _LINKS = "links"
 _SNAPSHOTS = "snapshots"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-# A node sends transactions to whitelisted peers at once. Other peers get them seconds later.
-_OPTIONS: Options = {**SNAPSHOT_OPTIONS, "whitelist": "in,out,noban@0.0.0.0/0"}
+_RESTORED = ".restored"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,29 @@ class LastingNetwork(Network):
         options: Options,
         topology: str | Sequence[Link],
         image: str | None = None,
+        node_options: Mapping[str, Options] | None = None,
     ) -> None:
+        directory = directory.resolve()
         docker = None
         if image:
             from traincert.regtest.containers import Docker  # a slow import, and only needed with Docker
 
             docker = Docker(directory, image, keep=True)
         super().__init__(
-            bitcoind, directory, count, {**_OPTIONS, **options}, topology=topology, keep=True, docker=docker
+            bitcoind,
+            directory,
+            count,
+            {**SNAPSHOT_OPTIONS, **options},
+            topology=topology,
+            keep=True,
+            docker=docker,
+            node_options=node_options,
         )
         self._made_of = {
             "bitcoind": str(bitcoind),
             "count": count,
             "options": options,
+            "node_options": node_options or {},
             "topology": self.links,
             "image": image,
         }
@@ -96,15 +106,17 @@ class LastingNetwork(Network):
         topology: str,
         image: str | None = None,
         prepare: Callable[[Path], Options] = lambda _: {},
+        node_options: Mapping[str, Options] | None = None,
     ) -> Self:
         """Make a network, but do not start its nodes.
 
         With `image`, the nodes run in containers and `bitcoind` is ignored. `prepare` gets the path of the folder
         OWNED, which does not exist yet. It may make this folder for its own files. It returns the nodes' options.
+        `node_options` are further options of single nodes, by the nodes' names.
 
         Raises NodeError if `directory` is not empty. With `image`, also if there is no Docker engine or no such image.
         """
-        directory = directory.absolute()
+        directory = directory.resolve()
         if (directory / _STATE).exists():
             raise NodeError(f"there is a network in {directory}: traincert network start starts it, down removes it")
         if directory.exists() and any(directory.iterdir()):
@@ -113,7 +125,8 @@ class LastingNetwork(Network):
         directory.mkdir(parents=True, exist_ok=True)
         bare.save()  # if this process is killed after this line, `traincert network down` can clean up
         try:
-            network = cls(bitcoind.absolute(), directory, count, prepare(directory / OWNED), topology, image)
+            options = prepare(directory / OWNED)
+            network = cls(bitcoind.absolute(), directory, count, options, topology, image, node_options)
             network.save()
         except BaseException:
             bare.down()
@@ -126,14 +139,19 @@ class LastingNetwork(Network):
 
         Raises NodeError if there is no network, if the state file is damaged, or if it has another format than VERSION.
         """
-        directory = directory.absolute()
-        if not (directory / _STATE).exists():
+        directory = directory.resolve()
+        path = directory / _STATE
+        if not path.exists():
             raise NodeError(f"there is no network in {directory}: traincert network up makes one")
-        made_of = _read_state_file(directory / _STATE)["made_of"]
-        topology = [(a, b) for a, b in made_of["topology"]]
-        arguments = made_of["count"], made_of["options"], topology, made_of["image"]
-        network = cls(Path(made_of["bitcoind"]), directory, *arguments)
-        network._read_state()
+        state = _read_state_file(path)
+        try:
+            made_of = state["made_of"]
+            topology = [(a, b) for a, b in made_of["topology"]]
+            arguments = made_of["options"], topology, made_of["image"], made_of.get("node_options")
+            network = cls(Path(made_of["bitcoind"]), directory, made_of["count"], *arguments)
+            network._read_state()
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise _DamagedError(path) from None
         return network
 
     @classmethod
@@ -145,14 +163,31 @@ class LastingNetwork(Network):
         """
         if not (directory / _STATE).exists():
             cls.load(directory)  # raises: there is no network
-        with (directory / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(directory):
             network = cls.load(directory)
             try:
                 yield network
             finally:
                 if (directory / _STATE).exists():
                     network.save()
+
+    @classmethod
+    def remove(cls, directory: Path) -> None:
+        """Take down the network in a folder, even if its state file is damaged.
+
+        Raises NodeError as `load()` does, but not for a damaged file.
+        """
+        if not (directory / _STATE).exists():
+            cls.load(directory)  # raises: there is no network
+        with _locked(directory):
+            try:
+                network = cls.load(directory)
+            except _DamagedError:
+                count = len(list(directory.glob("node*")))
+                network = cls(Path("bitcoind"), directory, count, {}, "full")
+                for node in network.nodes:
+                    node.attach()
+            network.down()
 
     def save(self) -> None:
         """Write the state file. It is replaced as a whole, so a crash cannot leave half of it."""
@@ -181,7 +216,13 @@ class LastingNetwork(Network):
 
     def status(self) -> list[NodeStatus]:
         """Return the status of all nodes, in their order."""
-        return [self._status(number, node) for number, node in enumerate(self.nodes)]
+        found: dict[Node, NodeStatus] = {}
+
+        def look(node: Node) -> None:
+            found[node] = self._status(self.nodes.index(node), node)
+
+        self._for_each(look)
+        return [found[node] for node in self.nodes]
 
     def _status(self, number: int, node: Node) -> NodeStatus:
         state = "running"
@@ -217,13 +258,15 @@ class LastingNetwork(Network):
         """Invert one byte of the last block in the node's block files, until `repair()`.
 
         The node notices when it reads this block next, at the latest at its next start. Raises NodeError if the node is
-        corrupt already.
+        corrupt already, or has no block file.
         """
         node = self.nodes[number]
         if number in self.flips:
             raise NodeError(f"{node.name} is corrupt already: traincert network repair {node.name} repairs it")
-        path = max((node.chain_dir / "blocks").glob("blk*.dat"))
-        offset = _last_block(path) + 36  # hashMerkleRoot in the header; its change makes the block invalid
+        path = last_file(node.chain_dir)
+        if path is None:
+            raise NodeError(f"{node.name} has no block file in {node.chain_dir}")
+        offset = last_block(path) + 36  # hashMerkleRoot in the header; its change makes the block invalid
         _flip(path, offset)
         self.flips[number] = (str(path), offset)
 
@@ -235,54 +278,73 @@ class LastingNetwork(Network):
         _flip(Path(path), offset)
 
     def snapshot(self, name: str) -> None:
-        """Copy the whole network under a name. The running nodes are stopped first, and started again afterwards.
+        """Copy the whole network under a name. Nodes that run are stopped first, and are as before afterwards.
 
-        Raises NodeError if a snapshot with this name exists, or if the name is not valid.
+        Raises NodeError if a snapshot with this name exists, if the name is not valid, or if a node that runs could not
+        be started again, because it is corrupt or its disk is full.
         """
         copy = self._snapshot(name)
         if copy.exists():
             raise NodeError(f"there is a snapshot {name} already")
+        for node in self.nodes:
+            if node.pid is not None and node not in self._startable():
+                raise NodeError(f"{node.name} could not be started again: disk-free or repair it first, or stop it")
+        with self._stopped(), _new_folder(copy) as new:
+            self.save()
+            kept = (_SNAPSHOTS, _LOCK, _LINKS)
+            copy_files([path for path in self.directory.iterdir() if path.name not in kept], new)
+
+    @contextmanager
+    def _stopped(self) -> Iterator[None]:
+        """Stop the nodes that run. In the end, also after an error, they run again, linked and paused as before."""
         running = [node for node in self.nodes if node.pid is not None]
-        self.stop()
-        new = copy.with_name(f"{name}.new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        self.save()
-        everything = [path for path in self.directory.iterdir() if path.name not in (_SNAPSHOTS, _LOCK, _LINKS)]
+        paused = [node for node in running if node.paused]
         try:
-            copy_files(everything, new)
-            new.replace(copy)
-        finally:  # also if the disk is full and the copy fails
-            shutil.rmtree(new, ignore_errors=True)
-            self._for_each(lambda node: node.start() if node in running else None)
-            self.connect()
+            self.stop()
+            yield
+        finally:
+            try:
+                self.start_nodes(running)
+            finally:
+                for node in paused:
+                    if node.pid is not None:
+                        node.pause()
+
+    def _startable(self) -> list[Node]:
+        """Return the nodes that no fault keeps from starting."""
+        return [node for number, node in enumerate(self.nodes) if not node.disk_full and number not in self.flips]
 
     def restore(self, name: str) -> None:
-        """Restore the whole network from a snapshot, and start all nodes.
+        """Restore the whole network from a snapshot, and start all nodes that no fault keeps from starting.
 
-        Raises NodeError if no snapshot has this name, or if its state file cannot be used.
+        Raises NodeError if no snapshot has this name, if its state file cannot be used, or if it cannot be copied. Then
+        nothing has changed.
         """
         copy = self._snapshot(name)
         if not copy.exists():
             there = sorted(path.name for path in copy.parent.glob("*") if _NAME.fullmatch(path.name))
             raise NodeError(f"there is no snapshot {name}; there are: {', '.join(there) or 'none'}")
         _read_state_file(copy / _STATE)  # raises before anything has changed
+        with _new_folder(self.directory / _SNAPSHOTS / _RESTORED) as new:
+            copy_files(list(copy.iterdir()), new)
         for node in self.nodes:
             node.kill()  # faster than a shutdown, which would save data that restore() replaces
         self.stop()
-        for path in copy.iterdir():
+        restored = self.directory / _SNAPSHOTS / _RESTORED
+        for path in restored.iterdir():
             target = self.directory / path.name
             if target.is_dir():
                 shutil.rmtree(target)
-        copy_files(list(copy.iterdir()), self.directory)
+            path.replace(target)
+        restored.rmdir()
         self._read_state()
-        self.start()
+        self.start_nodes(self._startable())
 
     def _snapshot(self, name: str) -> Path:
         if not _NAME.fullmatch(name) or name.endswith(".new"):
             raise NodeError(
-                f"{name!r} is no name for a snapshot: use letters, digits, '.', '_' and '-', no '.' at the start, and "
-                "no '.new' at the end"
+                f"{name!r} is no name for a snapshot: use up to 100 letters, digits, '.', '_' and '-', no '.' at the "
+                "start, and no '.new' at the end"
             )
         return self.directory / _SNAPSHOTS / name
 
@@ -302,14 +364,21 @@ class LastingNetwork(Network):
             self.directory.rmdir()
 
 
+class _DamagedError(NodeError):
+    """A network's state file is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} is damaged: traincert network down ends this network, then make it again")
+
+
 def _read_state_file(path: Path) -> dict[str, Any]:
     """Read a network's state file. Raises NodeError if it is damaged, or has another format than VERSION."""
     try:
         state = json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError):
         state = None
     if not isinstance(state, dict):
-        raise NodeError(f"{path} is damaged: stop this network's nodes, remove the folder, and make the network again")
+        raise _DamagedError(path)
     if state.get("version") != VERSION:
         raise NodeError(
             f"{path} has format {state.get('version')}, this traincert reads format {VERSION}: take the network down "
@@ -318,28 +387,30 @@ def _read_state_file(path: Path) -> dict[str, Any]:
     return state
 
 
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    with (directory / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `path` in the end. If the block fails, it is removed."""
+    new = path.with_name(f"{path.name}.new")
+    for leftover in (new, path):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def status_json(status: Sequence[NodeStatus]) -> list[Mapping[str, Any]]:
     """Return the status of a network in a form for json.dumps."""
     return [asdict(each) for each in status]
-
-
-def _last_block(path: Path) -> int:
-    """Return the offset, in bytes, of the last block in a block file. The file must have a block.
-
-    Each block follows the message start and the block's size, 4 bytes each (upstream: node/blockstorage.cpp).
-    """
-    data = path.read_bytes()
-    key_file = path.with_name("xor.dat")  # since Bitcoin Core 28, block files are XORed with this key
-    key = key_file.read_bytes() if key_file.exists() else bytes(8)
-
-    def decoded(start: int) -> bytes:
-        return bytes(byte ^ key[i % len(key)] for i, byte in enumerate(data[start : start + 4], start))
-
-    magic, last, start = decoded(0), 0, 0
-    while decoded(start) == magic:
-        last = start + 8
-        start = last + int.from_bytes(decoded(start + 4), "little")
-    return last
 
 
 def _flip(path: Path, offset: int) -> None:

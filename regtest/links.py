@@ -88,4 +88,4 @@ class Relay:
         self._pid_file.unlink(missing_ok=True)
 
     def _find(self) -> psutil.Process | None:
-        return find_process(self._pid_file, str(self._pid_file))
+        return find_process(self._pid_file)

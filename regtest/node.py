@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import hmac
+import json
 import logging
+import os
+import re
 import secrets
 import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import psutil
 import requests
 
 from traincert.regtest.errors import NodeError, NodeUnreachableError, RpcError, WaitTimeoutError
-from traincert.regtest.processes import find_process, is_running, kill, spawn
+from traincert.regtest.processes import find_by_argument, find_process, is_running, kill, spawn
 
-Options = Mapping[str, str | Sequence[str]]
-"""bitcoin.conf options: from a name, without dash, to its value. A repeated option has a list of values."""
+Value = str | int | float
+Options = Mapping[str, Value | Sequence[Value]]
+"""bitcoin.conf options: from a name, without dash, to its value. A repeated option has a list of values.
+
+True is 1 and False is 0. `port` and `rpcport` choose the ports. `rpcuser` and `rpcpassword` are a login beside the
+cookie's.
+"""
 
 START_TIMEOUT = 60.0  # seconds; a start takes about 0.5 s, but longer on a busy machine
 STOP_TIMEOUT = 60.0  # seconds
 RPC_TIMEOUT = 60.0  # seconds
+ENDING_TIME = 1.0  # seconds in which a node that refuses connections may turn out to have ended
 START_ATTEMPTS = 5
+BLOCKS_PER_CALL = 100  # that a node makes in one call: far fewer than it makes within RPC_TIMEOUT
+
+TIMEOUT_FACTOR = "TRAINCERT_TIMEOUT_FACTOR"
+"""The environment variable by which all timeouts are multiplied, for slow machines."""
 
 # These options make a node that uses little memory and connects only to given nodes. The caller's options replace them.
 DEFAULT_OPTIONS: Options = {
@@ -36,10 +53,20 @@ DEFAULT_OPTIONS: Options = {
     "fallbackfee": "0.0002",  # BTC/kvB; a regtest chain has no fee history, so wallets need this to send
     "fixedseeds": "0",
     "listenonion": "0",
+    # Seconds. A node whose tip is older is in initial block download and takes no transactions. Ours never is, although
+    # no block may have come since its clock was set forward, or at all.
+    "maxtipage": "9999999999",
     "maxsigcachesize": "1",  # MiB; allocating the default 32 MiB is a fifth of a start's work
     "natpmp": "0",
     "peertimeout": "999999999",  # seconds; after a jump of the mock time, a node must not think that peers timed out
     "printtoconsole": "0",
+    "rpcworkqueue": "1024",  # calls that wait; a node refuses further ones
+}
+
+# We set these options ourselves, or nodes could not be found and called with another value.
+_NOT_FOR_USERS = {
+    *("bind", "chain", "conf", "daemon", "daemonwait", "datadir", "pid", "regtest", "rpcallowip", "rpcbind"),
+    *("rpccookiefile", "server", "signet", "testnet", "testnet4"),
 }
 
 RPC_IN_WARMUP = -28
@@ -62,13 +89,14 @@ class Node:
         self, bitcoind: Path, datadir: Path, options: Options | None = None, *, name: str = "", keep: bool = False
     ) -> None:
         self.bitcoind = bitcoind
-        self.datadir = datadir.absolute()
+        self.datadir = datadir.resolve()
         self.name = name or datadir.name
         self.options = options or {}
         self.keep = keep
-        self.rpc_port = 0  # start() chooses both ports
+        self.rpc_port = 0  # start() chooses the ports that the options do not
         self.p2p_port = 0
         self.disk_full = False
+        self.reconnect: Callable[[], None] = lambda: None  # a network's way to link the node again, for restart()
         self._process: psutil.Process | None = None
 
     def __enter__(self) -> Self:
@@ -131,22 +159,24 @@ class Node:
 
     def attach(self) -> bool:
         """Take control of a node that another process started on this data directory. Returns whether it runs."""
-        self._process = find_process(self._pid_file, f"-datadir={self.datadir}")
+        self._process = find_process(self.chain_dir / ".lock")
         self._read_ports()
         return self._process is not None
 
     def _read_ports(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        # An empty bitcoin.conf, as a full disk may leave it, names none.
+        with contextlib.suppress(OSError, KeyError, ValueError):
             options = read_conf(self.datadir)
             self.rpc_port, self.p2p_port = int(options["rpcport"]), int(options["port"])
 
     def start(self) -> None:
-        """Start the node and wait until it answers RPC. Does nothing if the node runs already.
+        """Start the node, and wait until it answers RPC and has read its blocks and its mempool.
 
-        The node keeps the ports of its last start if they are free.
+        Does nothing if the node runs already. The node keeps the ports of its last start if they are free. The wallets
+        that were loaded at the last `stop()` are loaded again.
 
-        Raises NodeError if the node ended: the message has its exit code and its last output. Raises WaitTimeoutError
-        if the node did not answer within START_TIMEOUT seconds.
+        Raises NodeError if an option cannot be used, or if the node ended: the message has its exit code and its last
+        output. Raises WaitTimeoutError if the node was not ready within START_TIMEOUT seconds.
         """
         if self.pid is not None:
             return
@@ -157,9 +187,9 @@ class Node:
         if datadir_in_use(self.datadir):
             # This may be a node started with `keep`. A new bitcoin.conf would have other ports and make it unreachable.
             raise NodeError(f"{self.name}: a node is running in {self.datadir} already")
+        log_size = self._log_size()
         for attempt in range(1, START_ATTEMPTS + 1):
-            if attempt > 1 or not self.rpc_port:
-                self.rpc_port, self.p2p_port = free_ports(2)
+            self._choose_ports(anew=attempt > 1)
             self._write_conf()
             # _is_ready() looks for these files, so files of an earlier start must not mislead it.
             for leftover in (self.cookie_file, self._pid_file):
@@ -167,33 +197,79 @@ class Node:
             try:
                 self._launch()
                 wait_for(self._is_ready, START_TIMEOUT, f"{self.name} to answer RPC", self.log_tail)
+                self._check_options(log_size)
             except PortTakenError:
                 # Another program took a port after free_ports() and before bitcoind's bind: try other ports.
                 if attempt == START_ATTEMPTS:
                     raise
             except BaseException:
                 self.kill()
+                self._kill_strays()
                 raise
             else:
                 return
 
+    def _choose_ports(self, *, anew: bool) -> None:
+        if anew or not self.rpc_port:
+            self.rpc_port, self.p2p_port = free_ports(2)
+        self.rpc_port, self.p2p_port = self._port("rpcport", self.rpc_port), self._port("port", self.p2p_port)
+
+    def _port(self, option: str, otherwise: int) -> int:
+        text = str(self.options.get(option, otherwise))
+        if not text.isdecimal() or not 0 < int(text) < 1 << 16:
+            raise NodeError(f"{self.name}: option {option}: {text} is no port")
+        return int(text)
+
+    def _check_options(self, log_size: int) -> None:
+        """Raise NodeError if the node said in its log, after the first `log_size` bytes, that it ignores an option."""
+        with contextlib.suppress(FileNotFoundError), (self.chain_dir / "debug.log").open("rb") as log:
+            log.seek(log_size if log_size <= self._log_size() else 0)  # the node cuts a log that is too long
+            unknown = set(
+                re.findall(
+                    r"Ignoring unknown configuration value (?:regtest\.)?(\S+)", log.read().decode(errors="replace")
+                )
+            )
+            if ours := unknown.intersection(self.options):
+                raise NodeError(f"{self.name}: {self.bitcoind} has no option {', '.join(sorted(ours))}")
+
+    def _kill_strays(self) -> None:
+        """Kill what a start that failed has left: a wrapper's child, or a node that went to the background."""
+        for process in find_by_argument(f"-datadir={self.datadir}"):
+            kill(process)
+
     def stop(self) -> None:
-        """Ask the node to stop and wait for its end. After STOP_TIMEOUT seconds, kill it."""
+        """Ask the node to stop and wait for its end. After STOP_TIMEOUT seconds, kill it.
+
+        The next start loads the wallets that are loaded now.
+        """
         if not self._was_started():
             return
+        wallets: list[str] | None = None
         if self.pid is None:
             _logger.warning("%s had already ended (%s)", self.name, self._ending())
         try:
             self.resume()
             try:
+                wallets = self.rpc("listwallets")
                 self.rpc("stop")
-            except NodeError:  # the node is still starting or already stopping; SIGTERM works in both cases
+            except NodeError:  # it has no wallets, is still starting or already stopping; SIGTERM works in all cases
                 self._terminate()
             wait_for(lambda: self.pid is None, STOP_TIMEOUT, f"{self.name} to stop")
         except WaitTimeoutError:
             _logger.warning("%s did not stop within %d s: killed", self.name, STOP_TIMEOUT)
         finally:
             self.kill()
+            if wallets is not None:
+                self._load_at_start(wallets)
+
+    def _load_at_start(self, wallets: list[str]) -> None:
+        """Write into the node's own settings (upstream: doc/files.md) which wallets its next start loads."""
+        file = self.chain_dir / "settings.json"
+        settings = json.loads(file.read_text()) if file.exists() else {}
+        if settings.get("wallet", []) != wallets:
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps({**settings, "wallet": wallets}, indent=4))
+            new.replace(file)
 
     def kill(self) -> None:
         """End the node at once, without a shutdown, as in a power failure."""
@@ -245,41 +321,76 @@ class Node:
         return self._process
 
     def restart(self) -> None:
-        """Stop the node and start it again on the same data directory."""
+        """Stop the node and start it again on the same data directory. A node of a network is linked again."""
         self.stop()
         self.start()
+        self.reconnect()
 
-    def rpc(self, method: str, *params: object, wallet: str | None = None) -> Any:
-        """Call an RPC method and return its result as decoded JSON. With `wallet`, call it for the wallet of this name.
+    def mine(self, count: int = 1, address: str | None = None) -> list[str]:
+        """Make `count` blocks and return their hashes. They pay `address`, or by default a script without a key.
+
+        Raises RpcError if the node refuses, for example because its blocks need certificates.
+        """
+        hashes: list[str] = []
+        for done in range(0, count, BLOCKS_PER_CALL):
+            some = min(BLOCKS_PER_CALL, count - done)
+            hashes += (
+                self.rpc("generatetoaddress", some, address)
+                if address
+                else self.rpc("generatetodescriptor", some, "raw(51)#8lvh9jxk")
+            )
+        return hashes
+
+    def rpc(
+        self,
+        method: str,
+        /,
+        *params: object,
+        wallet: str | None = None,
+        rpc_timeout: float | None = None,
+        **named: object,
+    ) -> Any:
+        """Call an RPC method, with its arguments in order or by their names, and return its result as decoded JSON.
+
+        Amounts are Decimal in the result, and can be in the arguments. With `wallet`, call the method for the wallet of
+        this name.
 
         Raises RpcError if the node answers with an error. Raises NodeUnreachableError if there is no connection, no
-        answer within RPC_TIMEOUT seconds, or an answer that is not JSON-RPC.
+        answer within `rpc_timeout` seconds (by default RPC_TIMEOUT), or an answer that is not JSON-RPC.
         """
         try:
             login = read_cookie(self.cookie_file)
         except FileNotFoundError:
             raise NodeUnreachableError(f"{self.name} is not running: no {self.cookie_file}") from None
+        arguments = {**named, **({"args": params} if params else {})} if named else params
         try:
             with requests.Session() as session:
                 session.trust_env = False  # ignore proxies and .netrc: the node is on this machine
                 response = session.post(
-                    self.rpc_url if wallet is None else f"{self.rpc_url}/wallet/{wallet}",
-                    json={"id": 0, "method": method, "params": params},
+                    self.rpc_url if wallet is None else f"{self.rpc_url}/wallet/{quote(wallet, safe='')}",
+                    data=json.dumps({"id": 0, "method": method, "params": arguments}, default=_decimal_text),
                     auth=login,
-                    timeout=RPC_TIMEOUT,
+                    timeout=(rpc_timeout or RPC_TIMEOUT) * timeout_factor(),
                 )
         except requests.RequestException as error:
-            raise NodeUnreachableError(f"{self.name} at {self.rpc_url}: {method}: {error}") from error
+            raise NodeUnreachableError(f"{self.name} at {self.rpc_url}: {method}: {self._why(error)}") from error
         try:
-            answer = response.json()
+            answer = json.loads(response.content, parse_float=Decimal)
             failure, result = answer["error"], answer["result"]
-        except (requests.JSONDecodeError, KeyError, TypeError):
-            raise NodeUnreachableError(
-                f"{self.name} at {self.rpc_url}: {method}: HTTP status {response.status_code}, not a JSON-RPC answer"
-            ) from None
+        except (ValueError, KeyError, TypeError):
+            said = f"HTTP status {response.status_code}, not a JSON-RPC answer: {response.text[:200]}".rstrip(": \r\n")
+            raise NodeUnreachableError(f"{self.name} at {self.rpc_url}: {method}: {said}") from None
         if failure is not None:
             raise RpcError(self.name, method, failure["code"], failure["message"])
         return result
+
+    def _why(self, error: requests.RequestException) -> str:
+        """Return why the node gave no answer: how it ended, if it has ended."""
+        if self._was_started() and isinstance(error, requests.ConnectionError):
+            with contextlib.suppress(WaitTimeoutError):  # a process closes its connections a moment before it ends
+                wait_for(lambda: self.pid is None, ENDING_TIME, "the end")
+                return f"{self.name} has ended ({self._ending()})"
+        return str(error)
 
     def log_tail(self, lines: int = 10) -> str:
         """Return the last lines of debug.log; "" if the file does not exist."""
@@ -290,11 +401,31 @@ class Node:
         except FileNotFoundError:
             return ""
 
-    def _write_conf(self) -> None:
-        ours = {"port": str(self.p2p_port), "rpcport": str(self.rpc_port), **self._listening()}
-        write_conf(self.datadir, {**self.options, **ours}, self.name)
+    def _log_size(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.chain_dir / "debug.log").stat().st_size
+        return 0
 
-    def _listening(self) -> Options:
+    def _write_conf(self) -> None:
+        ours: Options = {"port": self.p2p_port, "rpcport": self.rpc_port, **self._listening()}
+        write_conf(self.datadir, {**self._users_options(), **ours}, self.name)
+
+    def _users_options(self) -> Options:
+        """Return the caller's options, with a user's password hashed: then the node makes a cookie, too."""
+        options = dict(self.options)
+        for option in options:
+            if not re.fullmatch(r"[a-z0-9]+", option):
+                raise NodeError(f"{self.name}: {option!r} is no option's name: leave out dashes and sections")
+            if option.removeprefix("no") in _NOT_FOR_USERS:
+                raise NodeError(f"{self.name}: option {option} cannot be set: traincert needs it as it is")
+        user, password = options.pop("rpcuser", None), options.pop("rpcpassword", None)
+        if user is None and password is None:
+            return options
+        if user is None or password is None:
+            raise NodeError(f"{self.name}: the options rpcuser and rpcpassword need each other")
+        return {**options, "rpcauth": [*values(options.get("rpcauth", [])), _rpcauth(str(user), str(password))]}
+
+    def _listening(self) -> dict[str, str]:
         return {
             "bind": self.p2p_address,
             # Without rpcbind, a node listens on ::1 too. If only 127.0.0.1's port is taken, it starts without an error.
@@ -311,7 +442,10 @@ class Node:
             raise NodeError(f"{self.name}: cannot run {self.bitcoind}: {error.strerror}") from error
 
     def _is_ready(self) -> bool:
-        """Whether our own process answers on our RPC port. Raises NodeError if the process has ended."""
+        """Whether our own process answers on our RPC port, and has read its blocks and its mempool.
+
+        Raises NodeError if the process has ended, or has started the node as another process.
+        """
         if self.pid is None:
             said = self._last_words() or self.log_tail()
             port_taken = "Unable to bind to" in said or "Unable to start HTTP server" in said
@@ -323,14 +457,17 @@ class Node:
         if not (self.cookie_file.exists() and self._pid_file.exists()):
             return False
         try:
-            self.rpc("getblockcount")
+            # The node loads its mempool last, after -reindex and -loadblock (upstream: init.cpp).
+            ready: bool = self.rpc("getmempoolinfo")["loaded"]
         except NodeUnreachableError:
             return False
         except RpcError as error:
             if error.code != RPC_IN_WARMUP:
                 raise
             return False
-        return self._pid_file.read_text().strip() == str(self._pid_of_its_own())
+        if self._pid_file.read_text().strip() != str(self._pid_of_its_own()):
+            raise NodeError(f"{self.name}: {self.bitcoind} started the node as another process: a script must use exec")
+        return ready
 
     def _pid_of_its_own(self) -> int | None:
         """The process id that the node writes into its pid file."""
@@ -361,11 +498,13 @@ class PortTakenError(NodeError):
 def write_conf(datadir: Path, options: Options, name: str = "") -> None:
     """Write the bitcoin.conf of a regtest node, from DEFAULT_OPTIONS and `options`, which take precedence.
 
-    Raises NodeError for a value with a line break or "#". The message has `name`, or else the folder's name.
+    Raises NodeError for a value with a line break or "#", or that is of another type. The message has `name`, or else
+    the folder's name.
     """
     lines = ["regtest=1", "[regtest]"]
-    for option, values in {**DEFAULT_OPTIONS, **options}.items():
-        for value in [values] if isinstance(values, str) else values:
+    for option, one_or_more in {**DEFAULT_OPTIONS, **options}.items():
+        for each in values(one_or_more):
+            value = _conf_text(option, each, name or datadir.name)
             if "\n" in value or "#" in value:
                 raise NodeError(
                     f"{name or datadir.name}: option {option}: bitcoin.conf cannot hold the value {value!r}, "
@@ -373,6 +512,33 @@ def write_conf(datadir: Path, options: Options, name: str = "") -> None:
                 )
             lines.append(f"{option}={value}")
     (datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
+
+
+def values(one_or_more: Value | Sequence[Value]) -> Sequence[Value]:
+    """Return the values of an option as a list."""
+    return [one_or_more] if isinstance(one_or_more, str) or not isinstance(one_or_more, Sequence) else one_or_more
+
+
+def _conf_text(option: str, value: object, name: str) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f")  # bitcoind does not read 1e-05
+    if not isinstance(value, str | int):
+        raise NodeError(f"{name}: option {option}: {value!r} is neither text nor a number")
+    return str(value)
+
+
+def _rpcauth(user: str, password: str) -> str:
+    """Return a login as a node's option rpcauth has it (upstream: share/rpcauth)."""
+    salt = secrets.token_hex(16)
+    return f"{user}:{salt}${hmac.new(salt.encode(), password.encode(), hashlib.sha256).hexdigest()}"
+
+
+def _decimal_text(value: object) -> str:
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    raise TypeError(f"an argument of RPC cannot be of type {type(value).__name__}")
 
 
 def read_conf(datadir: Path) -> dict[str, str]:
@@ -407,15 +573,28 @@ def wait_for(
 ) -> None:
     """Call `condition()` repeatedly until it returns a true value.
 
-    Raises WaitTimeoutError if that takes more than `timeout` seconds. The message is "waited ... s for `what`", and the
-    result of `last_seen()`.
+    Raises WaitTimeoutError if that takes more than `timeout` seconds, multiplied by the environment's TIMEOUT_FACTOR.
+    The message is "waited ... s for `what`", and the result of `last_seen()`.
     """
+    timeout *= timeout_factor()
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
             seen = f"; last seen: {last_seen()}" if last_seen else ""
             raise WaitTimeoutError(f"waited {timeout:g} s for {what}{seen}")
         time.sleep(0.02)
+
+
+def timeout_factor() -> float:
+    """Return the factor of all timeouts. Raises NodeError if the environment's TIMEOUT_FACTOR is no such number."""
+    text = os.environ.get(TIMEOUT_FACTOR) or "1"
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0
+    if not 0 < factor < float("inf"):
+        raise NodeError(f"{TIMEOUT_FACTOR}={text} in the environment is no positive number")
+    return factor
 
 
 def free_ports(count: int) -> list[int]:

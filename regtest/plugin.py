@@ -10,6 +10,7 @@ pytest keeps temporary folders. Override `bitcoind_options` for other options, a
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -65,6 +66,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the bitcoind to test with; bitcoin-cli must be in the same folder (default: build the patched node)",
     )
     group.addoption(
+        "--timeout-factor",
+        metavar="FACTOR",
+        type=_factor,
+        help="multiply all timeouts of nodes by this, for slow machines",
+    )
+    group.addoption(
         "--regtest-backend",
         choices=["process", "docker"],
         default="process",
@@ -77,6 +84,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _factor(text: str) -> str:
+    if not 0 < float(text) < float("inf"):  # argparse tells of a ValueError by itself
+        raise ValueError(text)
+    return text
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check the options before tests are collected. Raises UsageError if there is no such bitcoind."""
+    bitcoind: Path | None = config.getoption("--bitcoind")
+    if bitcoind and not bitcoind.is_file():
+        raise pytest.UsageError(f"--bitcoind {bitcoind}: no such file")
+    if factor := config.getoption("--timeout-factor"):
+        os.environ["TRAINCERT_TIMEOUT_FACTOR"] = factor  # what the tests start has it, too
+
+
 @pytest.fixture(scope="session")
 def node_programs(pytestconfig: pytest.Config) -> Path:
     """Return the folder with bitcoind and bitcoin-cli. Without --bitcoind, build them unless the cache has them."""
@@ -87,13 +109,21 @@ def node_programs(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
+def _bitcoind_program(node_programs: Path, pytestconfig: pytest.Config) -> Path:
+    """Return the bitcoind to run. The program in --bitcoind may have another name."""
+    chosen: Path | None = pytestconfig.getoption("--bitcoind")
+    in_folder = chosen and chosen.absolute().parent == node_programs
+    return node_programs / (chosen.name if chosen and in_folder else "bitcoind")
+
+
+@pytest.fixture(scope="session")
 def bitcoind_options() -> Options:
     """Return bitcoin.conf options for every node, by default none. Override this fixture to set some."""
     return {}
 
 
 def _bitcoind(
-    node_programs: Path,
+    _bitcoind_program: Path,
     bitcoind_options: Options,
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
@@ -101,13 +131,13 @@ def _bitcoind(
     """Give a running node with its own empty chain."""
     with (
         _folder(tmp_path_factory, request) as started,
-        _node(node_programs, started, bitcoind_options, request) as node,
+        _node(_bitcoind_program, started, bitcoind_options, request) as node,
     ):
         yield node
 
 
 def _bitcoin_network(
-    node_programs: Path,
+    _bitcoind_program: Path,
     bitcoind_options: Options,
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
@@ -121,7 +151,7 @@ def _bitcoin_network(
         def start(count: int, options: Options | None = None, topology: str | Sequence[Link] = "full") -> Network:
             folder = started.folder / f"network{next(numbers)}"
             network = Network(
-                node_programs / "bitcoind",
+                _bitcoind_program,
                 folder,
                 count,
                 {**bitcoind_options, **(options or {})},
@@ -135,18 +165,18 @@ def _bitcoin_network(
 
 
 @pytest.fixture(scope="session")
-def _snapshot(node_programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def _snapshot(_bitcoind_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Give the data directory to copy. It is made once (with pytest-xdist: once in each worker that needs it)."""
     from traincert.regtest.snapshot import make_snapshot
 
     folder = tmp_path_factory.mktemp("snapshot")
-    make_snapshot(node_programs / "bitcoind", folder / "node0")
+    make_snapshot(_bitcoind_program, folder / "node0")
     yield folder / "node0"
     shutil.rmtree(folder)
 
 
 def _chain_snapshot(
-    node_programs: Path,
+    _bitcoind_program: Path,
     bitcoind_options: Options,
     _snapshot: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -161,16 +191,16 @@ def _chain_snapshot(
 
     with _folder(tmp_path_factory, request) as started:
         copy_snapshot(_snapshot, started.folder / "node0")
-        with _node(node_programs, started, {**OPTIONS, **bitcoind_options}, request) as node:
+        with _node(_bitcoind_program, started, {**OPTIONS, **bitcoind_options}, request) as node:
             yield node
 
 
 @contextmanager
-def _node(node_programs: Path, started: _Nodes, options: Options, request: pytest.FixtureRequest) -> Iterator[Node]:
+def _node(program: Path, started: _Nodes, options: Options, request: pytest.FixtureRequest) -> Iterator[Node]:
     from traincert.regtest.network import Network
 
     docker = _docker(started.folder, request)
-    network = Network(node_programs / "bitcoind", started.folder, 1, options, docker=docker)
+    network = Network(program, started.folder, 1, options, docker=docker)
     started.nodes += network.nodes
     with network:
         yield network.nodes[0]

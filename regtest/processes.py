@@ -6,20 +6,49 @@ In this file "we" are this Python process.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
+import struct
 import subprocess
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import cache, partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO
 
 import psutil
 
 from traincert.regtest.errors import RegtestError
 
-# The kernel sends a death signal when the *thread* that started a process ends. This thread lives as long as we do.
-_spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
+_Order = tuple[Callable[[], psutil.Popen], Future[psutil.Popen]]
+
+
+@cache
+def _spawner() -> SimpleQueue[_Order]:
+    """Return the orders for the thread that starts processes.
+
+    The kernel sends a death signal when the *thread* that started a process ends. A daemon thread ends with us, after
+    the functions of `atexit`: they can still stop a node in good order.
+    """
+    orders = SimpleQueue[_Order]()
+
+    def carry_out() -> None:
+        while True:
+            start, started = orders.get()
+            try:
+                started.set_result(start())
+            except BaseException as error:
+                started.set_exception(error)
+
+    threading.Thread(target=carry_out, name="spawner", daemon=True).start()
+    return orders
+
+
+os.register_at_fork(after_in_child=_spawner.cache_clear)  # a child that was forked does not have the thread
 
 
 def spawn(
@@ -43,7 +72,9 @@ def spawn(
         start_new_session=True,  # Ctrl-C in the terminal reaches only us; we then stop the program properly
         restore_signals=False,  # keep SIGXFSZ ignored, for Node.fill_disk(); bitcoind itself ignores SIGPIPE
     )
-    return _spawner.submit(start).result()
+    started = Future[psutil.Popen]()
+    _spawner().put((start, started))
+    return started.result()
 
 
 def bound_to_us(command: list[str], death_signal: str) -> list[str]:
@@ -58,17 +89,19 @@ def bound_to_us(command: list[str], death_signal: str) -> list[str]:
     return [setpriv, "--pdeathsig", death_signal, "--", *command]
 
 
-def find_process(pid_file: Path, argument: str) -> psutil.Process | None:
-    """Return the process whose id is in a pid file; None if it does not run.
+def find_process(locked: Path) -> psutil.Process | None:
+    """Return the process that holds the lock on a file; None if none does.
 
-    After a crash or a reboot another process may have this id. So the process must be older than the file and have
-    `argument` on its command line.
+    The lock is one of `fcntl`, as bitcoind's on a data directory. The kernel tells who holds it, so neither a reused
+    process id nor a step of the machine's clock misleads us.
     """
-    with contextlib.suppress(OSError, ValueError, psutil.Error):
-        process = psutil.Process(int(pid_file.read_text()))
-        began = process.create_time() <= pid_file.stat().st_mtime + 1  # seconds; create_time() is not exact
-        if began and argument in process.cmdline() and is_running(process):
-            return process
+    # struct flock: the kind of lock, from where, offset, length (0: to the end), and the process id in the answer.
+    question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    with contextlib.suppress(OSError, psutil.Error):
+        with locked.open("rb") as file:
+            kind, _, _, _, pid = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, question))
+        if kind != fcntl.F_UNLCK:
+            return psutil.Process(pid)
     return None
 
 

@@ -6,13 +6,14 @@ This program accepts TCP connections on LISTEN_HOST, on a free port. For each it
 passes on the data of both directions SECONDS later.
 
 First it writes its port into a file beside PID_FILE, with the suffix .port. Then it writes its process id into
-PID_FILE. It imports only the standard library, so it starts quickly.
+PID_FILE, on which it holds a lock until it ends. It imports only the standard library, so it starts quickly.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -63,10 +64,12 @@ async def _serve(pid_file: Path, listen_host: str, target: str, seconds: float) 
 
     server = await asyncio.start_server(connected, listen_host, 0)
     pid_file.with_suffix(".port").write_text(str(server.sockets[0].getsockname()[1]))
-    pid_file.with_suffix(".new").write_text(str(os.getpid()))
-    pid_file.with_suffix(".new").replace(pid_file)
-    async with server:
-        await server.serve_forever()
+    with pid_file.with_suffix(".new").open("w") as locked:
+        fcntl.lockf(locked, fcntl.LOCK_EX)
+        print(os.getpid(), file=locked, flush=True)
+        pid_file.with_suffix(".new").replace(pid_file)
+        async with server:
+            await server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ ORDER = {
         "cli.reading cli.miner cli.cosigner cli.network cli.receipt cli.audit cli.completion cli.main cli.man"
     ),
     "regtest": (
-        "errors processes source build node relay links reaper containers network snapshot lasting faucet plugin"
+        "errors processes source build node blockfiles relay links reaper containers network snapshot lasting faucet plugin"
     ),
 }
 

@@ -16,29 +16,36 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.progress import Progress
 
 from traincert.bridge.appointing import load_coordinator, make_keys
 from traincert.bridge.cli.node import build_with_progress
-from traincert.bridge.cli.view import shown_time, status_table, stdout_console
+from traincert.bridge.cli.view import status_table, stdout_console
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.rpc import NodeClient
-from traincert.regtest.errors import RpcError
 from traincert.regtest.faucet import Faucet
 from traincert.regtest.lasting import OWNED, LastingNetwork, status_json
-from traincert.regtest.node import Node, Options
+from traincert.regtest.node import TIMEOUT_FACTOR, Node, Options
 
 DEFAULT_FOLDER = Path("network")
-MAX_FUTURE_BLOCK_TIME = 2 * 60 * 60  # seconds, as Bitcoin Core's chain.h has it
-_RPC_METHOD_NOT_FOUND = -32601
+BLOCKS_AT_A_TIME = 100  # after which `mine` shows its progress
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 
 
 @click.group()
-def network() -> None:
+@click.option(
+    "--timeout-factor",
+    type=click.FloatRange(min=0, min_open=True, max=1000),
+    help=f"Multiply all timeouts by this, for slow machines.  [default: ${TIMEOUT_FACTOR} or 1]",
+)
+def network(timeout_factor: float | None) -> None:
     """Run a network of nodes on this machine, until it is taken down.
 
     NODE is a node's name or number: node0 or 0.
     """
+    if timeout_factor:
+        os.environ[TIMEOUT_FACTOR] = str(timeout_factor)
 
 
 def in_folder(command: Callable[..., None]) -> Callable[..., None]:
@@ -98,6 +105,18 @@ def one_node(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="Which nodes are linked: line, ring, full, or a file with two node numbers on each line.",
 )
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="[NODE:]KEY=VALUE",
+    help="A bitcoin.conf option for all nodes, or for one: node1:txindex=1. May be given again.",
+)
+@click.option(
+    "--rpc-port-base",
+    type=click.IntRange(1024, 65_000),
+    help="The RPC port of node0; node1 has the next one, and so on.  [default: any free ports]",
+)
 @click.option("--fees", is_flag=True, help="Make blocks with fees first, so that estimatesmartfee answers.")
 @click.option("--training", is_flag=True, help="Make a training network. Its coordinator appoints the winners.")
 @click.option(
@@ -113,28 +132,33 @@ def up(
     bitcoind: Path | None,
     backend: str,
     topology: str,
+    options: Sequence[str],
+    rpc_port_base: int | None,
     fees: bool,
     training: bool,
     start_height: int,
 ) -> None:
-    """Make a network and start it."""
+    """Make a network and start it. Its nodes keep their options."""
+    common, single = _options(options, count, rpc_port_base)
+
+    if training and (ours := [key for key in common if key.startswith("training")]):
+        raise click.BadParameter(f"{ours[0]}: --training sets it", param_hint="--option")
 
     def prepare(owned: Path) -> Options:
-        return make_keys(owned, start_height).node_options() if training else {}
+        return {**common, **(make_keys(owned, start_height).node_options() if training else {})}
 
     if backend == "docker":
         if bitcoind:
             raise click.UsageError("--bitcoind is for processes: containers run their image's")
         from traincert.regtest.containers import IMAGE  # takes a while
 
-        LastingNetwork.create(Path("bitcoind"), folder, count, topology, IMAGE, prepare)
+        LastingNetwork.create(Path("bitcoind"), folder, count, topology, IMAGE, prepare, single)
     else:
         program = bitcoind or build_with_progress() / "bin" / "bitcoind"
-        LastingNetwork.create(program, folder, count, topology, None, prepare)
+        LastingNetwork.create(program, folder, count, topology, None, prepare, single)
     with LastingNetwork.opened(folder) as made:
         try:
             made.start()
-            _leave_initial_download(made)
             if fees:
                 _faucet(made).make_fee_history()
         except BaseException:
@@ -148,10 +172,10 @@ def up(
 
 
 @network.command("down")
-@changes_network
-def down(network: LastingNetwork) -> None:
+@in_folder
+def down(folder: Path) -> None:
     """End the network and remove it, with all its data."""
-    network.down()
+    LastingNetwork.remove(folder)
 
 
 @network.command("status")
@@ -171,20 +195,16 @@ def status(folder: Path, as_json: bool) -> None:
 @changes_network
 def start(network: LastingNetwork, nodes: Sequence[str]) -> None:
     """Start nodes and connect them. Without a NODE it starts all."""
-    for node in _chosen(network, nodes):
-        node.start()
-    network.connect()
-    _leave_initial_download(network)
+    network.start_nodes(_chosen(network, nodes))
 
 
 @network.command("stop")
 @click.argument("nodes", nargs=-1, metavar="[NODE]...")
 @changes_network
 def stop(network: LastingNetwork, nodes: Sequence[str]) -> None:
-    """Stop nodes in good order. Without a NODE it stops all."""
+    """Stop nodes in good order. Without a NODE it stops all. The wallets that are loaded are loaded by `start`, too."""
     if nodes:
-        for node in _chosen(network, nodes):
-            node.stop()
+        network.stop_nodes(_chosen(network, nodes))
     else:
         network.stop()
 
@@ -226,7 +246,7 @@ def env(folder: Path) -> None:
 @click.argument("name")
 @changes_network
 def snapshot(network: LastingNetwork, name: str) -> None:
-    """Copy the whole network under a name. The nodes are stopped meanwhile, and started again."""
+    """Copy the whole network under a name. The nodes are stopped meanwhile, and are as before afterwards."""
     network.snapshot(name)
 
 
@@ -234,7 +254,7 @@ def snapshot(network: LastingNetwork, name: str) -> None:
 @click.argument("name")
 @changes_network
 def restore(network: LastingNetwork, name: str) -> None:
-    """Bring the whole network back to a snapshot, and start all nodes."""
+    """Bring the whole network back to a snapshot, and start all nodes that can start."""
     network.restore(name)
 
 
@@ -245,27 +265,42 @@ def time(network: LastingNetwork, when: str) -> None:
     """Stop all nodes' clocks at a time.
 
     WHEN is a step forward (+90s, +30m, +1h, +2d, +1w), a time in UTC (2030-01-01, 2030-01-01T12:00), or `real`: then
-    the clocks run again as the machine's.
+    the clocks run again as the machine's. No node can have a block that is more than an hour ahead of its clock.
     """
-    moment = _moment(when, network.time)
-    running = [node for node in network.nodes if node.pid is not None and not node.paused]
-    tip = max(map(_tip_time, running), default=0)
-    if moment is None and tip > clock.time() + MAX_FUTURE_BLOCK_TIME:
-        raise BridgeError(f"the tip is of {shown_time(tip)}: nodes would not start with it at the real time")
-    network.set_time(moment)
+    network.set_time(_moment(when, network.time))
 
 
 @network.command("mine")
-@click.argument("count", type=click.IntRange(1, 10_000))
+@click.argument("count", type=click.IntRange(1, 100_000))
+@click.option("--node", default="node0", show_default=True, help="The node that makes the blocks.")
+@click.option("--address", help="Whom the blocks pay.  [default: a wallet of node0, the faucet]")
 @changes_network
-def mine(network: LastingNetwork, count: int) -> None:
-    """Make blocks on the first node. They pay a wallet of that node, the faucet.
+def mine(network: LastingNetwork, count: int, node: str, address: str | None) -> None:
+    """Make blocks, and print the last one's hash.
 
     On a training network, blocks from the start height on get certificates: a coordinator appoints the winners, and the
     certificates say that nothing was trained.
     """
-    _faucet(network).mine(count)
-    click.echo(network.nodes[0].rpc("getbestblockhash"))
+    miner = network.nodes[_number(network, node)]
+    address = address or _faucet(network).address()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("blocks", total=count)
+        for done in range(0, count, BLOCKS_AT_A_TIME):
+            _mine(network, miner, min(BLOCKS_AT_A_TIME, count - done), address)
+            progress.update(task, completed=done + BLOCKS_AT_A_TIME)
+    click.echo(miner.rpc("getbestblockhash"))
+
+
+@network.command("reorg")
+@click.argument("depth", type=click.IntRange(1, 1000))
+@click.option("--node", default="node0", show_default=True, help="The node whose chain changes first.")
+@changes_network
+def reorg(network: LastingNetwork, depth: int, node: str) -> None:
+    """Replace the last DEPTH blocks by one more empty blocks, and print the last one's hash.
+
+    The transactions of the replaced blocks go back to the mempool. Not on a training network.
+    """
+    click.echo(network.reorg(depth, _number(network, node)))
 
 
 @network.command("fund")
@@ -367,11 +402,6 @@ def repair(network: LastingNetwork, node: int) -> None:
     network.repair(node)
 
 
-def _tip_time(node: Node) -> int:
-    seconds: int = node.rpc("getblockheader", node.rpc("getbestblockhash"))["time"]
-    return seconds
-
-
 def _number(network: LastingNetwork, node: str) -> int:
     for number, each in enumerate(network.nodes):
         if node in (str(number), each.name):
@@ -383,36 +413,46 @@ def _chosen(network: LastingNetwork, nodes: Sequence[str]) -> list[Node]:
     return [network.nodes[_number(network, node)] for node in nodes] if nodes else network.nodes
 
 
+def _options(given: Sequence[str], count: int, rpc_port_base: int | None) -> tuple[Options, dict[str, Options]]:
+    """Return the options of all nodes, and the further options of single nodes by their names."""
+    found: dict[str, dict[str, list[str]]] = {"": {}}
+    if rpc_port_base:
+        found |= {f"node{number}": {"rpcport": [str(rpc_port_base + number)]} for number in range(count)}
+    for text in given:
+        name, equals, value = text.partition("=")
+        node, colon, key = name.rpartition(":")
+        if not equals or not key or bool(colon) != bool(node):
+            raise click.BadParameter(f"{text} is not KEY=VALUE or NODE:KEY=VALUE", param_hint="--option")
+        if key == "mocktime":
+            raise click.BadParameter("mocktime: traincert network time sets it", param_hint="--option")
+        if key == "rpcport" and rpc_port_base:
+            raise click.BadParameter("rpcport: --rpc-port-base sets it", param_hint="--option")
+        node = f"node{node}" if node.isdecimal() else node
+        found.setdefault(node, {}).setdefault(key, []).append(value)
+    options: dict[str, Options] = {
+        node: {key: values[0] if len(values) == 1 else values for key, values in each.items()}
+        for node, each in found.items()
+    }
+    return options.pop(""), options
+
+
 def _faucet(network: LastingNetwork) -> Faucet:
-    return Faucet(network, lambda count, address: _mine(network, count, address))
+    return Faucet(network, lambda count, address: _mine(network, network.nodes[0], count, address))
 
 
-def _mine(network: LastingNetwork, count: int, address: str) -> None:
-    node, owned = network.nodes[0], network.directory / OWNED
+def _mine(network: LastingNetwork, node: Node, count: int, address: str) -> None:
+    owned = network.directory / OWNED
     if not owned.exists():
-        node.rpc("generatetoaddress", count, address)
+        node.mine(count, address)
         return
     payout_script = bytes.fromhex(node.rpc("validateaddress", address)["scriptPubKey"])
     with NodeClient.from_datadir(node.datadir) as client:
-        try:
-            coordinator = load_coordinator(owned, client, payout_script)
-        except RpcError as error:
-            if error.code != _RPC_METHOD_NOT_FOUND:
-                raise
-            raise BridgeError(f"{node.bitcoind} is not the patched bitcoind: it has no training networks") from None
+        coordinator = load_coordinator(owned, client, payout_script)
         below = max(0, min(count, coordinator.params.start_height - 1 - node.rpc("getblockcount")))
         if below:
-            node.rpc("generatetoaddress", below, address)
+            node.mine(below, address)
         for _ in range(count - below):
             coordinator.append(client)
-
-
-def _leave_initial_download(network: LastingNetwork) -> None:
-    """Make a block if a node is in initial block download: until then it relays no transactions."""
-    running = [node for node in network.nodes if node.pid is not None and not node.paused]
-    if any(node.rpc("getblockchaininfo")["initialblockdownload"] for node in running):
-        _faucet(network).mine(1)
-        network.wait_until_same_tip()
 
 
 def _moment(when: str, now: int | None) -> int | None:

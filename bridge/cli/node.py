@@ -61,3 +61,10 @@ def node_path(kind: NodeKind, as_json: bool) -> None:
             f"the node is not built yet, {programs} is missing: run traincert node build, with the same options"
         )
     click.echo(json.dumps({"path": str(programs)}) if as_json else programs)
+
+
+@node.command("key")
+@which_node
+def node_key(kind: NodeKind) -> None:
+    """Print the key of the node's build: another build has another key. For caches, for example of CI."""
+    click.echo(node_folder(kind).name)

@@ -173,9 +173,29 @@ def test_time_is_the_same_for_all_and_survives_a_restart(bitcoin_network: Networ
     network.wait_until_same_tip()
     network.nodes[1].restart()  # it would not take a block of the future at its real time
     assert [node.rpc("getblockheader", node.rpc("getbestblockhash"))["time"] for node in network.nodes] == [time] * 2
+    network.nodes[1].stop()
+    tip = network.nodes[0].rpc("getbestblockhash")
+    network.nodes[0].rpc("invalidateblock", tip)
+    with pytest.raises(NodeError, match="node1 has a block of 2030-03-17 17:46:40 UTC: with a clock more than an hour"):
+        network.set_time(time - 3601)  # known although the node is stopped
+    assert network.time == time
+    network.nodes[0].rpc("reconsiderblock", tip)
+    with pytest.raises(NodeError, match="node0 has a block of 2030-03-17"):
+        network.set_time(None)
+    with pytest.raises(NodeError, match="a block's time ends at 2106-02-07 06:28:15 UTC"):
+        network.set_time(2**32)
+    network.set_time(time - 3600)
+    mine(network, 0, 1)
+    network.nodes[1].start()
+
+
+def test_clocks_run_again(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(1)
+    network.set_time(1_900_000_000)
     network.set_time(None)
-    assert network.nodes[0].rpc("logging") is not None
-    assert all("mocktime" not in node.options for node in network.nodes)
+    mine(network, 0, 1)
+    assert network.nodes[0].rpc("getblockchaininfo")["time"] < 1_900_000_000
+    assert "mocktime" not in network.nodes[0].options
 
 
 @pytest.mark.parametrize(

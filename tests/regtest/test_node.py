@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -166,21 +167,36 @@ def test_kept_node_is_taken_over_by_its_data_directory(node: Node) -> None:
     assert not node.attach()
 
 
-@pytest.mark.parametrize("fault", ["another program", "an earlier file"])
-def test_stranger_with_the_nodes_process_id_is_not_taken_for_it(fault: str, node: Node) -> None:
+def test_stranger_with_the_nodes_process_id_is_not_taken_for_it(node: Node) -> None:
     """As after a crash or a reboot: the pid file is there, and its number has been given to somebody else."""
-    datadir = f"-datadir={node.datadir}" if fault == "an earlier file" else "-datadir=/nowhere"
+    datadir = f"-datadir={node.datadir}"
     with subprocess.Popen([sys.executable, "-c", "input()", datadir], stdin=subprocess.PIPE) as stranger:
         pid_file = node.chain_dir / "bitcoind.pid"
         pid_file.parent.mkdir(parents=True)
         pid_file.write_text(f"{stranger.pid}\n")
-        if fault == "an earlier file":
-            os.utime(pid_file, (0, 0))
+        (pid_file.parent / ".lock").touch()
         assert not node.attach()
         node.stop()
         node.kill()
         assert stranger.poll() is None
         stranger.communicate(b"\n")
+
+
+def test_node_is_found_after_a_step_of_the_machines_clock(bitcoind: Node) -> None:
+    """Its files then seem to be older than its process, or from the future."""
+    other = Node(bitcoind.bitcoind, bitcoind.datadir)
+    for age in (20, -20):
+        for file in bitcoind.chain_dir.iterdir():
+            os.utime(file, (time.time() - age,) * 2)
+        assert other.attach()
+        assert (other.pid, other.died) == (bitcoind.pid, False)
+
+
+def test_node_is_found_by_another_name_of_its_folder(bitcoind: Node, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bitcoind.datadir)
+    other = Node(bitcoind.bitcoind, tmp_path / "link")
+    assert other.attach()
+    assert other.pid == bitcoind.pid
 
 
 def test_errors_of_the_node_carry_code_and_method(bitcoind: Node) -> None:

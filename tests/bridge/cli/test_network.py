@@ -65,7 +65,7 @@ def status(run: Run, *arguments: str) -> dict[str, dict[str, Any]]:
 
 
 def test_network_stays_until_it_is_taken_down(up: Run, tmp_path: Path) -> None:
-    assert up("cli", "node1", "getblockcount").stdout == "1\n"
+    assert up("cli", "node1", "getblockcount").stdout == "0\n"
     assert up("cli", "0", "-named", "getblockhash", "height=0").stdout.startswith("0f9188f1")
     assert up("cli", "0", "getblockhash", "77", code=8).stderr.startswith("error code: -8")
     assert [json.loads(up("cli", name, "getblockchaininfo").stdout)["initialblockdownload"] for name in "01"] == [
@@ -87,8 +87,8 @@ def test_network_stays_until_it_is_taken_down(up: Run, tmp_path: Path) -> None:
 def test_two_networks_run_side_by_side(up: Run, node_programs: Path) -> None:
     up("up", "--dir", "other", "--nodes", "3", "--topology", "line", "--bitcoind", str(node_programs / "bitcoind"))
     up("mine", "--dir", "other", "5")
-    assert [node["height"] for node in status(up).values()] == [1, 1]
-    assert [node["height"] for node in status(up, "--dir", "other").values()] == [6, 6, 6]
+    assert [node["height"] for node in status(up).values()] == [0, 0]
+    wait_for(lambda: {node["height"] for node in status(up, "--dir", "other").values()} == {5}, 30, "the blocks")
     assert status(up, "--dir", "other")["node1"]["peers"] == ["node0", "node2"]
     up("down", "--dir", "other")
     assert [node["state"] for node in status(up).values()] == ["running", "running"]
@@ -125,7 +125,10 @@ def test_time_is_set_and_let_go(up: Run) -> None:
     tip = json.loads(up("cli", "0", "getblockheader", up("cli", "0", "getbestblockhash").stdout.strip()).stdout)
     assert tip["time"] == 1_893_456_000 + 3600
     assert "all clocks stand at 2030-01-01 01:00:00 UTC" in up("status").stdout
-    assert "the tip is of 2030-01-01 01:00:00 UTC" in up("time", "real", code=1).stderr
+    up("stop")
+    for when in ("real", "2029-12-31"):
+        assert "node0 has a block of 2030-01-01 01:00:00 UTC" in up("time", when, code=1).stderr
+    up("start")
     assert "2030-13-01 is none of +1h, 2030-01-01 and real" in up("time", "2030-13-01", code=2).stderr
     up("time", "2031-01-01T12:00")
 
@@ -146,16 +149,17 @@ def test_snapshot_and_restore(up: Run) -> None:
     up("snapshot", "three")
     up("mine", "4")
     up("restore", "three")
-    assert [node["height"] for node in status(up).values()] == [3, 3]
+    assert [node["height"] for node in status(up).values()] == [2, 2]
     assert "there is no snapshot four; there are: three" in up("restore", "four", code=1).stderr
 
 
 def test_training_network_is_mined_by_certificates_that_say_nothing_was_trained(run: Run, tmp_path: Path) -> None:
     run("up", "--nodes", "2", "--training", "--start-height", "3")
-    run("mine", "4")
+    run("mine", "5")
+    run("mine", "--node", "1", "1")
     shown = subprocess.check_output([TRAINCERT, "chain", "--json", "--datadir", tmp_path / "network/node1"])
     chain = json.loads(shown)  # every rule was checked
-    assert [block["height"] for block in chain] == [3, 4, 5]
+    assert [block["height"] for block in chain] == [3, 4, 5, 6]
     assert {block["award"] for block in chain} == {"appointed"}
     assert {block["contributions_count"] for block in chain} == {block["params_trained"] for block in chain} == {0}
     for key in tmp_path.glob("network/owned/keys/*"):
@@ -164,14 +168,14 @@ def test_training_network_is_mined_by_certificates_that_say_nothing_was_trained(
     run("mine", "2")
     run("restore", "five")
     run("mine", "3")  # the coordinator's journal is as it was, too
-    address = run("cli", "0", "-rpcwallet=faucet", "getnewaddress").stdout.strip()
-    run("fund", address, "1")
+    run("cli", "0", "createwallet", "mine")
+    run("fund", run("cli", "0", "getnewaddress").stdout.strip(), "1")
     assert {node["state"] for node in status(run).values()} == {"running"}
 
 
 def test_env_gives_functions_of_the_nodes_names(up: Run) -> None:
     script = up("env").stdout + "node1 getblockcount"
-    assert subprocess.check_output(["/bin/sh", "-c", script]) == b"1\n"
+    assert subprocess.check_output(["/bin/sh", "-c", script]) == b"0\n"
 
 
 def test_logs_show_the_end_and_follow(up: Run, tmp_path: Path) -> None:
@@ -181,7 +185,7 @@ def test_logs_show_the_end_and_follow(up: Run, tmp_path: Path) -> None:
         lines = following.stdout
         assert lines is not None
         up("mine", "1")
-        wait_for(lambda: "height=2 " in lines.readline(), 30, "the line of the new block")
+        wait_for(lambda: "height=1 " in lines.readline(), 30, "the line of the new block")
         following.terminate()
         following.communicate()
 
@@ -205,8 +209,10 @@ def test_mistakes_get_one_line(arguments: list[str], code: int, said: str, up: R
 
 def test_training_network_needs_the_patched_node(run: Run, stock_programs: Path, tmp_path: Path) -> None:
     bitcoind = stock_programs / "bitcoind"
-    error = run("up", "--training", "--bitcoind", str(bitcoind), code=1).stderr
-    assert error.splitlines()[-1] == (f"traincert: {bitcoind} is not the patched bitcoind: it has no training networks")
+    error = run("up", "--nodes", "1", "--training", "--bitcoind", str(bitcoind), code=1).stderr
+    assert error.splitlines()[-1] == (
+        f"traincert: node0: {bitcoind} has no option trainingbeacon, trainingkeys, trainingmodel, traininground"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
