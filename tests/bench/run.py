@@ -23,7 +23,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import harness, instructions, network, reindex, submit, table, training
+from bench import explorer, harness, instructions, network, reindex, submit, table, training
 from bench.blocks import certificate_blocks, stock_blocks
 from bench.rows import Row
 from traincert.regtest import NodeKind, RegtestError, build_node, node_folder
@@ -46,6 +46,7 @@ def measure(patched: Path, stock: Path) -> Iterator[list[Row]]:
         yield submit.measure(patched, stock, folder / "submit", ours, theirs)
         yield reindex.measure(patched, stock, folder / "reindex", ours, theirs)
         yield instructions.measure(patched, stock, folder / "instructions")
+        yield explorer.measure(patched, folder / "explorer", ours)
         yield harness.measure(patched, folder / "harness")
         yield from network.measure(folder / "network")
         yield from training.measure(folder / "training")
@@ -76,8 +77,9 @@ def main() -> None:
     parser.add_argument("--patched", type=Path, help="the patched bitcoind (default: built from the patch)")
     parser.add_argument("--stock", type=Path, help="the unpatched bitcoind (default: built from the pinned source)")
     arguments = parser.parse_args()
-    if shutil.which("valgrind") is None:
-        sys.exit("valgrind not found; on Debian: apt-get install valgrind")
+    for program in ("valgrind", "chromium"):
+        if shutil.which(program) is None:
+            sys.exit(f"{program} not found; on Debian: apt-get install {program}")
     rows: list[Row] = []
     try:
         patched = arguments.patched or bitcoind(NodeKind(), "the patched node")
