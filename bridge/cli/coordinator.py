@@ -146,11 +146,20 @@ def coordinator_invite(folder: Path, name: str, is_cosigner: bool) -> None:
 
 @coordinator.command("miners")
 @FOLDER
-def coordinator_miners(folder: Path) -> None:
-    """List the miners and cosigners: names, roles and keys."""
+@click.option("--json", "as_json", is_flag=True, help="Print JSON. A member who has not joined has no key.")
+def coordinator_miners(folder: Path, as_json: bool) -> None:
+    """List the miners and cosigners: names, roles and keys.
+
+    Exit code 1 if FOLDER is no coordinator's folder.
+    """
     from traincert.bridge.coordinator_folder import CoordinatorFolder
 
-    for name, (role, key) in CoordinatorFolder(folder).members.roles().items():
+    roles = CoordinatorFolder(folder).members.roles()
+    if as_json:
+        shown = [{"name": name, "role": role, "key": key.hex() if key else None} for name, (role, key) in roles.items()]
+        click.echo(json.dumps(shown, indent=2))
+        return
+    for name, (role, key) in roles.items():
         click.echo(f"{name}  {role}  {key.hex() if key else 'invited'}")
 
 

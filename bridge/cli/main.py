@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shlex
 import signal
 import sys
@@ -81,6 +82,9 @@ def main() -> None:
             raise
         extra = "explorer" if missing in EXPLORER else "train"
         _fail(f"this command needs {error.name}, which is not installed: pip install 'traincert[{extra}]'", 1)
+    except BrokenPipeError:  # the reader has enough, as in `traincert watch | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        sys.exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
     except click.ClickException as error:

@@ -182,7 +182,10 @@ def down(folder: Path) -> None:
 @in_folder
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(folder: Path, as_json: bool) -> None:
-    """Show the nodes, their tips and peers, and the faults in force."""
+    """Show the nodes, their tips and peers, and the faults in force.
+
+    Exit code 1 if there is no network. A node that does not run is shown, and is no failure.
+    """
     loaded = LastingNetwork.load(folder)
     if as_json:
         click.echo(json.dumps({"time": loaded.time, "nodes": status_json(loaded.status())}, indent=2))
@@ -236,10 +239,52 @@ def cli(folder: Path, node: str, arguments: Sequence[str]) -> None:
 
 @network.command("env")
 @in_folder
-def env(folder: Path) -> None:
+@click.option(
+    "--fork-observer", is_flag=True, help="Print a configuration for 0xB10C's fork-observer, config.toml, instead."
+)
+def env(folder: Path, fork_observer: bool) -> None:
     """Print shell functions to talk to the nodes, for eval: node0 getblockcount."""
-    for node in LastingNetwork.load(folder).nodes:
+    loaded = LastingNetwork.load(folder)
+    if fork_observer:
+        click.echo(_fork_observer(loaded), nl=False)
+        return
+    for node in loaded.nodes:
         click.echo(f'{node.name}() {{ {shlex.join(node.cli)} "$@"; }}')
+
+
+def _fork_observer(network: LastingNetwork) -> str:
+    """Return fork-observer's configuration. It starts only if the cookie files are there: while the nodes run."""
+    lines = [
+        'address = "127.0.0.1:2323"',
+        'database_path = "fork-observer-db"',
+        'www_path = "./www"  # the folder www of fork-observer\'s source',
+        "query_interval = 1  # seconds",
+        'footer_html = ""',
+        "",
+        "[[networks]]",
+        "id = 1",
+        f"name = {_toml(network.directory.name)}",
+        f"description = {_toml(f'the regtest network in {network.directory}')}",
+        "min_fork_height = 0",
+        "max_interesting_heights = 100",
+    ]
+    for number, node in enumerate(network.nodes):
+        lines += [
+            "",
+            "[[networks.nodes]]",
+            f"id = {number}",
+            f"name = {_toml(node.name)}",
+            'description = ""',
+            'rpc_host = "127.0.0.1"',
+            f"rpc_port = {node.rpc_port}",
+            f"rpc_cookie_file = {_toml(str(node.cookie_file))}",
+            "use_rest = false",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # a JSON string is a TOML string, too
 
 
 @network.command("snapshot")

@@ -340,7 +340,8 @@ def _say_blocks(verifier: Verifier, old: Verified, tip: str, say: Callable[..., 
     from traincert.bridge.cli.view import in_round
 
     new = verifier.block(tip)
-    fork, before, added = new, old, list[Verified]()
+    fork, before = new, old
+    added: list[Verified] = []
     while fork.hash != before.hash:
         if fork.height >= before.height:
             added.append(fork)

@@ -30,7 +30,7 @@ def receipt() -> None:
 def receipt_show(file: Path, cycle: int | None, as_json: bool) -> None:
     """Show a receipt. FILE is the receipt, or a miner's folder.
 
-    This does not check that the receipt is true: `verify` does.
+    This does not check that the receipt is true: `verify` does. Exit code 1 if there is none, or if it cannot be read.
     """
     from rich.table import Table
     from rich.text import Text
@@ -55,15 +55,29 @@ def receipt_show(file: Path, cycle: int | None, as_json: bool) -> None:
 @FILE
 @CYCLE
 @NODE
-def receipt_verify(file: Path, cycle: int | None, datadir: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def receipt_verify(file: Path, cycle: int | None, datadir: Path, as_json: bool) -> None:
     """Check a receipt against a node's chain, and say why its miner did or did not win the next block.
 
     FILE is the receipt, or a miner's folder. The last line says what to change if the update was refused. Exit code 1
     if something is not true: the message names the step.
     """
-    from traincert.bridge.receipts import find_receipt, read_receipt, verify
+    from traincert.bridge.receipts import ReceiptError, find_receipt, read_receipt, verify
     from traincert.bridge.rpc import NodeClient
+
+    steps: dict[str, str] = {}
+
+    def tell(step: str, found: str) -> None:
+        steps[step] = found
+        if not as_json:
+            click.echo(f"✓ {step}: {found}")
 
     statement, _ = read_receipt(find_receipt(file, cycle))
     with NodeClient.from_datadir(datadir) as node:
-        click.echo(verify(statement, node, lambda step, found: click.echo(f"✓ {step}: {found}")))
+        try:
+            result = verify(statement, node, tell)
+        except ReceiptError as error:
+            if as_json:
+                click.echo(json.dumps({"valid": False, "steps": steps, "step": error.step, "error": str(error)}))
+            raise
+    click.echo(json.dumps({"valid": True, "steps": steps, "result": result}) if as_json else result)

@@ -67,6 +67,8 @@ def test_a_miner_joins_and_is_listed_and_may_join_again(network: Deployment, tmp
     listed = run("coordinator", "miners", network.coordinator.folder).stdout
     (line,) = [line for line in listed.splitlines() if line.startswith("ann ")]
     assert line.split()[2] in answer.stdout
+    shown = json.loads(run("coordinator", "miners", network.coordinator.folder, "--json").stdout)
+    assert line.split() in [[each["name"], each["role"], each["key"]] for each in shown]
     assert (tmp_path / "ann" / "miner.key").stat().st_mode & 0o777 == 0o600
     assert "trainingkeys=" in (tmp_path / "ann" / "training.conf").read_text()
     assert key.name == "ann"

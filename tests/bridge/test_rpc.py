@@ -45,6 +45,20 @@ def test_a_nodes_error_keeps_its_code_and_names_the_node(client: NodeClient) -> 
     assert caught.value.code == -8
 
 
+def test_calls_of_one_request_have_results_and_errors_of_their_own(node: Node, client: NodeClient) -> None:
+    genesis = node.rpc("getblockhash", 0)
+    first, second, third = client.call_each("getblockhash", [(0,), (7,), (0,)])
+    assert (first, third) == (genesis, genesis)
+    assert isinstance(second, RpcError)
+    assert str(second) == "node0: getblockhash: Block height out of range (RPC error -8)"
+    assert client.call_each("getblockhash", []) == []
+    node.restart()  # with a new cookie
+    assert (
+        client.call_each("getblockheader", [(genesis, False)] * 300)
+        == [client.call("getblockheader", genesis, False)] * 300
+    )
+
+
 def test_a_client_finds_the_node_again_after_a_restart(node: Node, client: NodeClient) -> None:
     assert client.call("getblockcount") == 0
     node.restart()  # with a new cookie

@@ -162,10 +162,18 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
     blocks = json.loads(shown.stdout)
     assert [block["height"] for block in blocks] == [1, 2]
     assert blocks[1]["model_before"] == blocks[0]["model_after"]
-    receipt = run("receipt", "verify", directory / "miner0", "--cycle", "1", "--datadir", directory / "node1")
+    verify = ["receipt", "verify", str(directory / "miner0"), "--cycle", "1", "--datadir", str(directory / "node1")]
+    receipt = run(*verify)
     assert receipt.stdout.count("✓") == 6, receipt.stderr
     assert "\nThis miner won block 2, because the ticket is one of its own: " in receipt.stdout
+    verified = json.loads(run(*verify, "--json").stdout)
+    assert (verified["valid"], len(verified["steps"])) == (True, 6)
+    assert receipt.stdout.endswith(f"{verified['result']}\n")
     records = directory / "coordinator/run"
+    show = ["miner", "show", blocks[1]["winner_key"], "--datadir", str(directory / "node1"), "--run", str(records)]
+    winner = json.loads(run(*show, "--json").stdout)
+    assert (winner["draws"], winner["drawn"], winner["blocks"][-1]["height"]) == (1, 1, 2)
+    assert winner["expected"] == winner["blocks"][-1]["weight"] / winner["blocks"][-1]["total"]
     table = run("chain", "--datadir", directory / "node1", "--run", records)
     assert all(block["blockhash"] in table.stdout for block in blocks)
     assert f"{records} has the record of each block" in table.stdout

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import requests
 
 from traincert.regtest import wait_for
 
@@ -176,6 +178,35 @@ def test_training_network_is_mined_by_certificates_that_say_nothing_was_trained(
 def test_env_gives_functions_of_the_nodes_names(up: Run) -> None:
     script = up("env").stdout + "node1 getblockcount"
     assert subprocess.check_output(["/bin/sh", "-c", script]) == b"0\n"
+
+
+def test_env_gives_a_configuration_for_fork_observer(up: Run, tmp_path: Path) -> None:
+    conf = tomllib.loads(up("env", "--fork-observer").stdout)
+    # These its config.rs asks for.
+    assert {"address", "database_path", "www_path", "query_interval", "footer_html", "networks"} == set(conf)
+    (network,) = conf["networks"]
+    known = {"id", "name", "description", "min_fork_height", "max_interesting_heights", "nodes"}
+    assert set(network) == known
+    assert network["name"] == "network"
+    assert [(node["id"], node["name"]) for node in network["nodes"]] == [(0, "node0"), (1, "node1")]
+    for node in network["nodes"]:
+        login = Path(node["rpc_cookie_file"]).read_text().partition(":")
+        url = f"http://{node['rpc_host']}:{node['rpc_port']}"
+        call = {"id": 0, "method": "getnetworkinfo", "params": []}
+        answer = requests.post(url, json=call, auth=(login[0], login[2]), timeout=30).json()
+        assert node["name"] in answer["result"]["subversion"]
+    folder = tmp_path / 'a "name" with \\'
+    up(
+        "up",
+        "--dir",
+        str(folder),
+        "--nodes",
+        "1",
+        "--bitcoind",
+        json.loads((tmp_path / "network/network.json").read_text())["made_of"]["bitcoind"],
+    )
+    conf = tomllib.loads(up("env", "--fork-observer", "--dir", str(folder)).stdout)
+    assert conf["networks"][0]["name"] == folder.name
 
 
 def test_logs_show_the_end_and_follow(up: Run, tmp_path: Path) -> None:
