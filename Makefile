@@ -18,7 +18,7 @@ CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder;
 # nothing: the command that needs $(1) then fails and names it.
 if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
-.PHONY: check demo data test soak test-upstream thread-safety bench bench-attacks setup node images lock
+.PHONY: check demo data test soak test-upstream thread-safety bench bench-attacks screenshots setup node images lock
 
 demo: setup
 	.venv/bin/traincert demo
@@ -69,6 +69,11 @@ bench: node data
 # What attackers earn, with each way to score. It takes two hours. An interrupted run continues.
 bench-attacks: setup data
 	.venv/bin/python tests/bench/attacks.py bench/attacks
+
+# Makes the pictures of the explorer in docs/. It takes a minute.
+screenshots: node
+	$(call if_missing,chromium,chromium)
+	.venv/bin/python tests/explorer/screenshots.py
 
 setup: $(STAMP)
 

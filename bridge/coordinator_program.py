@@ -81,12 +81,7 @@ class Program:
 
         def note() -> None:
             while not over.wait(STATUS_SECONDS):
-                coordinator = {
-                    "closed": self.coordinator.closed,
-                    "awaiting": self.coordinator.awaiting,
-                    "barred": self._barred(),
-                }
-                write_status(self.folder, coordinator | self.engine.status())
+                self._note()
 
         thread = Thread(target=note, name="status", daemon=True)
         thread.start()
@@ -95,6 +90,15 @@ class Program:
         finally:
             over.set()
             thread.join()
+            self._note()
+
+    def _note(self) -> None:
+        coordinator = {
+            "closed": self.coordinator.closed,
+            "awaiting": self.coordinator.awaiting,
+            "barred": self._barred(),
+        }
+        write_status(self.folder, coordinator | self.engine.status())
 
     def _barred(self) -> dict[str, int]:
         """Return until which cycle, counted from 1, members are barred that failed a spot check, by name."""

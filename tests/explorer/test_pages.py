@@ -222,6 +222,12 @@ def test_a_record_that_was_changed_is_not_taken_for_the_blocks(explorer: Explore
         path.write_bytes(right)
 
 
+def test_it_says_what_the_coordinator_said_last(explorer: Explorer) -> None:
+    coordinator = explorer.get("info")["coordinator"]
+    assert (coordinator["runs"], coordinator["closed"]) == (False, CYCLES)
+    assert {"miner0", "miner1", "miner2", "miner3"} <= set(coordinator["present"])
+
+
 def test_a_miners_luck_is_that_of_its_draws(explorer: Explorer) -> None:
     miners = explorer.get("miners")
     assert sum(each["blocks"] for each in miners) == CYCLES
