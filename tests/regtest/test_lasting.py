@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from traincert.regtest.errors import NodeError
 from traincert.regtest.faucet import Faucet
 from traincert.regtest.lasting import LastingNetwork
-from traincert.regtest.node import wait_for
+from traincert.regtest.node import Node, wait_for
 
 
 @pytest.fixture
@@ -66,6 +67,127 @@ def test_another_process_finds_everything_again(network: LastingNetwork) -> None
     ]
 
 
+def test_status_asks_each_node_once_for_its_peers(network: LastingNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    rpc = Node.rpc
+
+    def count(node: Node, method: str, *params: object) -> object:
+        asked.append(method)
+        return rpc(node, method, *params)
+
+    monkeypatch.setattr(Node, "rpc", count)
+    assert [node.peers for node in network.status()] == [["node1"], ["node0"]]
+    assert asked.count("getpeerinfo") == 2
+
+
+def test_a_node_that_does_not_start_keeps_no_other_from_it(network: LastingNetwork) -> None:
+    mine(network, 3)
+    network.corrupt(0)
+    network.stop()
+    with pytest.raises(NodeError, match=r"^node0 did not start \(exit code 1\)"):
+        network.start_nodes(network.nodes)
+    assert [node.state for node in network.status()] == ["stopped", "running"]
+
+
+def test_snapshot_is_refused_if_a_node_could_not_be_started_again(network: LastingNetwork) -> None:
+    mine(network, 1)
+    network.corrupt(0)
+    with pytest.raises(NodeError, match="node0 could not be started again: disk-free or repair it first, or stop it"):
+        network.snapshot("a")
+    network.repair(0)
+    network.nodes[1].fill_disk()
+    with pytest.raises(NodeError, match="node1 could not be started again"):
+        network.snapshot("a")
+    network.nodes[1].free_disk()
+    assert [node.peers for node in network.status()] == [["node1"], ["node0"]]
+    network.corrupt(1)
+    network.nodes[1].stop()
+    network.snapshot("a")
+    network.repair(1)
+    network.restore("a")  # node1 is as corrupt as it was
+    assert [(node.state, bool(node.faults)) for node in network.status()] == [("running", False), ("stopped", True)]
+
+
+def test_snapshot_brings_back_wallets_and_pauses(network: LastingNetwork) -> None:
+    for name in ("a # b", "c"):
+        network.nodes[0].rpc("createwallet", name)
+    network.nodes[0].rpc("createwallet", "d")
+    network.nodes[0].rpc("unloadwallet", "d")
+    network.nodes[1].pause()
+    network.snapshot("two")
+    assert [node.state for node in network.status()] == ["running", "paused"]
+    network.nodes[1].resume()
+    assert sorted(network.nodes[0].rpc("listwallets")) == ["a # b", "c"]
+    network.nodes[0].rpc("unloadwallet", "c")
+    network.stop()
+    network.start()
+    assert network.nodes[0].rpc("listwallets") == ["a # b"]
+    network.restore("two")
+    assert sorted(network.nodes[0].rpc("listwallets")) == ["a # b", "c"]
+
+
+def test_restore_that_cannot_be_written_changes_nothing(
+    network: LastingNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network.snapshot("a")
+    mine(network, 2)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(OSError, match="cp"):
+        network.restore("a")
+    monkeypatch.undo()
+    assert [(node.state, node.height) for node in network.status()] == [("running", 2)] * 2
+    network.restore("a")
+    assert height(network) == [0, 0]
+    assert [path.name for path in (network.directory / "snapshots").iterdir()] == ["a"]
+
+
+def test_payments_reach_all_nodes_after_the_clocks_were_set_forward(network: LastingNetwork) -> None:
+    payer = network.nodes[0]
+    payer.rpc("createwallet", "mine")
+    payer.mine(101, payer.rpc("getnewaddress"))
+    network.wait_until_synced()
+    network.set_time(int(time.time()) + 2 * 86400)
+    network.snapshot("later")
+    network.restore("later")
+    txid = payer.rpc("sendtoaddress", payer.rpc("getnewaddress"), 1)
+    network.wait_until_synced()
+    assert network.nodes[1].rpc("getrawmempool") == [txid]
+
+
+def test_a_network_is_the_same_by_all_names_of_its_folder(node_programs: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    network = LastingNetwork.create(node_programs / "bitcoind", tmp_path / "link" / "network", 1, "full")
+    network.start()
+    with LastingNetwork.opened(tmp_path / "real" / "network") as found:
+        assert [node.state for node in found.status()] == ["running"]
+    LastingNetwork.remove(tmp_path / "real" / "network")
+    network.nodes[0].kill()  # reaps our child
+    assert processes_of(str(tmp_path)) == []
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+@pytest.mark.parametrize("damaged", ["network.json", "node0/bitcoin.conf"])
+def test_network_with_an_empty_file_can_be_taken_down(network: LastingNetwork, damaged: str) -> None:
+    network.delay((0, 1), 0.01)
+    (network.directory / damaged).write_text("")
+    if damaged == "network.json":
+        with pytest.raises(NodeError, match="is damaged: traincert network down ends this network, then make it again"):
+            LastingNetwork.load(network.directory)
+    else:
+        assert [node.state for node in LastingNetwork.load(network.directory).status()] == ["no answer", "running"]
+    LastingNetwork.remove(network.directory)
+    assert processes_of(str(network.directory)) == []
+    assert not network.directory.exists()
+    network.stop()  # reaps our children
+
+
+def test_node_without_block_files_cannot_be_corrupted(tmp_path: Path) -> None:
+    network = LastingNetwork.create(Path("bitcoind"), tmp_path / "network", 1, "full")
+    with pytest.raises(NodeError, match="node0 has no block file in "):
+        network.corrupt(0)
+
+
 def test_status_tells_how_a_node_ended(network: LastingNetwork) -> None:
     network.nodes[0].kill()
     network.nodes[1].stop()
@@ -106,7 +228,7 @@ def test_snapshots_are_told_apart(network: LastingNetwork) -> None:
         network.snapshot("a")
     with pytest.raises(NodeError, match="there is no snapshot b; there are: a"):
         network.restore("b")
-    for name in ("", "../a", "a/b", ".a", "a.new"):
+    for name in ("", "../a", "a/b", ".a", "a.new", "a" * 253):
         with pytest.raises(NodeError, match="is no name for a snapshot"):
             network.snapshot(name)
 
@@ -217,6 +339,14 @@ def test_faucet_pays_and_fees_are_known(network: LastingNetwork) -> None:
     assert (paid["amount"], paid["confirmations"]) == (120.5, 1)
     with pytest.raises(NodeError, match="nonsense is not a regtest address"):
         faucet.fund("nonsense", Decimal(1))
+
+
+def test_faucet_leaves_the_users_wallet_the_only_one(network: LastingNetwork) -> None:
+    node = network.nodes[0]
+    node.rpc("createwallet", "mine")
+    faucet = Faucet(network, lambda count, address: node.rpc("generatetoaddress", count, address))
+    faucet.fund(node.rpc("getnewaddress"), Decimal("1.00000001"))
+    assert node.rpc("getbalance") == Decimal("1.00000001")
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from traincert.regtest.errors import NodeError, WaitTimeoutError
+from traincert.regtest import network as network_module
+from traincert.regtest.errors import NodeError, RpcError, WaitTimeoutError
 from traincert.regtest.links import read_topology
 from traincert.regtest.network import Network
-from traincert.regtest.node import wait_for
+from traincert.regtest.node import Node, Options, free_ports, wait_for
 from traincert.regtest.plugin import NetworkFactory
 
 
@@ -63,6 +64,106 @@ def test_nodes_that_lost_their_chain_hear_of_it_though_they_hear_each_other(bitc
     for node in network.nodes[:2]:  # not left to chance, as their synchronisation without this order is
         assert "(node2)" in min(node.rpc("getpeerinfo"), key=itemgetter("id"))["subver"]
     assert network.wait_until_same_tip() == tip
+
+
+def test_nodes_that_lost_their_chain_in_a_partition_hear_of_it_when_it_ends(bitcoin_network: NetworkFactory) -> None:
+    """They have asked each other for headers, and would ask nobody else."""
+    network = bitcoin_network(3)
+    tip = mine(network, 0, 2)
+    network.wait_until_same_tip()
+    network.partition([[0]])
+    for node in network.nodes[1:]:
+        node.kill()
+        node.start()
+        assert node.rpc("getblockcount") == 0
+    network.connect()
+    network.heal()
+    assert network.wait_until_same_tip() == tip
+
+
+def test_node_may_refuse_a_branch(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(3)
+    mine(network, 0, 5)
+    network.wait_until_same_tip()
+    network.nodes[1].rpc("invalidateblock", network.nodes[1].rpc("getblockhash", 3))
+    network.nodes[1].restart()
+    network.nodes[1].stop()
+    mine(network, 0, 1)  # node1 will not even take this header
+    network.nodes[1].start()
+    network.connect()
+    network.wait_until_synced()
+    assert [node.rpc("getblockcount") for node in network.nodes] == [6, 2, 6]
+
+
+def test_each_part_of_a_network_is_in_step_for_itself(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(4, {"txindex": True}, topology=[(0, 1), (1, 2)])
+    mine(network, 0, 2)
+    mine(network, 3, 1)
+    network.wait_until_synced()
+    assert [node.rpc("getblockcount") for node in network.nodes] == [2, 2, 2, 1]
+    assert {index["best_block_height"] for node in network.nodes for index in node.rpc("getindexinfo").values()} == {
+        1,
+        2,
+    }
+    network.nodes[1].pause()
+    mine(network, 0, 1)  # node2 does not hear of it, and need not
+    network.wait_until_synced()
+    network.nodes[1].resume()
+    network.wait_until_synced()
+    assert [node.rpc("getblockcount") for node in network.nodes] == [3, 3, 3, 1]
+
+
+def test_what_is_not_in_step_is_told(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(2)
+    network.nodes[0].rpc("setnetworkactive", False)
+    mine(network, 0, 1)
+    with pytest.raises(
+        WaitTimeoutError, match=r"node0, node1 to be in step; last seen: node0 at height 1, .*, 0 in the"
+    ):
+        network.wait_until_synced(timeout=0.2)
+
+
+def test_reorganisation_puts_payments_back_into_every_mempool(
+    bitcoin_network: NetworkFactory, chain_snapshot: Node
+) -> None:
+    network = bitcoin_network(1)
+    network.add(Node(chain_snapshot.bitcoind, chain_snapshot.datadir, name="payer"))
+    chain_snapshot.stop()
+    network.start()
+    payer = network.nodes[1]
+    network.wait_until_synced()
+    txid = payer.rpc("sendtoaddress", payer.rpc("getnewaddress"), 1)
+    network.wait_until_synced()
+    assert network.nodes[0].rpc("getrawmempool") == [txid]
+    payer.mine(2)
+    assert payer.rpc("gettransaction", txid)["confirmations"] == 2
+    tip = network.reorg(2, 1)
+    network.wait_until_synced()
+    assert [node.rpc("getbestblockhash") for node in network.nodes] == [tip, tip]
+    assert network.nodes[0].rpc("getrawmempool") == [txid]
+    assert payer.rpc("gettransaction", txid)["confirmations"] == 0
+    assert payer.rpc("getblockcount") == 253
+    payer.stop()
+
+
+def test_restarted_node_is_linked_again(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(2)
+    network.nodes[1].restart()
+    assert peers(network) == [{"node1"}, {"node0"}]
+
+
+def test_transactions_reach_peers_although_clocks_stand_and_no_block_is_new(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(2)
+    payer = network.nodes[0]
+    payer.rpc("createwallet", "mine")
+    payer.mine(101, payer.rpc("getnewaddress"))
+    network.wait_until_synced()
+    network.set_time(int(time.time()) + 2 * 86400)
+    for node in network.nodes:
+        node.restart()
+    txid = payer.rpc("sendtoaddress", payer.rpc("getnewaddress"), 1)
+    network.wait_until_synced()
+    assert network.nodes[1].rpc("getrawmempool") == [txid]
 
 
 def test_different_tips_are_told_for_each_node(bitcoin_network: NetworkFactory) -> None:
@@ -139,6 +240,131 @@ def test_delay_makes_a_link_late_until_it_is_undone(bitcoin_network: NetworkFact
     assert list((network.directory / "links").glob("*.pid")) == []
     with pytest.raises(NodeError, match="node0 and node5 are not linked"):
         network.delay((0, 5), 1)
+
+
+def test_link_of_a_paused_node_can_be_delayed_and_cut(bitcoin_network: NetworkFactory) -> None:
+    network = bitcoin_network(2)
+    for paused in network.nodes:
+        paused.pause()
+        network.delay((0, 1), 0.2)
+        paused.resume()
+        network.connect()
+        assert least_ping(network) > 0.4
+        paused.pause()
+        network.partition([[0], [1]])
+        network.delay((0, 1), 0)
+        paused.resume()
+        assert peers(network) == [set(), set()]
+        network.heal()
+
+
+def test_slow_link_gets_the_time_that_it_needs(
+    bitcoin_network: NetworkFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = bitcoin_network(2)
+    mine(network, 0, 1)
+    monkeypatch.setattr(network_module, "CONNECT_TIMEOUT", 0.5)
+    network.delay((0, 1), 0.5)
+    assert peers(network) == [{"node1"}, {"node0"}]
+
+
+def test_delay_and_partition_that_fail_change_nothing(
+    bitcoin_network: NetworkFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = bitcoin_network(3)
+    for seconds in (-1, 10.5, float("nan"), float("inf")):
+        with pytest.raises(NodeError, match=r"a link cannot be .* s slow, but up to 10 s"):
+            network.delay((0, 1), seconds)
+    network.delay((1, 2), 0.01)
+    network.partition([[2]])
+    network.nodes[1].rpc("setnetworkactive", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(network_module, "CONNECT_TIMEOUT", 0.2)
+        with pytest.raises(WaitTimeoutError):
+            network.delay((0, 1), 0.01)
+        with pytest.raises(WaitTimeoutError):
+            network.heal()
+        with pytest.raises(WaitTimeoutError):
+            network.partition([[0]])
+    assert (network.groups, network.delays) == ([{2}, {0, 1}], {(1, 2): 0.01})
+    assert [file.name for file in (network.directory / "links").glob("*.pid")] == ["1-2.pid"]
+    network.nodes[1].rpc("setnetworkactive", True)
+    network.connect()
+    assert peers(network) == [{"node1"}, {"node0"}, set()]
+
+
+def test_time_that_a_node_does_not_take_changes_no_clock(
+    bitcoin_network: NetworkFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = bitcoin_network(2)
+    network.set_time(1_900_000_000)
+    answer = network.nodes[1].rpc
+
+    def refuse(method: str, *params: object) -> object:
+        if params == (1_900_000_001,):
+            raise RpcError("node1", method, -1, "no")
+        return answer(method, *params)
+
+    monkeypatch.setattr(network.nodes[1], "rpc", refuse)
+    with pytest.raises(RpcError, match="node1: setmocktime: no"):
+        network.set_time(1_900_000_001)
+    assert network.time == 1_900_000_000
+    mine(network, 0, 1)
+    assert network.nodes[0].rpc("getblockchaininfo")["time"] == 1_900_000_000
+
+
+def test_all_else_ends_when_one_node_does_not_stop(
+    bitcoin_network: NetworkFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = bitcoin_network(2)
+    network.delay((0, 1), 0.01)
+    relay = int((network.directory / "links/0-1.pid").read_text())
+
+    stop = Node.stop
+
+    def stop_others(node: Node) -> None:
+        if node.name == "node0":
+            raise NodeError("node0 does not stop")
+        stop(node)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Node, "stop", stop_others)
+        with pytest.raises(NodeError, match="node0 does not stop"):
+            network.stop()
+    assert network.nodes[1].pid is None
+    wait_for(lambda: not psutil.pid_exists(relay), 30, "the relay to end")
+
+
+def test_options_of_single_nodes(node_programs: Path, tmp_path: Path) -> None:
+    bitcoind, (port, *_) = node_programs / "bitcoind", free_ports(1)
+    single: dict[str, Options] = {"node1": {"rpcport": port, "uacomment": "mine"}}
+    with Network(bitcoind, tmp_path, 2, {"txindex": True}, node_options=single) as network:
+        assert [set(node.rpc("getindexinfo")) for node in network.nodes] == [{"txindex"}] * 2
+        assert "(node1; mine)" in network.nodes[1].rpc("getnetworkinfo")["subversion"]
+        assert network.nodes[1].rpc_port == port
+    with pytest.raises(NodeError, match="there is no node node2: there are node0 to node1"):
+        Network(bitcoind, tmp_path, 2, node_options={"node2": {}})
+    with pytest.raises(NodeError, match="option port: two nodes cannot have the same port"):
+        Network(bitcoind, tmp_path, 2, {"port": port})
+
+
+STOPS_AT_EXIT = """\
+import atexit, sys
+from pathlib import Path
+from traincert.regtest import Network
+network = Network(Path(sys.argv[1]), Path(sys.argv[2]), 2)
+network.start()
+atexit.register(network.stop)
+network.nodes[0].mine(3)
+network.wait_until_synced()
+"""
+
+
+def test_network_can_be_stopped_when_python_exits(node_programs: Path, tmp_path: Path) -> None:
+    bitcoind = node_programs / "bitcoind"
+    subprocess.run([sys.executable, "-c", STOPS_AT_EXIT, str(bitcoind), str(tmp_path)], check=True)
+    with Network(bitcoind, tmp_path, 2) as network:
+        assert [node.rpc("getblockcount") for node in network.nodes] == [3, 3]
 
 
 def least_ping(network: Network) -> float:
