@@ -5,7 +5,7 @@ import { addBlock } from './rows.js';
 
 const REST = 300; // milliseconds between two requests for one page
 const LIST = '/blocks';
-const SHARE = 10; // and at least so many times as long as the last one took
+const SHARE = 4; // and at least so many times as long as the last one took
 
 const shown = new WeakMap(); // element → its HTML as the server sent it
 const busy = new Map(); // page → {fetching, again}: whether a request is under way, and whether one must follow
