@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from traincert.regtest.build import NodeKind, build_node, node_folder
+from traincert.regtest.build import NodeKind, build_node, cache_folder, node_folder
 from traincert.regtest.errors import BuildError, SourceError
 from traincert.regtest.node import wait_for
 
@@ -253,3 +254,16 @@ def test_missing_library_is_named(sdist: Path, patch: Path, tmp_path: Path, monk
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(BuildError, match=r"^not found: zmq\.h; on Debian: apt-get install libzmq3-dev$"):
         build_node(NodeKind(source=sdist, patch=patch))
+
+
+def test_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user was chosen by number."""
+
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(BuildError, match="this user has no home folder: set XDG_CACHE_HOME"):
+        cache_folder()

@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
+import requests
 
 from traincert.regtest import node as node_module
 from traincert.regtest.errors import NodeError, NodeUnreachableError, RpcError, WaitTimeoutError
-from traincert.regtest.node import Node, wait_for
+from traincert.regtest.node import Node, Options, free_ports, wait_for
+from traincert.regtest.processes import find_by_argument
 
 # Starts a node in another process, prints the node's pid, and waits for its own end.
 HOLD_NODE = """\
@@ -199,11 +202,148 @@ def test_node_is_found_by_another_name_of_its_folder(bitcoind: Node, tmp_path: P
     assert other.pid == bitcoind.pid
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [('"$@"', "started the node as another process: a script must use exec"), ('"$@" -daemon', "did not start")],
+)
+def test_node_that_is_not_the_process_that_was_started_is_ended(
+    command: str, said: str, node: Node, tmp_path: Path
+) -> None:
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f"#!/bin/sh\n{node.bitcoind} {command}\n")
+    wrapper.chmod(0o755)
+    with pytest.raises(NodeError, match=said):
+        Node(wrapper, node.datadir).start()
+    assert find_by_argument(f"-datadir={node.datadir}") == []
+
+
+STOPS_AT_EXIT = """\
+import atexit, sys
+from pathlib import Path
+from traincert.regtest.node import Node
+node = Node(Path(sys.argv[1]), Path(sys.argv[2]))
+node.start()
+atexit.register(node.stop)
+node.mine(3)
+"""
+
+
+def test_node_can_be_stopped_when_python_exits(node: Node) -> None:
+    command = [sys.executable, "-c", STOPS_AT_EXIT, str(node.bitcoind), str(node.datadir)]
+    subprocess.run(command, check=True)
+    with node:
+        assert node.rpc("getblockcount") == 3
+
+
+def test_node_starts_in_a_process_that_was_forked(bitcoind: Node, tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            with Node(bitcoind.bitcoind, tmp_path / "child") as node:
+                node.rpc("getblockcount")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    wait_for(lambda: os.waitpid(child, os.WNOHANG)[0] == child, 60, "the child to end")
+    assert "Shutdown done" in (tmp_path / "child/regtest/debug.log").read_text()
+
+
 def test_errors_of_the_node_carry_code_and_method(bitcoind: Node) -> None:
     with pytest.raises(RpcError) as raised:
         bitcoind.rpc("getblockhash", 7)
     assert str(raised.value) == "node0: getblockhash: Block height out of range (RPC error -8)"
     assert (raised.value.node, raised.value.method, raised.value.code) == ("node0", "getblockhash", -8)
+
+
+def test_arguments_have_names_and_amounts_are_exact(bitcoind: Node) -> None:
+    bitcoind.rpc("createwallet", "a #/b")
+    address = bitcoind.rpc("getnewaddress", wallet="a #/b")
+    hashes = bitcoind.mine(101, address)
+    assert bitcoind.rpc("getblockhash", height=101) == hashes[-1]
+    assert bitcoind.rpc("getblock", hashes[0], verbosity=1)["height"] == 1
+    amount = Decimal("0.00012345")
+    txid = bitcoind.rpc("sendtoaddress", address=address, amount=amount, wallet="a #/b")
+    outputs = bitcoind.rpc("getrawtransaction", txid, True)["vout"]
+    assert amount in [output["value"] for output in outputs]
+    with pytest.raises(TypeError, match="an argument of RPC cannot be of type PosixPath"):
+        bitcoind.rpc("getblock", Path())
+
+
+def test_blocks_are_made_in_calls_of_a_hundred(bitcoind: Node) -> None:
+    assert len(set(bitcoind.mine(201))) == bitcoind.rpc("getblockcount") == 201
+
+
+def test_call_and_wait_have_the_time_that_they_are_given(bitcoind: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NodeUnreachableError, match=r"waitfornewblock: .*\(read timeout=0.1\)"):
+        bitcoind.rpc("waitfornewblock", rpc_timeout=0.1)
+    monkeypatch.setenv("TRAINCERT_TIMEOUT_FACTOR", "2")
+    with pytest.raises(NodeUnreachableError, match=r"waitfornewblock: .*\(read timeout=0.2\)"):
+        bitcoind.rpc("waitfornewblock", rpc_timeout=0.1)
+    with pytest.raises(WaitTimeoutError, match=r"^waited 0.1 s for rain$"):
+        wait_for(lambda: False, 0.05, "rain")
+    for wrong in ("x", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("TRAINCERT_TIMEOUT_FACTOR", wrong)
+        with pytest.raises(
+            NodeError, match=f"TRAINCERT_TIMEOUT_FACTOR={wrong} in the environment is no positive number"
+        ):
+            bitcoind.rpc("getblockcount")
+    monkeypatch.undo()
+
+
+def test_answer_that_is_not_json_is_shown(node_programs: Path, tmp_path: Path) -> None:
+    options = {"rpcthreads": 1, "rpcworkqueue": 1}
+    with Node(node_programs / "bitcoind", tmp_path / "node0", options) as node:
+
+        def call(_: int) -> str:
+            try:
+                node.rpc("waitforblockheight", 1, 200)
+            except NodeUnreachableError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            said = "".join(pool.map(call, range(8)))
+    assert "HTTP status 503, not a JSON-RPC answer: Work queue depth exceeded" in said
+
+
+def test_two_hundred_calls_at_a_time_are_answered(bitcoind: Node) -> None:
+    with ThreadPoolExecutor(max_workers=200) as pool:
+        assert set(pool.map(lambda _: bitcoind.rpc("getblockcount"), range(400))) == {0}
+
+
+def test_node_that_was_killed_is_told_by_the_next_call(bitcoind: Node) -> None:
+    assert bitcoind.pid is not None
+    os.kill(bitcoind.pid, signal.SIGKILL)
+    with pytest.raises(NodeUnreachableError, match=r"getblockcount: node0 has ended \(killed by SIGKILL\)"):
+        bitcoind.rpc("getblockcount")
+    bitcoind.kill()
+
+
+def test_wallets_come_back_after_a_restart(bitcoind: Node) -> None:
+    for name in ("a # b", "c", "d"):
+        bitcoind.rpc("createwallet", name)
+    bitcoind.rpc("unloadwallet", "c")
+    bitcoind.restart()
+    assert sorted(bitcoind.rpc("listwallets")) == ["a # b", "d"]
+    bitcoind.rpc("unloadwallet", "d")
+    bitcoind.restart()
+    assert bitcoind.rpc("listwallets") == ["a # b"]
+
+
+def test_node_without_wallets_stops_in_good_order(node_programs: Path, tmp_path: Path) -> None:
+    with Node(node_programs / "bitcoind", tmp_path / "node0", {"disablewallet": True}) as node:
+        node.mine(2)
+        node.restart()
+        assert node.rpc("getblockcount") == 2
+
+
+def test_ready_means_that_blocks_and_mempool_are_read(chain_snapshot: Node) -> None:
+    for _ in range(50):
+        chain_snapshot.rpc("sendtoaddress", chain_snapshot.rpc("getnewaddress"), 1)
+    chain_snapshot.options = {**chain_snapshot.options, "reindex": True}
+    chain_snapshot.restart()
+    assert chain_snapshot.rpc("getblockcount") == 250
+    assert len(chain_snapshot.rpc("getrawmempool")) == 50
 
 
 def test_stopped_node_is_unreachable(bitcoind: Node) -> None:
@@ -217,6 +357,66 @@ def test_bad_option_gives_the_nodes_own_words(node_programs: Path, tmp_path: Pat
     with pytest.raises(NodeError, match=r"node0 did not start \(exit code 1\): Error: Invalid assumevalid .*\(zz\)"):
         node.start()
     assert node.pid is None
+
+
+def test_options_are_text_numbers_and_truth_values(node_programs: Path, tmp_path: Path) -> None:
+    options: Options = {
+        "txindex": True,
+        "rest": False,
+        "maxconnections": 7,
+        "fallbackfee": 0.00001,
+        "uacomment": ["a", 1],
+    }
+    with Node(node_programs / "bitcoind", tmp_path / "node0", options) as node:
+        conf = (node.datadir / "bitcoin.conf").read_text().splitlines()
+    wanted = {"txindex=1", "rest=0", "maxconnections=7", "fallbackfee=0.00001", "uacomment=a", "uacomment=1"}
+    assert wanted <= set(conf)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"txindex": None}, "option txindex: None is neither text nor a number"),
+        ({"server": 0}, "option server cannot be set: traincert needs it as it is"),
+        ({"noserver": 1}, "option noserver cannot be set"),
+        ({"pid": "elsewhere"}, "option pid cannot be set"),
+        ({"rpccookiefile": "elsewhere"}, "option rpccookiefile cannot be set"),
+        ({"daemon": 1}, "option daemon cannot be set"),
+        ({"rpcbind": "::"}, "option rpcbind cannot be set"),
+        ({"-txindex": 1}, "'-txindex' is no option's name"),
+        ({"main.txindex": 1}, "'main.txindex' is no option's name"),
+        ({"txidnex": 1}, "has no option txidnex"),
+        ({"rpcuser": "me"}, "the options rpcuser and rpcpassword need each other"),
+        ({"rpcport": "x"}, "option rpcport: x is no port"),
+        ({"port": 65536}, "option port: 65536 is no port"),
+    ],
+)
+def test_option_that_cannot_be_used_is_named(options: Options, said: str, node: Node) -> None:
+    node.options = options
+    with pytest.raises(NodeError, match=f"^node0: .*{said}"):
+        node.start()
+    assert not node.pid
+
+
+def test_ports_and_login_can_be_chosen(node_programs: Path, tmp_path: Path) -> None:
+    rpc_port, port = free_ports(2)
+    options: Options = {"rpcport": rpc_port, "port": port, "rpcuser": "me", "rpcpassword": "secret"}
+    with Node(node_programs / "bitcoind", tmp_path / "node0", options) as node:
+        assert (node.rpc_port, node.p2p_port) == (rpc_port, port)
+        node.restart()
+        call = {"method": "getnetworkinfo", "params": []}
+        answer = requests.post(f"http://127.0.0.1:{rpc_port}", json=call, auth=("me", "secret"), timeout=30)
+        assert answer.json()["result"]["localservices"]
+        assert node.rpc("getblockcount") == 0  # by the cookie
+        assert "secret" not in (node.datadir / "bitcoin.conf").read_text()
+
+
+def test_chosen_port_that_is_taken_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "START_ATTEMPTS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        node.options = {"port": stranger.getsockname()[1]}
+        with pytest.raises(NodeError, match=r"node0 did not start \(exit code 1\): .*Unable to bind to 127.0.0.1"):
+            node.start()
 
 
 @pytest.mark.parametrize("keep", [False, True])

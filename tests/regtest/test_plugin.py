@@ -209,3 +209,40 @@ def is_bitcoind(pid: str) -> bool:
         )
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_bitcoind_may_have_another_name(pytester: pytest.Pytester, node_programs: Path) -> None:
+    programs = pytester.mkdir("programs")
+    shutil.copy2(node_programs / "bitcoin-cli", programs)
+    (programs / "bitcoind-31").symlink_to(node_programs / "bitcoind")
+    (programs / "bitcoind").write_text("#!/bin/sh\nexit 1\n")
+    (programs / "bitcoind").chmod(0o755)
+    pytester.makepyfile("""
+        def test_all(bitcoind, bitcoin_network, chain_snapshot):
+            for node in (bitcoind, bitcoin_network(1).nodes[0], chain_snapshot):
+                assert node.bitcoind.name == "bitcoind-31"
+    """)
+    command = [f"--bitcoind={programs / 'bitcoind-31'}", f"--basetemp={pytester.path}/t"]
+    pytester.runpytest_subprocess(*command).assert_outcomes(passed=1)
+
+
+def test_bitcoind_that_is_not_there_is_told_at_once(pytester: pytest.Pytester) -> None:
+    result = pytester.runpytest_subprocess("--bitcoind=nowhere/bitcoind")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --bitcoind nowhere/bitcoind: no such file"])
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "a worker"])
+def test_timeouts_are_multiplied(pytester: pytest.Pytester, workers: list[str]) -> None:
+    pytester.makepyfile("""
+        import pytest
+        from traincert.regtest import WaitTimeoutError, wait_for
+
+        def test_waits_longer():
+            with pytest.raises(WaitTimeoutError, match="^waited 0.2 s for rain$"):
+                wait_for(lambda: False, 0.1, "rain")
+    """)
+    pytester.runpytest_subprocess("--timeout-factor=2", *workers).assert_outcomes(passed=1)
+    result = pytester.runpytest_subprocess("--timeout-factor=0")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--timeout-factor: invalid _factor value: '0'*"])
