@@ -17,6 +17,7 @@ import pytest
 import requests
 
 from traincert.regtest import wait_for
+from traincert.regtest.node import free_ports
 
 TRAINCERT = Path(sys.executable).with_name("traincert")
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -94,6 +95,85 @@ def test_two_networks_run_side_by_side(up: Run, node_programs: Path) -> None:
     assert status(up, "--dir", "other")["node1"]["peers"] == ["node0", "node2"]
     up("down", "--dir", "other")
     assert [node["state"] for node in status(up).values()] == ["running", "running"]
+
+
+def test_nodes_keep_their_options_and_ports(run: Run, node_programs: Path) -> None:
+    base = free_ports(1)[0]
+    options = ["txindex=1", "uacomment=a", "uacomment=b", "1:uacomment=own", "node1:rest=1"]
+    arguments = [word for option in options for word in ("--option", option)]
+    bitcoind = str(node_programs / "bitcoind")
+    run("up", "--nodes", "2", "--bitcoind", bitcoind, "--rpc-port-base", str(base), *arguments)
+    for _ in range(2):
+        assert [node["rpc_port"] for node in status(run).values()] == [base, base + 1]
+        assert "txindex" in run("cli", "0", "getindexinfo").stdout
+        assert "(node0; a; b)" in run("cli", "0", "getnetworkinfo").stdout
+        assert "(node1; own)" in run("cli", "1", "getnetworkinfo").stdout
+        run("stop")
+        run("start")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--option", "txindex"], 2, "txindex is not KEY=VALUE or NODE:KEY=VALUE"),
+        (["--option", ":txindex=1"], 2, ":txindex=1 is not KEY=VALUE"),
+        (["--option", "txidnex=1"], 1, "has no option txidnex"),
+        (["--option", "server=0"], 1, "option server cannot be set"),
+        (["--option", "node7:txindex=1"], 1, "there is no node node7: there are node0 to node1"),
+        (["--option", "rpcport=18443"], 1, "option rpcport: two nodes cannot have the same port"),
+        (["--option", "0:rpcport=1", "--rpc-port-base", "18443"], 2, "rpcport: --rpc-port-base sets it"),
+        (["--option", "mocktime=1"], 2, "mocktime: traincert network time sets it"),
+        (["--training", "--option", "traininground=1"], 2, "traininground: --training sets it"),
+    ],
+)
+def test_option_that_would_be_ignored_is_refused(
+    arguments: list[str], code: int, said: str, run: Run, node_programs: Path, tmp_path: Path
+) -> None:
+    answer = run("up", "--nodes", "2", "--bitcoind", str(node_programs / "bitcoind"), *arguments, code=code)
+    assert said in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_network_whose_nodes_are_not_all_linked(run: Run, node_programs: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").write_text("0 1\n")
+    run("up", "--fees", "--topology", "links", "--bitcoind", str(node_programs / "bitcoind"))
+    assert json.loads(run("cli", "1", "estimatesmartfee", "6").stdout)["feerate"] > 0
+    run("mine", "--node", "2", "--address", "bcrt1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqdku202", "3")
+    assert status(run)["node2"]["height"] == 3
+    assert status(run)["node2"]["peers"] == []
+
+
+def test_nodes_start_without_the_first_one(up: Run) -> None:
+    up("mine", "101")
+    up("time", "+2d")
+    up("stop")
+    up("start", "node1")
+    assert [node["state"] for node in status(up).values()] == ["stopped", "running"]
+
+
+def test_many_blocks_and_a_reorganisation(up: Run) -> None:
+    up("mine", "250")
+    old = up("cli", "0", "getbestblockhash").stdout
+    new = up("reorg", "3").stdout
+    assert new != old
+    wait_for(lambda: {node["tip"] for node in status(up).values()} == {new.strip()}, 30, "the new chain on both nodes")
+    assert status(up)["node1"]["height"] == 251
+    assert "Block height out of range" in up("reorg", "999", code=1).stderr
+
+
+def test_timeouts_are_multiplied(up: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    up("--timeout-factor", "2", "mine", "1")
+    assert "0 is not in the range" in up("--timeout-factor", "0", "mine", "1", code=2).stderr
+    monkeypatch.setenv("TRAINCERT_TIMEOUT_FACTOR", "x")
+    assert "TRAINCERT_TIMEOUT_FACTOR=x in the environment is no positive number" in up("mine", "1", code=1).stderr
+
+
+def test_network_whose_state_file_is_empty_can_be_taken_down(up: Run, tmp_path: Path) -> None:
+    (tmp_path / "network/network.json").write_text("")
+    for verb in (["status"], ["stop"], ["mine", "1"]):
+        assert "network.json is damaged: traincert network down ends" in up(*verb, code=1).stderr
+    up("down")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_fault_is_shown_and_undone_by_its_opposite(up: Run) -> None:
@@ -231,6 +311,7 @@ def test_logs_show_the_end_and_follow(up: Run, tmp_path: Path) -> None:
         (["up"], 1, "there is a network in "),
         (["snapshot", "../x"], 1, "is no name for a snapshot"),
         (["repair", "0"], 1, "node0 is not corrupt"),
+        (["delay", "0", "1", "16s"], 1, "a link cannot be 16 s slow, but up to 10 s"),
     ],
 )
 def test_mistakes_get_one_line(arguments: list[str], code: int, said: str, up: Run) -> None:
