@@ -5,6 +5,7 @@ BridgeError
 ├── CertificateError   a certificate that breaks a rule; `reason` is the node's name for the rule
 ├── KeyFileError       a key file that cannot be made or must not be used
 ├── MessageError       a statement that is forged, altered or of a wrong form (messages.py)
+├── ChainError         a block that breaks a rule, or cannot be read (verifier.py)
 ├── ReceiptError       a receipt that is wrong, or cannot be checked (receipts.py)
 ├── CosignError        a certificate that a cosigner must not sign (checker.py)
 ├── BrokerUnreachableError  nothing listens at the broker's address (broker.py)

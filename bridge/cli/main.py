@@ -9,6 +9,7 @@ import signal
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -69,7 +70,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line. An error that we know is one line and an exit code; any other keeps its traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM, like Ctrl-C, must end what we started
+    signal.signal(signal.SIGTERM, _as_ctrl_c)  # it must end what we started
     try:
         sys.exit(cli.main(standalone_mode=False))
     except NodeUnreachableError as error:
@@ -94,6 +95,12 @@ def main() -> None:
         _fail("interrupted", 130)
     finally:
         gc.freeze()  # at its end Python seeks garbage among all objects: with torch that takes half a second
+
+
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """Do what Ctrl-C does now: while asyncio runs, that is to cancel its task."""
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    (ctrl_c if callable(ctrl_c) else signal.default_int_handler)(number, frame)
 
 
 def _fail(message: str, code: int) -> None:

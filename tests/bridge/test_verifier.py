@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +27,7 @@ from traincert.regtest import Node
 from traincert.regtest.plugin import NetworkFactory
 from training_chain import TrainingChain, submit, template
 
+TRAINCERT = Path(sys.executable).with_name("traincert")
 ADDRESS = "bcrt1qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqdku202"
 START = 4
 LENGTH = 30
@@ -318,6 +321,12 @@ def test_of_a_pruned_node_is_verified_what_it_has(bitcoin_network: NetworkFactor
             assert caught.value.hash == node.rpc("getblockhash", 2)
             found = verifier.longest(first + 1)
             assert (found.tip.height, found.whole) == (PRUNED, False)
+        for words in (["block", "3"], ["block", "3", "--json"], ["verify", "--anew"]):
+            command = [str(TRAINCERT), *words, "--datadir", str(node.datadir)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 1
+            assert "pruned data" in done.stderr
+            assert len(done.stderr.splitlines()) == 1
         files = BlockFiles(folder)
         assert files.tips() == [GENESIS]
         assert len(files.loose) == 1

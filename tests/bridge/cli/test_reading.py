@@ -489,8 +489,8 @@ class Watching:
         wait_for(there, 60, f"a line with {text}", lambda: (self.skipped, self.process.poll()))
         return self.lines.pop(0)
 
-    def stop(self) -> tuple[int, str]:
-        self.process.send_signal(signal.SIGINT)
+    def stop(self, number: int = signal.SIGINT) -> tuple[int, str]:
+        self.process.send_signal(number)
         self._thread.join()
         assert self.process.stderr
         error = self.process.stderr.read().strip()
@@ -557,7 +557,7 @@ def test_watch_says_blocks_reorganisations_and_equivocations(
     line = people.wait("of height 6")  # that of height 3 comes first: both branches began with the same certificate
     assert line.endswith(f"of height 6, round 0: {hash_of(twice[0])} and {hash_of(twice[1])}")
     assert json.loads(programs.wait("of height 6"))["blocks"] == [hash_of(block) for block in twice]
-    assert people.stop() == programs.stop() == (130, "traincert: interrupted")
+    assert people.stop() == programs.stop(signal.SIGTERM) == (130, "traincert: interrupted")
 
 
 def test_watch_goes_on_when_the_node_is_back(
