@@ -35,19 +35,22 @@ class AppointingCoordinator:
     """Certifies cycles that train nothing, and has their winners append their blocks.
 
     All that it knows of the chain it asks the node, so another process can go on where this one ends. `sign` returns a
-    certificate with the coordinator's signatures: usually `Signer.sign`. `producers` are the miners.
+    certificate with the coordinator's signatures: usually `Signer.sign`. `next_round` returns the first round for which
+    nothing was signed, of the slot after a block: usually `Signer.next_round`. `producers` are the miners.
     """
 
     def __init__(
         self,
         params: TrainingParams,
         sign: Callable[[Certificate], Certificate],
+        next_round: Callable[[bytes], int],
         beacon: Beacon,
         producers: Sequence[Producer],
     ) -> None:
         self.params = params
         self.producers = producers
         self._sign = sign
+        self._next_round = next_round
         self._beacon = beacon
         self._tables: dict[str, ContributionTable] = {}  # by the hash of their block
 
@@ -57,24 +60,34 @@ class AppointingCoordinator:
         *,
         miner: int | bytes | None = None,
         table: ContributionTable | None = None,
-        round_: int = 0,
+        round_: int | None = None,
     ) -> str:
         """Append a block to a node's tip, and return its hash as RPC shows it.
 
         Where the parent has a table, the draw decides who wins. Elsewhere `miner` wins, given by number or key; by
         default the miners take turns. If `miner` is given and another miner was drawn, that is an error. `table` is the
-        block's own, from which its child's winner will be drawn; by default it is empty. A round above 0 is possible
-        only when the node's clock has come to that round's time.
+        block's own, from which its child's winner will be drawn; by default it is empty.
+
+        By default it is the slot's first round that has no certificate yet, above 0 after a reorganisation: a winner
+        that signs two blocks with one certificate is an equivocator. The block's time is the round's then. With
+        `round_` the node's clock must have come to that round's time.
 
         Raises BridgeError if there is no such miner, if another was drawn, or if only another coordinator knows the
         parent's table; JournalError if this slot was certified otherwise; RpcError or BridgeError if the node refuses
-        the block; NodeUnreachableError if it does not answer.
+        the block, or does not make it its tip; NodeUnreachableError if it does not answer.
         """
-        template = ask_for_template(node, self.params)
+        template = dict(ask_for_template(node, self.params))
         table = table or NO_TABLE
+        if round_ is None:
+            round_ = self._next_round(lx(template["previousblockhash"]))
+            if round_:
+                parent_time = node.call("getblockheader", template["previousblockhash"])["time"]
+                template["curtime"] = max(template["curtime"], parent_time + round_ * self.params.round_seconds)
         certificate = self.next_certificate(node, template, miner, table, round_)
         producer = self._producer(certificate.winner_key)
         block_hash = producer.append(node, template, self._sign(certificate), self.params)
+        if node.call("getbestblockhash") != block_hash:
+            raise BridgeError(f"{node.name} took block {certificate.height} {block_hash}, but it is not its tip")
         if table.count:
             self._tables[block_hash] = table
         return block_hash
@@ -170,5 +183,5 @@ def load_coordinator(folder: Path, node: NodeClient, payout_script: bytes) -> Ap
     secrets = dict(enumerate(keys.coordinators[:_THRESHOLD]))
     signer = Signer(folder / "journal.sqlite", params.chain_id, secrets)
     return AppointingCoordinator(
-        params, signer.sign, beacon, [Producer(secret, payout_script) for secret in keys.miners]
+        params, signer.sign, signer.next_round, beacon, [Producer(secret, payout_script) for secret in keys.miners]
     )

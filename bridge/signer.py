@@ -72,6 +72,14 @@ class Signer:
         signatures = (CoordinatorSignature(index, key.sign_schnorr(message)) for index, key in self._keys.items())
         return replace(certificate, coordinator_signatures=tuple(signatures))
 
+    def next_round(self, prev_block: bytes) -> int:
+        """Return the first round of the slot after a block (32 bytes, header order) that nothing was signed for."""
+        with closing(self._connect()) as database:
+            (last,) = database.execute(
+                "SELECT max(round) FROM signed WHERE (chain_id, prev_block) = (?, ?)", (self._chain_id, prev_block)
+            ).fetchone()
+        return 0 if last is None else last + 1
+
     def _record(self, certificate: Certificate) -> None:
         slot = (self._chain_id, certificate.prev_block, certificate.height, certificate.round)
         with closing(self._connect()) as database, database:

@@ -47,7 +47,10 @@ class TrainingNetwork:
         self.nodes = self.network.nodes
         self.miners = [_producer(i) for i in range(MINERS)]
         # Not with a Signer: its journal takes most of a block's time, and tests may certify one slot twice.
-        self.coordinator = AppointingCoordinator(self.params, self._sign, self._beacon, self.miners)
+        self._signed: dict[bytes, int] = {}  # by the parent: the slot's rounds that have a certificate
+        self.coordinator = AppointingCoordinator(
+            self.params, self._sign, lambda prev_block: self._signed.get(prev_block, 0), self._beacon, self.miners
+        )
         self._clients: dict[Node, NodeClient] = {}
         self._closing = ExitStack()
         self._number = count(1)
@@ -63,7 +66,7 @@ class TrainingNetwork:
         *,
         miner: int | bytes | None = None,
         table: ContributionTable | None = None,
-        round_: int = 0,
+        round_: int | None = None,
         node: Node | None = None,
     ) -> str:
         """Append a valid block to a node's tip, by default the first node's, and return its hash as RPC shows it.
@@ -124,6 +127,7 @@ class TrainingNetwork:
         )
 
     def _sign(self, certificate: Certificate) -> Certificate:
+        self._signed[certificate.prev_block] = certificate.round + 1
         return self._forger(ContributionTable([]), ContributionTable([])).sign(certificate, SIGNERS)
 
     def _client(self, node: Node | None) -> NodeClient:

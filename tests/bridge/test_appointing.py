@@ -45,7 +45,7 @@ def coordinator_of(folder: Path, journal: str = "journal.sqlite") -> AppointingC
     params = TrainingParams({3: in_force}, beacon.anchor, MODEL)
     signer = Signer(folder / journal, params.chain_id, {i: keys.coordinators[i] for i in (1, 2)})
     producers = [Producer(secret, PAYOUT_SCRIPT) for secret in keys.miners]
-    return AppointingCoordinator(params, signer.sign, beacon, producers)
+    return AppointingCoordinator(params, signer.sign, signer.next_round, beacon, producers)
 
 
 @pytest.fixture
@@ -155,9 +155,37 @@ def test_with_a_journal_it_never_signs_two_certificates_for_a_slot_and_round(
     block = coordinator.append(client, miner=0)
     node.rpc("invalidateblock", block)
     with pytest.raises(JournalError, match="block 3, round 0"):
-        coordinator_of(folder).append(client, miner=1)
+        coordinator_of(folder).append(client, miner=1, round_=0)
     node.rpc("reconsiderblock", block)
     assert node.rpc("getbestblockhash") == block
+
+
+def test_who_mines_again_after_a_reorganisation_is_no_equivocator(
+    folder: Path, node: Node, client: NodeClient, coordinator: AppointingCoordinator
+) -> None:
+    first = coordinator.append(client)
+    for round_ in range(1, 5):
+        node.rpc("invalidateblock", node.rpc("getbestblockhash"))
+        again = coordinator_of(folder).append(client)
+        assert node.rpc("getbestblockhash") == again != first
+        assert node.rpc("gettrainingcertificate")["round"] == round_
+    assert node.rpc("gettrainingequivocations") == []
+    coordinator.append(client)
+    assert node.rpc("gettrainingcertificate")["round"] == 0
+
+
+def test_a_block_that_is_not_the_tip_is_no_success(node: Node, coordinator: AppointingCoordinator) -> None:
+    class Elsewhere(NodeClient):
+        """A node that goes to another block at once."""
+
+        def call(self, method: str, *params: object) -> object:
+            answer = super().call(method, *params)
+            if method == "submitblock":
+                node.rpc("invalidateblock", node.rpc("getbestblockhash"))
+            return answer
+
+    with Elsewhere.from_datadir(node.datadir) as client, pytest.raises(BridgeError, match="but it is not its tip"):
+        coordinator.append(client)
 
 
 def test_a_redraw_is_another_winners_turn(node: Node, client: NodeClient, coordinator: AppointingCoordinator) -> None:
