@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ from traincert.regtest.errors import NodeError, RpcError
 
 if TYPE_CHECKING:
     from traincert.bridge.coordinator_folder import CoordinatorFolder
+
+_log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 """How often a node is asked for its tip."""
@@ -102,7 +105,7 @@ class Watch:
     @property
     def start_height(self) -> int | None:
         """The first height at which a block of the shown chain needs a certificate; None: no training network."""
-        return self.main.params.start_height if self.main.params else None
+        return self.main.network["start_height"] if self.main.network else None
 
     def at(self, height: int) -> BlockFacts | None:
         """Return the block at a height of the shown chain."""
@@ -213,6 +216,9 @@ class Watch:
             except NodeError as error:
                 self.errors[node.name] += 1
                 node.problem, learned = str(error), 0.0
+            except Exception as error:  # a defect of ours: the page and the log say so, and the rest goes on
+                _log.exception("%s cannot be read", node.name)
+                node.problem, learned = f"the explorer cannot read it: {error!r}", 0.0
             else:
                 node.problem = None
             node.asked = True
@@ -220,10 +226,10 @@ class Watch:
 
     async def _update(self, node: WatchedNode) -> None:
         info = await node.call("getblockchaininfo")
+        node.info, node.problem = info, None
         if info["bestblockhash"] != node.tip:
             await self._find_branches(node)
             await self._read_chain(node, info["bestblockhash"], info["blocks"])
-        node.info = info
 
     async def _read_chain(self, node: WatchedNode, tip: str, height: int) -> None:
         """Read a node's new blocks, make them its chain, and tell which they are."""
@@ -292,14 +298,20 @@ class Watch:
             if self._main not in (None, self.main.name):
                 self._tell("reset", {})
             self._main = self.main.name if self.main.up else self._main
-            self._check_nodes()
-            self._check_time()
-            info = self.info()
-            del info["version"]
-            if info != self._said:
-                self._said = info
-                self._tell("info", self.info())
+            try:
+                self._check_nodes()
+                self._check_time()
+                self._tell_info()
+            except Exception:  # as in `_follow`
+                _log.exception("the state of the nodes cannot be told")
             await asyncio.sleep(POLL_SECONDS)
+
+    def _tell_info(self) -> None:
+        info = self.info()
+        del info["version"]
+        if info != self._said:
+            self._said = info
+            self._tell("info", self.info())
 
     def _check_nodes(self) -> None:
         highest = max((node.height for node in self.nodes if node.up), default=-1)
