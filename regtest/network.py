@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from traincert.regtest.blockfiles import newest_time
 from traincert.regtest.errors import NodeError, RegtestError, RpcError
 from traincert.regtest.links import Link, Relay, read_topology
-from traincert.regtest.node import Node, Options, values, wait_for
+from traincert.regtest.node import Node, Options, anybodys_script, values, wait_for
 
 if TYPE_CHECKING:
     from traincert.regtest.containers import Docker
@@ -172,9 +172,14 @@ class Network:
         return {number for number, node in enumerate(self.nodes) if node.pid is not None and not node.paused}
 
     def linked(self, number: int) -> list[Node]:
-        """Return the running nodes that can hear of a running node, over any number of links, and the node itself."""
-        (part,) = (part for part in self._running_parts() if number in part)
-        return [self.nodes[each] for each in sorted(part)]
+        """Return a running node, and the running nodes that can hear of it over any number of links.
+
+        Raises NodeError if it does not run.
+        """
+        for part in self._running_parts():
+            if number in part:
+                return [self.nodes[each] for each in sorted(part)]
+        raise NodeError(f"{self.nodes[number].name} is not running")
 
     def _running_parts(self) -> list[set[int]]:
         running = self._running()
@@ -313,7 +318,7 @@ class Network:
         node.rpc("invalidateblock", first)
         try:
             for _ in range(depth + 1):
-                node.rpc("generateblock", "raw(51)#8lvh9jxk", [])
+                node.rpc("generateblock", anybodys_script(), [])
         finally:
             node.rpc("reconsiderblock", first)  # the old blocks are valid, but no longer the best chain
         tip: str = node.rpc("getbestblockhash")

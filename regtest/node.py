@@ -36,6 +36,7 @@ cookie's.
 """
 
 START_TIMEOUT = 60.0  # seconds; a start takes about 0.5 s, but longer on a busy machine
+LOAD_TIMEOUT = 1800.0  # seconds in which a node that answers reads its blocks and its mempool: long with -reindex
 STOP_TIMEOUT = 60.0  # seconds
 RPC_TIMEOUT = 60.0  # seconds
 ENDING_TIME = 1.0  # seconds in which a node that refuses connections may turn out to have ended
@@ -176,7 +177,8 @@ class Node:
         that were loaded at the last `stop()` are loaded again.
 
         Raises NodeError if an option cannot be used, or if the node ended: the message has its exit code and its last
-        output. Raises WaitTimeoutError if the node was not ready within START_TIMEOUT seconds.
+        output. Raises WaitTimeoutError if the node did not answer within START_TIMEOUT seconds, or was not ready
+        within further LOAD_TIMEOUT seconds.
         """
         if self.pid is not None:
             return
@@ -191,12 +193,13 @@ class Node:
         for attempt in range(1, START_ATTEMPTS + 1):
             self._choose_ports(anew=attempt > 1)
             self._write_conf()
-            # _is_ready() looks for these files, so files of an earlier start must not mislead it.
+            # _mempool() looks for these files, so files of an earlier start must not mislead it.
             for leftover in (self.cookie_file, self._pid_file):
                 leftover.unlink(missing_ok=True)
             try:
                 self._launch()
-                wait_for(self._is_ready, START_TIMEOUT, f"{self.name} to answer RPC", self.log_tail)
+                wait_for(self._mempool, START_TIMEOUT, f"{self.name} to answer RPC", self.log_tail)
+                wait_for(self._is_ready, LOAD_TIMEOUT, f"{self.name} to read its blocks", self.log_tail)
                 self._check_options(log_size)
             except PortTakenError:
                 # Another program took a port after free_ports() and before bitcoind's bind: try other ports.
@@ -265,7 +268,9 @@ class Node:
     def _load_at_start(self, wallets: list[str]) -> None:
         """Write into the node's own settings (upstream: doc/files.md) which wallets its next start loads."""
         file = self.chain_dir / "settings.json"
-        settings = json.loads(file.read_text()) if file.exists() else {}
+        settings = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # it may be empty after a full disk
+            settings = json.loads(file.read_text())
         if settings.get("wallet", []) != wallets:
             new = file.with_suffix(".new")
             new.write_text(json.dumps({**settings, "wallet": wallets}, indent=4))
@@ -327,18 +332,14 @@ class Node:
         self.reconnect()
 
     def mine(self, count: int = 1, address: str | None = None) -> list[str]:
-        """Make `count` blocks and return their hashes. They pay `address`, or by default a script without a key.
+        """Make `count` blocks and return their hashes. They pay `address`, by default a script that anybody can spend.
 
         Raises RpcError if the node refuses, for example because its blocks need certificates.
         """
+        method, paid = ("generatetoaddress", address) if address else ("generatetodescriptor", anybodys_script())
         hashes: list[str] = []
         for done in range(0, count, BLOCKS_PER_CALL):
-            some = min(BLOCKS_PER_CALL, count - done)
-            hashes += (
-                self.rpc("generatetoaddress", some, address)
-                if address
-                else self.rpc("generatetodescriptor", some, "raw(51)#8lvh9jxk")
-            )
+            hashes += self.rpc(method, min(BLOCKS_PER_CALL, count - done), paid)
         return hashes
 
     def rpc(
@@ -442,7 +443,11 @@ class Node:
             raise NodeError(f"{self.name}: cannot run {self.bitcoind}: {error.strerror}") from error
 
     def _is_ready(self) -> bool:
-        """Whether our own process answers on our RPC port, and has read its blocks and its mempool.
+        """Whether the node has read its blocks and its mempool: that comes last (upstream: init.cpp)."""
+        return bool(self._mempool().get("loaded"))
+
+    def _mempool(self) -> dict[str, Any]:
+        """Return what the node says of its mempool; nothing if our own process does not answer on our RPC port yet.
 
         Raises NodeError if the process has ended, or has started the node as another process.
         """
@@ -455,19 +460,18 @@ class Node:
             raise kind(f"{self.name} did not start ({ending}): {said}")
         # bitcoind writes both files only after it owns the data directory's lock and the RPC port.
         if not (self.cookie_file.exists() and self._pid_file.exists()):
-            return False
+            return {}
         try:
-            # The node loads its mempool last, after -reindex and -loadblock (upstream: init.cpp).
-            ready: bool = self.rpc("getmempoolinfo")["loaded"]
+            mempool: dict[str, Any] = self.rpc("getmempoolinfo")
         except NodeUnreachableError:
-            return False
+            return {}
         except RpcError as error:
             if error.code != RPC_IN_WARMUP:
                 raise
-            return False
+            return {}
         if self._pid_file.read_text().strip() != str(self._pid_of_its_own()):
             raise NodeError(f"{self.name}: {self.bitcoind} started the node as another process: a script must use exec")
-        return ready
+        return mempool
 
     def _pid_of_its_own(self) -> int | None:
         """The process id that the node writes into its pid file."""
@@ -517,6 +521,14 @@ def write_conf(datadir: Path, options: Options, name: str = "") -> None:
 def values(one_or_more: Value | Sequence[Value]) -> Sequence[Value]:
     """Return the values of an option as a list."""
     return [one_or_more] if isinstance(one_or_more, str) or not isinstance(one_or_more, Sequence) else one_or_more
+
+
+def anybodys_script() -> str:
+    """Return a descriptor of a new script that anybody can spend.
+
+    With the same script, a block that replaces another one of the same time would be the same block.
+    """
+    return f"raw(08{secrets.token_hex(8)}7551)"  # push 8 bytes, OP_DROP, OP_TRUE
 
 
 def _conf_text(option: str, value: object, name: str) -> str:

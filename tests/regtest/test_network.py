@@ -146,6 +146,15 @@ def test_reorganisation_puts_payments_back_into_every_mempool(
     payer.stop()
 
 
+def test_reorganisations_while_the_clock_stands(bitcoin_network: NetworkFactory) -> None:
+    """The new blocks have the times of the old ones, and are not the same."""
+    network = bitcoin_network(1)
+    network.set_time(1_900_000_000)
+    tips = {network.nodes[0].mine(3)[-1], *(network.reorg(1) for _ in range(3))}
+    assert len(tips) == 4
+    assert network.nodes[0].rpc("getblockcount") == 6
+
+
 def test_restarted_node_is_linked_again(bitcoin_network: NetworkFactory) -> None:
     network = bitcoin_network(2)
     network.nodes[1].restart()
