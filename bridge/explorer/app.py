@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def make_app(watch: Watch) -> Starlette:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown_time": _shown_time, "http_time": formatdate}
+    environment.filters |= {"shown_time": _shown_time, "http_time": partial(formatdate, usegmt=True)}
     environment.globals |= {"FIELDS": FIELDS, "REASONS": REASONS, "FACTORS": FACTORS}
     templates = Jinja2Templates(env=environment)
 
