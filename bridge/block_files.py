@@ -17,7 +17,7 @@ from traincert.bridge.errors import BridgeError
 
 _MAGIC: bytes = RegTestParams.MESSAGE_START
 _MAX_BLOCK_SIZE = 4_000_000  # bytes: Bitcoin Core's MAX_BLOCK_SERIALIZED_SIZE
-_SEARCHED = 1 << 20  # bytes that are searched for a record at once
+_PIECE = 1 << 20  # bytes that are XORed at once
 _UNWRITTEN = bytes(64)  # a block may end with zeros, but hardly with so many
 
 
@@ -100,48 +100,40 @@ class BlockFiles:
         return heights, loose
 
     def _read_file(self, path: Path, *, is_last: bool) -> None:
-        data = path.read_bytes()
-        at, block_hash, place = self._find(data, 0), "", (path, 0, 0)
+        stored = path.read_bytes()
+        pieces = range(0, len(stored), _PIECE)
+        data = b"".join(self._plain(stored[at : at + _PIECE], at) for at in pieces)
+        at, block_hash, place = data.find(_MAGIC), "", (path, 0, 0)
         while at >= 0:
             start = at + len(_MAGIC) + 4
-            size = int.from_bytes(self._plain(data[start - 4 : start], start - 4), "little")
+            size = int.from_bytes(data[start - 4 : start], "little")
             if not HEADER_SIZE < size <= min(_MAX_BLOCK_SIZE, len(data) - start):  # a remain of an older record
-                at = self._find(data, at + 1)
+                at = data.find(_MAGIC, at + 1)
                 continue
-            header = self._plain(data[start : start + HEADER_SIZE], start)
+            header = data[start : start + HEADER_SIZE]
             block_hash, place = header_hash(header), (path, start, size)
             self._headers.setdefault(block_hash, header)
             self._places.setdefault(block_hash, place)
-            at = self._find(data, start + size)
-        if is_last and self._places.get(block_hash) == place and self._is_unwritten(data, *place[1:]):
+            at = data.find(_MAGIC, start + size)
+        # A node enlarges a file with zeros first. Where they are still there, it has not written all of the block yet.
+        _, start, size = place
+        unwritten = stored.endswith(_UNWRITTEN, start, start + size) and not _is_whole(data[start : start + size])
+        if is_last and unwritten and self._places.get(block_hash) == place:
             del self._headers[block_hash], self._places[block_hash]
-
-    def _is_unwritten(self, data: bytes, start: int, size: int) -> bool:
-        """Whether a running node has not written all of a block yet. It enlarges a file with zeros first."""
-        if not data.endswith(_UNWRITTEN, start, start + size):
-            return False
-        try:
-            block = parse_block(self._plain(data[start : start + size], start))
-        except ValueError:
-            return True
-        return bool(block.calc_merkle_root() != block.hashMerkleRoot)
-
-    def _find(self, data: bytes, at: int) -> int:
-        """Return where the next magic is, from `at` on, or -1. Mostly it is at `at`."""
-        size = len(_MAGIC)
-        while at + len(_MAGIC) <= len(data):
-            found = self._plain(data[at : at + size], at).find(_MAGIC)
-            if found >= 0:
-                return at + found
-            at += size - len(_MAGIC) + 1
-            size = _SEARCHED
-        return -1
 
     def _plain(self, data: bytes, offset: int) -> bytes:
         """Return what some bytes of a file are without the XOR. `offset` is their place in the file."""
         key = self._key[offset % 8 :] + self._key * (len(data) // 8 + 1)
         plain = int.from_bytes(data, "little") ^ int.from_bytes(key[: len(data)], "little")
         return plain.to_bytes(len(data), "little")
+
+
+def _is_whole(data: bytes) -> bool:
+    try:
+        block = parse_block(data)
+    except ValueError:
+        return False
+    return bool(block.calc_merkle_root() == block.hashMerkleRoot)
 
 
 def _read_key(path: Path) -> bytes:

@@ -100,9 +100,12 @@ class NodeBlocks:
         """Return the header of a block, and as many as are there of `count` - 1 below it."""
         hashes = [block_hash]
         if count > 1:
-            height = self._call(dict, "getblockheader", block_hash).get("height", 0)
+            height = self._call(dict, "getblockheader", block_hash).get("height")
+            if not isinstance(height, int):
+                raise self._nonsense("getblockheader")
             below = range(height - 1, max(height - count, -1), -1)
-            hashes += self._node.call_each("getblockhash", [(each,) for each in below])
+            answers = self._node.call_each("getblockhash", [(each,) for each in below])
+            hashes += [each for each in answers if isinstance(each, str)]
         headers: list[bytes] = []
         for answer in self._node.call_each("getblockheader", [(each, False) for each in hashes]):
             header = self._bytes("getblockheader", answer)

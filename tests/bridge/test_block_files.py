@@ -114,7 +114,10 @@ def test_without_blocks_there_is_the_genesis_block(tmp_path: Path) -> None:
         assert BlockFiles(write(tmp_path, data)).tips() == [GENESIS]
 
 
-@pytest.mark.parametrize("after", [b"", b"\xfa", b"\xfa\xbf\xb5\xda", record(b""), record(bytes(80)), b"junk" * 300])
+@pytest.mark.parametrize(
+    "after",
+    [b"", b"\xfa", b"\xfa\xbf\xb5\xda", record(b""), record(bytes(80)), b"junk" * 300, b"\xfa\xbf\xb5\xda" * 100_000],
+)
 def test_what_follows_the_last_block_does_no_harm(tmp_path: Path, after: bytes) -> None:
     files = BlockFiles(write(tmp_path, records([GENESIS_BLOCK, *MAIN]) + after))
     assert files.tips() == [HASHES[6]]
@@ -127,11 +130,11 @@ def test_blocks_after_a_remain_of_an_older_record_are_found(tmp_path: Path) -> N
     assert shown(files, files.tips()[0]) == HASHES
 
 
-def test_a_record_across_two_searched_pieces_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("traincert.bridge.block_files._SEARCHED", 16)
-    for junk in range(1, 40):
-        files = BlockFiles(write(tmp_path, records(MAIN[:3]) + bytes(junk) + records(MAIN[3:])))
-        assert files.tips() == [HASHES[6]], junk
+def test_pieces_of_any_size_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, records(MAIN))
+    for size in (1, 7, 8, 100):
+        monkeypatch.setattr("traincert.bridge.block_files._PIECE", size)
+        assert shown(BlockFiles(tmp_path), HASHES[6]) == HASHES
 
 
 @pytest.mark.parametrize("key", [KEY, bytes(8)])

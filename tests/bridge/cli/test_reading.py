@@ -421,6 +421,7 @@ class _Answering(BaseHTTPRequestHandler):
         ({"getblock": "00" * 81}, "unreadable: the block has no transactions"),
         ({"getblock": "00"}, "unreadable: these bytes are no block"),
         ({"getblock": {}}, "liar does not answer getblock as a Bitcoin node does"),
+        ({"height": "high"}, "liar does not answer getblockheader as a Bitcoin node does"),
         ({"getblockcount": "many"}, "liar does not answer getblockcount as a Bitcoin node does"),
     ],
 )
@@ -432,6 +433,8 @@ def test_a_node_that_lies_is_not_believed(
     conf.write_text(chain.params.conf())
 
     def answer(method: str, params: list[Any]) -> Any:
+        if method == "getblockheader" and params[1:] != [False] and "height" in lies:
+            return {"height": lies["height"]}
         return lies[method] if method in lies else node.rpc(method, *params)
 
     heights = ["..9"] if "getblockcount" in lies else []
@@ -439,6 +442,16 @@ def test_a_node_that_lies_is_not_believed(
         error = run("verify", *heights, "--datadir", liar.datadir, "--conf", conf, code=1).stderr
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_node_whose_heights_are_wrong_is_read_header_by_header(made: Made, run: Run, tmp_path: Path) -> None:
+    _, node = made
+
+    def answer(method: str, params: list[Any]) -> Any:
+        return {"height": 10**9} if method == "getblockheader" and len(params) == 1 else node.rpc(method, *params)
+
+    with LyingNode(tmp_path / "liar", answer) as liar:
+        assert f"blocks 0 to {LENGTH};" in run("verify", "--datadir", liar.datadir).stdout
 
 
 def test_a_node_that_names_another_block_by_a_height_is_not_believed(made: Made, run: Run, tmp_path: Path) -> None:
