@@ -183,5 +183,9 @@ def load_coordinator(folder: Path, node: NodeClient, payout_script: bytes) -> Ap
     secrets = dict(enumerate(keys.coordinators[:_THRESHOLD]))
     signer = Signer(folder / "journal.sqlite", params.chain_id, secrets)
     return AppointingCoordinator(
-        params, signer.sign, signer.next_round, beacon, [Producer(secret, payout_script) for secret in keys.miners]
+        params,
+        signer.sign,
+        signer.next_round,
+        beacon,
+        [Producer(secret, payout_script, f"miner{number}") for number, secret in enumerate(keys.miners)],
     )

@@ -284,7 +284,8 @@ class Miner:
             with NodeClient.from_datadir(self._datadir) as node:
                 if not self._check_award(certificate, node):
                     return
-            producer = NodeProducer(self._folder.secret, payout_script(self._folder.secret), self._datadir)
+            secret = self._folder.secret
+            producer = NodeProducer(secret, payout_script(secret), self._datadir, self._folder.name)
             producer.compat_pow = self._compat_pow
             block_hash = producer.produce(certificate, self._folder.params)
             self.earned.blocks += 1

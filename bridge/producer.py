@@ -22,13 +22,15 @@ class Producer:
     """A miner's key, and the scriptPubKey that its blocks pay to.
 
     Unless `compat_pow` is set to False, its blocks also meet the network's proof-of-work target, see `build_block`.
+    With a `name`, its coinbases have the tag /traincert/NAME/. Nobody checks that the name is right.
     """
 
-    def __init__(self, secret: bytes, payout_script: bytes) -> None:
+    def __init__(self, secret: bytes, payout_script: bytes, name: str = "") -> None:
         self._key = PrivateKey(secret)
         self.miner_key: bytes = self._key.public_key_xonly.format()
         self.payout_script = payout_script
         self.compat_pow = True
+        self.tag = f"/traincert/{name}/".encode() if name else b""
 
     def append(
         self, node: NodeClient, template: Mapping[str, Any], certificate: Certificate, params: TrainingParams
@@ -44,6 +46,7 @@ class Producer:
             params.chain_id,
             self._key.sign_schnorr,
             compat_pow=self.compat_pow,
+            tag=self.tag,
         )
         self.submit(node, certificate, block)
         block_hash: str = b2lx(block.GetHash())
@@ -60,8 +63,8 @@ class Producer:
 class NodeProducer(Producer):
     """A producer with a node of its own, which it trusts: the node that runs on `datadir`."""
 
-    def __init__(self, secret: bytes, payout_script: bytes, datadir: Path) -> None:
-        super().__init__(secret, payout_script)
+    def __init__(self, secret: bytes, payout_script: bytes, datadir: Path, name: str = "") -> None:
+        super().__init__(secret, payout_script, name)
         self.datadir = datadir
 
     def produce(self, certificate: Certificate, params: TrainingParams) -> str:

@@ -39,12 +39,14 @@ def build_block(
     sign: Callable[[bytes], bytes],
     *,
     compat_pow: bool = True,
+    tag: bytes = b"",
 ) -> CBlock:
     """Build and sign the block that a certificate allows.
 
     `template` is getblocktemplate's answer. `payout_script` is the scriptPubKey that the block pays to. `sign` takes 32
     bytes and returns the winner's BIP340 signature of them. With `compat_pow` nonces are tried, on average two on
     regtest, until the hash meets the template's target: then tools that check proof of work accept the block, too.
+    `tag` is put into the coinbase's script, where explorers look for the miner's name: at most 75 bytes.
 
     Raises BridgeError if the template is for another slot than the certificate, and EncodingError if a field of the
     certificate, chain_id or the signature does not fit.
@@ -55,7 +57,7 @@ def build_block(
             f"the node's next block is {template['height']} on {template['previousblockhash']}, but the certificate is "
             f"for {certificate.height} on {certificate.prev_block[::-1].hex()}"
         )
-    coinbase = _coinbase(template, certificate, payout_script)
+    coinbase = _coinbase(template, certificate, payout_script, tag)
     transactions = [CTransaction.deserialize(bytes.fromhex(tx["data"])) for tx in template["transactions"]]
     nbits = int(template["bits"], 16)
     target = uint256_from_compact(nbits)
@@ -75,14 +77,16 @@ def payload_script(payload: bytes) -> CScript:
     return CScript([OP_RETURN, payload])
 
 
-def _coinbase(template: Mapping[str, Any], certificate: Certificate, payout_script: bytes) -> CMutableTransaction:
+def _coinbase(
+    template: Mapping[str, Any], certificate: Certificate, payout_script: bytes, tag: bytes
+) -> CMutableTransaction:
     outputs = [CTxOut(template["coinbasevalue"], CScript(payout_script))]
     if "default_witness_commitment" in template:
         outputs.append(CTxOut(0, CScript(bytes.fromhex(template["default_witness_commitment"]))))
     payload = PAYLOAD_MAGIC + certificate.serialize() + bytes(SIGNATURE_SIZE)
     outputs.append(CTxOut(0, payload_script(payload)))
     # OP_0: BIP34's height alone would be shorter than the two bytes that a coinbase's script must have.
-    coin = CTxIn(COutPoint(), CScript([template["height"], OP_0]))
+    coin = CTxIn(COutPoint(), CScript([template["height"], tag or OP_0]))
     reserved = CTxWitness([CTxInWitness(CScriptWitness([bytes(32)]))])  # BIP141
     return CMutableTransaction([coin], outputs, nVersion=2, witness=reserved)
 

@@ -143,4 +143,4 @@ class TrainingNetwork:
 
 def _producer(number: int) -> Producer:
     secret = digest(f"miner {number}")
-    return Producer(secret, payout_script(secret))
+    return Producer(secret, payout_script(secret), f"miner{number}")

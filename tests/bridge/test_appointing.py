@@ -44,7 +44,7 @@ def coordinator_of(folder: Path, journal: str = "journal.sqlite") -> AppointingC
     in_force = TrainingKeys(2, tuple(map(xonly_key, keys.coordinators)))
     params = TrainingParams({3: in_force}, beacon.anchor, MODEL)
     signer = Signer(folder / journal, params.chain_id, {i: keys.coordinators[i] for i in (1, 2)})
-    producers = [Producer(secret, PAYOUT_SCRIPT) for secret in keys.miners]
+    producers = [Producer(secret, PAYOUT_SCRIPT, f"miner{i}") for i, secret in enumerate(keys.miners)]
     return AppointingCoordinator(params, signer.sign, signer.next_round, beacon, producers)
 
 
@@ -112,6 +112,12 @@ def test_the_miner_who_is_to_win_wins(client: NodeClient, coordinator: Appointin
     assert winners == [coordinator.producers[number].miner_key for number in (11, 5)]
     with pytest.raises(BridgeError, match="there is no miner 12: there are 12, from 0 on"):
         coordinator.append(client, miner=12)
+
+
+def test_explorers_find_the_miners_name_in_the_coinbase(client: NodeClient, coordinator: AppointingCoordinator) -> None:
+    for number in (11, 0):
+        block = client.call("getblock", coordinator.append(client, miner=number), 2)
+        assert f"/traincert/miner{number}/".encode() in bytes.fromhex(block["tx"][0]["vin"][0]["coinbase"])
 
 
 def test_a_table_draws_the_next_winner(client: NodeClient, coordinator: AppointingCoordinator) -> None:
