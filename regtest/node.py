@@ -64,10 +64,22 @@ DEFAULT_OPTIONS: Options = {
     "rpcworkqueue": "1024",  # calls that wait; a node refuses further ones
 }
 
-# We set these options ourselves, or nodes could not be found and called with another value.
+# We set these options ourselves. With another value, nodes could not be found and called, or not copied by their folder.
 _NOT_FOR_USERS = {
-    *("bind", "chain", "conf", "daemon", "daemonwait", "datadir", "pid", "regtest", "rpcallowip", "rpcbind"),
-    *("rpccookiefile", "server", "signet", "testnet", "testnet4"),
+    *(
+        "bind",
+        "blocksdir",
+        "chain",
+        "conf",
+        "daemon",
+        "daemonwait",
+        "datadir",
+        "pid",
+        "regtest",
+        "rpcallowip",
+        "rpcbind",
+    ),
+    *("rpccookiefile", "server", "settings", "signet", "testnet", "testnet4", "walletdir"),
 }
 
 RPC_IN_WARMUP = -28
@@ -99,6 +111,7 @@ class Node:
         self.disk_full = False
         self.reconnect: Callable[[], None] = lambda: None  # a network's way to link the node again, for restart()
         self._process: psutil.Process | None = None
+        self._no_answer = ""  # why the last call of a start was not answered
 
     def __enter__(self) -> Self:
         self.start()
@@ -198,8 +211,8 @@ class Node:
                 leftover.unlink(missing_ok=True)
             try:
                 self._launch()
-                wait_for(self._mempool, START_TIMEOUT, f"{self.name} to answer RPC", self.log_tail)
-                wait_for(self._is_ready, LOAD_TIMEOUT, f"{self.name} to read its blocks", self.log_tail)
+                wait_for(self._mempool, START_TIMEOUT, f"{self.name} to answer RPC", self._seen)
+                wait_for(self._is_ready, LOAD_TIMEOUT, f"{self.name} to read its blocks", self._seen)
                 self._check_options(log_size)
             except PortTakenError:
                 # Another program took a port after free_ports() and before bitcoind's bind: try other ports.
@@ -463,7 +476,8 @@ class Node:
             return {}
         try:
             mempool: dict[str, Any] = self.rpc("getmempoolinfo")
-        except NodeUnreachableError:
+        except NodeUnreachableError as error:
+            self._no_answer = str(error)
             return {}
         except RpcError as error:
             if error.code != RPC_IN_WARMUP:
@@ -472,6 +486,9 @@ class Node:
         if self._pid_file.read_text().strip() != str(self._pid_of_its_own()):
             raise NodeError(f"{self.name}: {self.bitcoind} started the node as another process: a script must use exec")
         return mempool
+
+    def _seen(self) -> str:
+        return f"{self._no_answer}\n{self.log_tail()}".strip()
 
     def _pid_of_its_own(self) -> int | None:
         """The process id that the node writes into its pid file."""

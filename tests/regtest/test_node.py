@@ -398,6 +398,13 @@ def test_option_that_cannot_be_used_is_named(options: Options, said: str, node: 
     assert not node.pid
 
 
+def test_node_that_answers_us_nothing_is_told_with_its_reason(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "START_TIMEOUT", 2)
+    node.options = {"rpcwhitelistdefault": True, "rpcwhitelist": "somebody:stop"}
+    with pytest.raises(WaitTimeoutError, match=r"node0 to answer RPC; last seen: .*getmempoolinfo: HTTP status 403"):
+        node.start()
+
+
 def test_ports_and_login_can_be_chosen(node_programs: Path, tmp_path: Path) -> None:
     rpc_port, port = free_ports(2)
     options: Options = {"rpcport": rpc_port, "port": port, "rpcuser": "me", "rpcpassword": "secret"}
