@@ -18,7 +18,7 @@ CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder;
 # nothing: the command that needs $(1) then fails and names it.
 if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
-.PHONY: check demo data test soak test-upstream thread-safety bench bench-attacks screenshots setup node images lock
+.PHONY: check demo data test soak test-upstream thread-safety bench bench-attacks screenshots man setup node images lock
 
 demo: setup
 	.venv/bin/traincert demo
@@ -74,6 +74,10 @@ bench-attacks: setup data
 screenshots: node
 	$(call if_missing,chromium,chromium)
 	.venv/bin/python tests/explorer/screenshots.py
+
+# Man pages, from the text of --help.
+man: setup
+	.venv/bin/python -m traincert.bridge.cli.man build/man
 
 setup: $(STAMP)
 

@@ -18,22 +18,22 @@ ORDER = {
     "trainer": (
         "errors interrupts failpoints imports determinism job weights usercode store datasets examples sharding "
         "preprocessing models state segments tasks updates training scoring aggregation engines.orders "
-        "engines.executor engines.local engines.broker engines.nats standings judging spot_checks cycle records "
-        "export replay report compare run"
+        "engines.executor engines.local engines.broker engines.nats standings judging spot_checks cycle records export "
+        "replay report compare run"
     ),
     "bridge": (
         "errors fields consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "
         "consensus.block consensus.rules status keys signer recorded messages invitations broker members member "
-        "coordinator_folder rpc chain block_files verified verifier receipts producer coordinator appointing remote_miners cosigning "
-        "coordinator_program miner checker cosigner audit deployment "
-        "explorer.blocks explorer.luck explorer.cycles explorer.nodes explorer.watch explorer.texts "
-        "explorer.pictures explorer.views explorer.metrics explorer.app explorer.serve "
-        "testing.invalid testing.network testing.plugin "
-        "cli.options cli.view cli.events cli.picture cli.explorer cli.demo cli.node cli.job cli.broker cli.coordinator "
-        "cli.reading cli.miner cli.cosigner cli.network cli.receipt cli.audit cli.completion cli.main cli.man"
+        "coordinator_folder rpc chain block_files verified verifier receipts producer coordinator appointing "
+        "remote_miners cosigning coordinator_program miner checker cosigner audit deployment explorer.blocks "
+        "explorer.luck explorer.cycles explorer.nodes explorer.watch explorer.texts explorer.pictures explorer.views "
+        "explorer.metrics explorer.app explorer.serve testing.invalid testing.network testing.plugin cli.options "
+        "cli.view cli.events cli.picture cli.explorer cli.demo cli.node cli.job cli.broker cli.coordinator cli.reading "
+        "cli.miner cli.cosigner cli.network cli.receipt cli.audit cli.completion cli.main cli.man"
     ),
     "regtest": (
-        "errors processes source build node blockfiles relay links reaper containers network snapshot lasting faucet plugin"
+        "errors processes source build node blockfiles relay links reaper containers network snapshot lasting faucet "
+        "plugin"
     ),
 }
 
@@ -100,9 +100,10 @@ def test_every_public_name_is_there(package: str) -> None:
 
 
 LIGHT = (
-    "bridge.chain bridge.verifier bridge.cli.main bridge.cli.completion bridge.cli.reading bridge.cli.audit bridge.cli.broker bridge.cli.coordinator bridge.cli.cosigner "
-    "bridge.cli.explorer bridge.cli.job bridge.cli.miner bridge.cli.network bridge.cli.node bridge.cli.receipt "
-    "bridge.testing.plugin bridge.testing.network regtest regtest.network regtest.plugin regtest.snapshot"
+    "bridge.chain bridge.verifier bridge.cli.main bridge.cli.completion bridge.cli.reading bridge.cli.audit "
+    "bridge.cli.broker bridge.cli.coordinator bridge.cli.cosigner bridge.cli.explorer bridge.cli.job bridge.cli.miner "
+    "bridge.cli.network bridge.cli.node bridge.cli.receipt bridge.testing.plugin bridge.testing.network regtest "
+    "regtest.network regtest.plugin regtest.snapshot"
 )
 # What the extra `train` brings.
 EXTRA = {"cryptography", "jinja2", "matplotlib", "nats", "nkeys", "numpy", "pydantic", "safetensors", "sklearn"}

@@ -27,9 +27,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from traincert.bridge.explorer import views
 from traincert.bridge.explorer.metrics import metrics
 from traincert.bridge.explorer.pictures import draw_picture, fork_picture
-from traincert.bridge.explorer.texts import FACTORS, FIELDS, REASONS
+from traincert.bridge.explorer.texts import FACTORS, REASONS
 from traincert.bridge.explorer.views import NotFoundError
 from traincert.bridge.explorer.watch import Watch
+from traincert.bridge.fields import FIELDS
 
 _FOLDER = Path(__file__).parent
 
@@ -78,7 +79,7 @@ def make_app(watch: Watch) -> Starlette:
             try:
                 context, status = await view(request), 200
             except NotFoundError as error:
-                return _problem(request, 404, str(error))
+                return _problem(request, error.status, str(error))
             return templates.TemplateResponse(request, name, {**_everywhere(watch), **context}, status)
 
         return endpoint
@@ -88,7 +89,7 @@ def make_app(watch: Watch) -> Starlette:
             try:
                 return JSONResponse(await view(request))
             except NotFoundError as error:
-                return JSONResponse({"error": str(error)}, 404)
+                return JSONResponse({"error": str(error)}, error.status)
 
         return endpoint
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_EXACT = 1000  # draws up to which the distribution is computed; above it is as good as normal
+_EXACT = 200  # draws up to which the distribution is computed; above, the normal one is as good and quick
 _TAIL = 0.025
 
 
 def fair_range(chances: Sequence[float]) -> tuple[int, int]:
     """Return how many draws are won at least and at most in 95 of 100 fair lotteries, given the chance in each draw.
 
-    The number of wins has a Poisson binomial distribution; above 1,000 draws the normal one is used.
+    The number of wins has a Poisson binomial distribution; above 200 draws the normal one is used.
     """
     if len(chances) > _EXACT:
         mean = math.fsum(chances)

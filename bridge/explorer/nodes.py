@@ -13,6 +13,7 @@ from traincert.bridge.chain import read_params
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.rpc import NodeClient
+from traincert.bridge.verifier import node_params
 from traincert.regtest.errors import RpcError
 
 T = TypeVar("T")
@@ -39,9 +40,11 @@ def connect_to(place: str) -> NodeClient:
 class WatchedNode:
     """What is known of a node. `hashes` is its chain, by height; it has gaps only while `loading`."""
 
-    def __init__(self, client: NodeClient, name: str) -> None:
+    def __init__(self, place: str, name: str) -> None:
+        """Raise BridgeError if the place, as a command line has it, is no node's."""
         self.name = name
-        self.client = client
+        self.client = connect_to(place)
+        self._datadir = None if "://" in place else Path(place)
         self.problem: str | None = "it is asked for the first time"
         self.asked = False
         self.info: dict[str, Any] = {}  # getblockchaininfo
@@ -51,6 +54,7 @@ class WatchedNode:
         self.connections = 0
         self.hashes: dict[int, str] = {}
         self.height = -1  # of the tip of `hashes`
+        self.kept_up = 0.0  # when it did not lag, time.monotonic()
         self.loading: tuple[int, int] | None = None  # blocks that are read, and all
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
@@ -84,8 +88,11 @@ class WatchedNode:
             self.network = self.params = None
             return
         if self.params is None:
-            with suppress(RpcError):  # it has pruned the block at the start height
-                self.params = await self.run(read_params, self.client)
+            with suppress(RpcError, BridgeError):  # pruned: the block at the start height has the model to start from
+                self.params = await self.run(self._read_params)
+
+    def _read_params(self) -> TrainingParams:
+        return node_params(self.client, self._datadir) if self._datadir else read_params(self.client)
 
     def close(self) -> None:
         """End the thread and the connection."""

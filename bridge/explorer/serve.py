@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -11,7 +12,7 @@ import uvicorn
 
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.explorer.app import make_app
-from traincert.bridge.explorer.nodes import WatchedNode, connect_to
+from traincert.bridge.explorer.nodes import WatchedNode
 from traincert.bridge.explorer.watch import open_watch
 
 ADDRESS = "127.0.0.1"
@@ -29,7 +30,7 @@ def serve(
     with ExitStack() as stack:
         nodes = []
         for place, name in zip(places, names(places), strict=True):
-            nodes.append(WatchedNode(connect_to(place), name))
+            nodes.append(WatchedNode(place, name))
             stack.callback(nodes[-1].close)
         app = make_app(open_watch(nodes, records, coordinator))
         listening = stack.enter_context(closing(_listen(port)))
@@ -48,7 +49,8 @@ def _listen(port: int) -> socket.socket:
     try:
         listening = socket.create_server((ADDRESS, port))
     except OSError as error:
-        raise BridgeError(f"port {port} of {ADDRESS}: {error.strerror}: choose another one with --port") from None
+        problem = os.strerror(error.errno or 0)
+        raise BridgeError(f"port {port} of {ADDRESS}: {problem}: choose another one with --port") from None
     # Connections inherit it. asyncio sets it only where the socket names its protocol; without it answers wait 40 ms.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening

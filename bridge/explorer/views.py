@@ -29,6 +29,14 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 class NotFoundError(BridgeError):
     """The explorer does not know what was asked for. The text is a sentence for the visitor."""
 
+    status = 404  # of HTTP
+
+
+class UnavailableError(NotFoundError):
+    """It exists, but no node gives it now."""
+
+    status = 503
+
 
 def blocks(watch: Watch, before: int | None, count: int) -> list[dict[str, Any]]:
     """Return blocks of the shown chain below a height (None: the tip too), the newest first."""
@@ -255,7 +263,7 @@ async def address(watch: Watch, text: str) -> dict[str, Any]:
     """Return the blocks of the shown chain that pay to an address, the newest first. Raises NotFoundError."""
     answer = await _ask(watch, "validateaddress", text)
     if not answer["isvalid"]:
-        raise NotFoundError(f"{text[:100]} is no address: {answer['error']}.")
+        raise NotFoundError(f"{text[:100]} is no address: {answer['error'].rstrip('.')}.")
     script = bytes.fromhex(answer["scriptPubKey"])
     paid = [watch.block_json(each) for each in watch.chain() if script in each.scripts]
     return {"address": text, "scriptPubKey": answer["scriptPubKey"], "blocks": paid[: -MOST_BLOCKS - 1 : -1]}
@@ -285,11 +293,11 @@ async def search(watch: Watch, text: str) -> str:
 
 
 def params(node: WatchedNode) -> dict[str, Any]:
-    """Return what makes a node's training network. Raises NotFoundError."""
+    """Return what makes a node's training network. Raises NotFoundError, and UnavailableError."""
     if node.network is None:
         raise NotFoundError(f"{node.name} is not on a training network.")
     if node.params is None:
-        raise NotFoundError(f"{node.name} has pruned the first training block, which has the model to start from.")
+        raise UnavailableError(f"{node.name} has pruned the first training block, which has the model to start from.")
     return {
         "chain_id": node.params.chain_id.hex(),
         "options": node.params.node_options(),

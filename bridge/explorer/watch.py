@@ -32,7 +32,8 @@ POLL_SECONDS = 0.2
 LEARN_SECONDS = 5.0
 """How often it is asked for what changes rarely."""
 LAGGING_BLOCKS = 3
-"""A node that is so many blocks behind the highest one lags."""
+LAGGING_SECONDS = 5.0
+"""A node that is so many blocks behind the highest one for so long lags."""
 QUIET_ROUNDS = 3
 """No block for so many rounds is an alarm."""
 _MOST_CHANGES = 5000  # kept for pages that lost their connection
@@ -227,6 +228,8 @@ class Watch:
     async def _update(self, node: WatchedNode) -> None:
         info = await node.call("getblockchaininfo")
         node.info, node.problem = info, None
+        if not node.hashes:
+            node.loading = (0, info["blocks"] + 1)
         if info["bestblockhash"] != node.tip:
             await self._find_branches(node)
             await self._read_chain(node, info["bestblockhash"], info["blocks"])
@@ -321,7 +324,9 @@ class Watch:
                 f"down {node.name}", node.asked and not node.up, "down", f"{node.name} does not answer: {node.problem}"
             )
             behind = highest - node.height
-            lags = node.up and node.loading is None and behind >= LAGGING_BLOCKS
+            if not node.up or node.loading or behind < LAGGING_BLOCKS:
+                node.kept_up = time.monotonic()
+            lags = time.monotonic() - node.kept_up > LAGGING_SECONDS
             self._set(f"lagging {node.name}", lags, "lagging", f"{node.name} is {behind} blocks behind")
             forked = node.up and main.up and node.loading is main.loading is None and not _agree(node, main)
             text = f"{node.name} and {main.name} have different blocks at height {min(node.height, main.height)}"

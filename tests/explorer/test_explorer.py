@@ -68,6 +68,7 @@ def test_it_says_what_the_node_says(two: TrainingNetwork, explorer: Explorer) ->
     hashes = [two.append(table=two.table(3, 1)) for _ in range(30)]
     two.network.wait_until_same_tip()
     at_height(explorer, 30)
+    wait_for(lambda: node_of(explorer, 1)["bestblockhash"] == hashes[-1], 60, "node1's chain")
     info = explorer.get("info")
     assert [each["bestblockhash"] for each in info["nodes"]] == [hashes[-1]] * 2
     assert [each["behind"] for each in info["nodes"]] == [0, 0]
@@ -153,17 +154,18 @@ def test_a_node_that_is_down_and_one_that_restarts(two: TrainingNetwork, explore
     wait_for(lambda: not node_of(explorer, 0)["up"], 60, "node0 down")
     assert node_of(explorer, 0)["problem"].startswith("node0")
     assert explorer.get("info")["tip"]["height"] == 1  # node1's chain
-    assert len(alarms(explorer, "down")) == 1
+    wait_for(lambda: len(alarms(explorer, "down")) == 1, 60, "the alarm about node0")
     two.nodes[1].kill()
     wait_for(lambda: not node_of(explorer, 1)["up"], 60, "node1 down")
     assert explorer.client.get("/").status_code == 200
     assert explorer.refusal("rawblock/1") == "No node is up."
     two.nodes[0].start()
     wait_for(lambda: node_of(explorer, 0)["up"], 60, "node0 up")
-    assert {each["text"].split()[0]: each["ended"] is None for each in alarms(explorer, "down")} == {
-        "node0": False,
-        "node1": True,
-    }
+
+    def going_on() -> dict[str, bool]:
+        return {each["text"].split()[0]: each["ended"] is None for each in alarms(explorer, "down")}
+
+    wait_for(lambda: going_on() == {"node0": False, "node1": True}, 60, "the end of node0's alarm")
 
 
 def test_a_node_that_lags(two: TrainingNetwork, explorer: Explorer) -> None:
@@ -229,9 +231,13 @@ def test_a_pruned_node(bitcoin_network: NetworkFactory) -> None:
         first = node_of(explorer, 0)["pruneheight"]
         assert explorer.get("block/1")["pruned"]
         assert explorer.refusal("rawblock/1").startswith("node0: getblock: Block not available (pruned data)")
-        assert explorer.refusal("params").startswith("node0 has pruned the first training block")
+        assert explorer.get("params")["chain_id"] == network.params.chain_id.hex()  # by its bitcoin.conf
         assert explorer.get(f"block/{first}")["certificate"]["height"] == first
         assert explorer.client.get("/block/1").status_code == 200
+    with Explorer("--node", f"{node.rpc_url},{node.cookie_file}") as explorer:
+        wait_for(lambda: node_of(explorer, 0)["training"], 60, "the node asked")
+        answer = explorer.client.get("/api/params")
+        assert (answer.status_code, "has pruned the first training block" in answer.text) == (503, True)
 
 
 def test_search_finds_what_has_a_page(two: TrainingNetwork, explorer: Explorer) -> None:

@@ -26,8 +26,8 @@ def test_at_most_one_in_forty_fair_lotteries_gives_less_and_one_in_forty_more(se
 
 
 @pytest.mark.parametrize("chance", [0.01, 0.25, 0.5, 0.99])
-def test_above_a_thousand_draws_it_is_nearly_the_same(chance: float) -> None:
-    exact, normal = fair_range([chance] * 1000), fair_range([chance] * 1001)
+def test_above_two_hundred_draws_it_is_nearly_the_same(chance: float) -> None:
+    exact, normal = fair_range([chance] * 200), fair_range([chance] * 201)
     assert all(abs(one - other) <= 2 for one, other in zip(exact, normal, strict=True))
 
 

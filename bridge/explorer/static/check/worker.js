@@ -1,4 +1,5 @@
-// The worker that checks blocks, one after the other. It takes {id, hash, height, trusted}, answers {id} when it begins, and then
+// The worker that checks blocks, one after the other, the highest first: where blocks come faster than they can be checked, those
+// that the visitor sees are not behind older ones. It takes {id, hash, height, trusted}, answers {id} when it begins, and then
 // {id, report}: that of report.js, with the rule network first, `startHeight`, and `kept` if the browser knew it already.
 
 import { hex } from './codec.js';
@@ -11,13 +12,20 @@ const MOST_BLOCKS = 4; // kept in memory: a block is wanted again as the parent 
 
 const blocks = new Map();
 let network = null;
-let queue = Promise.resolve();
+const waiting = [];
+let busy = false;
 
-onmessage = ({ data }) => {
-  queue = queue.then(async () => {
-    postMessage({ id: data.id });
-    postMessage({ id: data.id, report: await check(data) });
-  });
+onmessage = async ({ data }) => {
+  waiting.push(data);
+  if (busy) return;
+  busy = true;
+  while (waiting.length) {
+    const highest = waiting.reduce((best, { height }, index) => (height > waiting[best].height ? index : best), 0);
+    const [question] = waiting.splice(highest, 1);
+    postMessage({ id: question.id });
+    postMessage({ id: question.id, report: await check(question) });
+  }
+  busy = false;
 };
 
 async function check({ hash, height, trusted }) {
@@ -75,10 +83,11 @@ async function fetchBlock(hash) {
   return blocks.get(hash);
 }
 
-/** The server's answer. Throws UnavailableError for another than 200 and 404. */
+/** The server's answer. Throws UnavailableError for another than 200 and 404; with 503 the server says why. */
 async function get(path) {
   const response = await fetch(path).catch(() => null);
   if (response === null) throw new UnavailableError('the server does not answer');
+  if (response.status === 503) throw new UnavailableError((await response.json()).error);
   if (!response.ok && response.status !== 404) throw new UnavailableError(`the server answers ${response.status} to ${path}`);
   return response;
 }
