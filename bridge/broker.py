@@ -29,7 +29,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -255,6 +255,19 @@ async def connect(credential: Credential, **options: Any) -> Client:
         raise
     state = "connected"
     return client
+
+
+async def connect_patiently(credential: Credential, on_wait: Callable[[str], None], **options: Any) -> Client:
+    """Connect as `connect` does, but wait for a broker where nothing listens yet. `on_wait` is told once why."""
+    waits = False
+    while True:
+        try:
+            return await connect(credential, **options)
+        except BrokerUnreachableError as error:
+            if not waits:
+                on_wait(f"{error} Waiting for it.")
+            waits = True
+            await asyncio.sleep(1)
 
 
 class _TlsTransport(TcpTransport):

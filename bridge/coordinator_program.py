@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from coincurve import PrivateKey
 
-from traincert.bridge.broker import connect, coordinator_credential
+from traincert.bridge.broker import connect_patiently, coordinator_credential
 from traincert.bridge.chain import check_network
 from traincert.bridge.consensus.beacon import Beacon
 from traincert.bridge.consensus.certificate import Certificate
@@ -136,7 +136,8 @@ def open_coordinator(folder: CoordinatorFolder, datadir: Path, miners: int, view
         view.step("preparing the data")
         dataset = run.dataset()
         remote = RemoteMiners(folder.members, key, params, wanted=miners, waiting=waiting)
-        connection = stack.enter_context(Connection(partial(connect, coordinator_credential(folder.folder)), on_lost))
+        connecting = partial(connect_patiently, coordinator_credential(folder.folder), view.step)
+        connection = stack.enter_context(Connection(connecting, on_lost))
         engine = NatsEngine(
             job,
             run.store,

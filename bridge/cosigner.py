@@ -176,5 +176,5 @@ def run_cosigner(folder: Path, datadir: Path, view: View) -> None:
         stack.enter_context(opened.lock())
         node = stack.enter_context(NodeClient.from_datadir(datadir))
         check_network(node, opened.params)
-        member = Member(opened, job, stack.enter_context(opened.connection(view)))
+        member = Member(opened, job, stack.enter_context(opened.connection(view, patient=True)))
         Cosigner(opened, job, member, node, view).run()

@@ -24,7 +24,7 @@ from typing import IO, Any, Protocol
 
 from coincurve import PrivateKey
 
-from traincert.bridge.broker import Credential, connect
+from traincert.bridge.broker import Credential, connect, connect_patiently
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import COSIGNER, MINER, Invitation
@@ -112,8 +112,11 @@ class MemberFolder:
             raise BridgeError(f"{self.folder} is in use by another process") from None
         return file
 
-    def connection(self, view: View) -> Connection:
-        """Return a connection to the broker, which is not open yet. `view` is told of each silence."""
+    def connection(self, view: View, *, patient: bool = False) -> Connection:
+        """Return a connection to the broker, which is not open yet. `view` is told of each silence.
+
+        If it is `patient`, opening it waits for a broker that does not run yet.
+        """
 
         def on_lost(lost: bool) -> None:
             view.say("broker", "the broker is away: waiting for it" if lost else "the broker is there again", lost=lost)
@@ -122,6 +125,11 @@ class MemberFolder:
             text = "the coordinator does not answer: waiting for it" if silent else "the coordinator answers again"
             view.say("coordinator", text, silent=silent)
 
+        def on_wait(text: str) -> None:
+            view.say("broker", text, lost=True)
+
+        if patient:
+            return Connection(partial(connect_patiently, self.credential, on_wait), on_lost, on_silent)
         return Connection(partial(connect, self.credential), on_lost, on_silent)
 
 

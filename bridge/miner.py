@@ -386,5 +386,5 @@ def run_miner(folder: Path, datadir: Path | None, view: View, *, compat_pow: boo
         else:
             view.say("no-node", "without --datadir this miner appends no blocks")
         engine = stack.enter_context(LocalEngine(job, opened.store, workers=1))
-        member = Member(opened, job, stack.enter_context(opened.connection(view)))
+        member = Member(opened, job, stack.enter_context(opened.connection(view, patient=True)))
         Miner(opened, job, member, engine, datadir, view, compat_pow=compat_pow).run()

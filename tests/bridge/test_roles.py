@@ -260,6 +260,22 @@ def test_the_coordinator_goes_on_from_each_of_its_steps(trial: Trial) -> None:
     trial.check()
 
 
+def test_programs_may_start_before_the_broker(trial: Trial) -> None:
+    trial.start()
+    trial.wait_for_height(1)
+    names = ["coordinator", "cosigner1", "miner0"]
+    for name in ["broker", *names]:
+        trial.deployment.kill(name)
+    for name in names:
+        trial.restart(name)
+    logs = [trial.directory / name / "log" for name in names[1:]]
+    waits = "Waiting for it."
+    wait_for(lambda: all(waits in log.read_text() for log in logs), TIMEOUT, "programs that wait", trial.said)
+    trial.restart("broker")
+    trial.wait_for_height(trial.height() + 3)
+    trial.check()
+
+
 def test_the_chain_grows_while_processes_are_killed_at_random(trial: Trial) -> None:
     trial.start()
     draw = random.Random(KILLS)  # noqa: S311 - it has to be the same again, not secret
