@@ -181,8 +181,9 @@ def chain(heights: tuple[int, int | None], datadir: Path, run: Path | None, as_j
     parent = found.parent and found.parent.certified
     console = stdout_console()
     console.print(chain_table(found.certified, total=parent.certificate.contributions_weight if parent else 0))
+    console.print(f"✓ every rule holds; blocks with a certificate: {len(found.certified)}", soft_wrap=True)
     if run:
-        console.print(f"{run} has the record of each block", soft_wrap=True)
+        console.print(f"✓ {run} has the record of each block", soft_wrap=True)
     print_equivocations(console, equivocations)
 
 
@@ -404,7 +405,7 @@ def show_miner(key: bytes, datadir: Path, run: Path | None, as_json: bool) -> No
     table = Table(box=None)
     for name in ("height", "round", "weight / total", "chance"):
         table.add_column(name, justify="right")
-    table.add_column("block hash", overflow="fold")
+    table.add_column("block", overflow="ellipsis")
     for each in won:
         weight, total = each["weight"], each["total"]
         drawn = (f"{weight:,} / {total:,}", f"{weight / total:.1%}") if weight else ("appointed", "")

@@ -64,15 +64,16 @@ class BuildView:
 class _LiveTable:
     """A growing table and a bar, or without a terminal a line for each step and row. Use it as a context manager."""
 
-    def __init__(self, columns: Sequence[str]) -> None:
+    def __init__(self, columns: Sequence[str], *, stays: bool) -> None:
+        """With `stays` the table is still there at the end. The last column, a hash, is cut where there is no room."""
         self._console = _stderr_console()
         self._progress = _progress(self._console)
         self._task = self._progress.add_task("", total=None)
         self._table = Table(box=None)
         for name in columns:
-            # The last column, a hash, is the one that rich cuts where the terminal is narrow.
             self._table.add_column(name, no_wrap=name != columns[-1], overflow="ellipsis")
-        self._live = Live(Group(self._table, self._progress), console=self._console, transient=True)
+        self._stays = stays
+        self._live = Live(Group(self._table, self._progress), console=self._console, transient=not stays)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -80,6 +81,8 @@ class _LiveTable:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._stays:
+            self._live.update(self._table)  # without the bar
         if self._console.is_terminal:
             self._live.stop()
 
@@ -103,7 +106,7 @@ class CyclesView(_LiveTable):
     """The demo's cycles."""
 
     def __init__(self) -> None:
-        super().__init__(("height", "winner", "updates taken", "refused", "validation loss", "metric", "block"))
+        super().__init__(("height", "winner", "updates", "refused", "loss", "metric", "block"), stays=False)
 
     def absent(self, height: int, winner: str, reason: str) -> None:
         """Show that a winner's block did not come within its round."""
@@ -118,7 +121,15 @@ class CyclesView(_LiveTable):
         metric = "no number" if cycle["metric"] is None else f"{cycle['metric']:.4f}"
         winner = cycle["winner"] + in_round(cycle["round"])
         self._add(
-            (str(cycle["height"]), winner, updates, reasons, loss, metric, cycle["block"]),
+            (
+                str(cycle["height"]),
+                winner,
+                updates,
+                reasons,
+                f"{cycle['loss_after'] / 1e9:.4f}",
+                metric,
+                cycle["block"],
+            ),
             f"block {cycle['height']} by {winner}: {updates} updates{f' ({reasons})' if reasons else ''}, "
             f"loss {loss}, metric {metric}, {cycle['block']}",
         )
@@ -128,9 +139,7 @@ class JobView(_LiveTable):
     """A job's cycles."""
 
     def __init__(self) -> None:
-        super().__init__(
-            ("cycle", "updates taken", "refused", "bytes", "validation loss", "validation metric", "model")
-        )
+        super().__init__(("cycle", "updates", "refused", "bytes", "loss", "metric", "model"), stays=True)
 
     def cycle(self, record: Mapping[str, Any]) -> None:
         """Show a finished cycle, by its record."""
@@ -145,7 +154,7 @@ class JobView(_LiveTable):
         loss = f"{before:.4f} → {after:.4f}"
         metric = "no number" if record["metric"] is None else f"{record['metric']:.4f}"
         self._add(
-            (str(record["cycle"]), updates, reasons, size, loss, metric, record["model_after"]),
+            (str(record["cycle"]), updates, reasons, size, f"{after:.4f}", metric, record["model_after"]),
             f"cycle {record['cycle']}: {updates} updates{f' ({reasons})' if reasons else ''}, {size} bytes, "
             f"loss {loss}, metric {metric}, model {record['model_after'][:16]}",
         )
@@ -196,16 +205,14 @@ def _progress(console: Console) -> Progress:
 def chain_table(chain: Iterable[Certified], names: Mapping[bytes, str] | None = None, total: int = 0) -> Table:
     """Return a table with a row for each block. `total` is the weight of the table from which the first was drawn.
 
-    A winner is shown by its name, or by the start of its key, with the round if the slot was drawn again. Losses are in
-    nats, on validation examples. The weight is shown with the total of the table from which the winner was drawn.
+    A winner is shown by its name, or by the start of its key, with the round if the slot was drawn again. The loss is
+    that of the model after, in nats, on validation examples. The chance is the winner's in the table from which it was
+    drawn. A hash is cut where the terminal is narrow: 80 columns have room for the rest.
     """
     table = Table(box=None)
-    table.add_column("height", justify="right")
-    table.add_column("winner")
-    table.add_column("params trained", justify="right")
-    table.add_column("loss before → after", justify="right")
-    table.add_column("weight / total", justify="right")
-    table.add_column("block hash", overflow="fold")
+    for name in ("height", "winner", "params", "loss", "chance"):
+        table.add_column(name, justify="left" if name == "winner" else "right", no_wrap=True)
+    table.add_column("block", overflow="ellipsis")
     for block in chain:
         certificate = block.certificate
         winner = certificate.winner_key
@@ -213,8 +220,8 @@ def chain_table(chain: Iterable[Certified], names: Mapping[bytes, str] | None = 
             str(certificate.height),
             (names[winner] if names else winner.hex()[:16]) + in_round(certificate.round),
             f"{certificate.params_trained:,}",
-            f"{certificate.loss_before / 1e9:.4f} → {certificate.loss_after / 1e9:.4f}",
-            f"{certificate.draw.weight:,} / {total:,}" if certificate.draw else certificate.award,
+            f"{certificate.loss_after / 1e9:.4f}",
+            f"{certificate.draw.weight / total:.1%}" if certificate.draw else certificate.award,
             block.hash,
         )
         total = certificate.contributions_weight  # the next winner is drawn from this table

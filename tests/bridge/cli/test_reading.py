@@ -139,8 +139,9 @@ def test_block_without_certificate_says_why(
 
 def test_chain_shows_the_chosen_heights_with_the_weight_of_the_table_before(made: Made, run: Run) -> None:
     _, node = made
-    whole = run("chain", "--datadir", node.datadir).stdout.splitlines()
+    *whole, checked = run("chain", "--datadir", node.datadir).stdout.splitlines()
     assert len(whole) == 1 + LENGTH - START + 1
+    assert checked == f"✓ every rule holds; blocks with a certificate: {len(whole) - 1}"
     for heights, lines in (
         ("5..7", whole[3:6]),
         ("5..", whole[3:]),
@@ -149,7 +150,7 @@ def test_chain_shows_the_chosen_heights_with_the_weight_of_the_table_before(made
         ("0..2", []),
     ):
         shown = run("chain", heights, "--datadir", node.datadir).stdout.splitlines()
-        assert [line.split() for line in shown[1:]] == [line.split() for line in lines], heights
+        assert [line.split() for line in shown[1:-1]] == [line.split() for line in lines], heights
         certificates = json.loads(run("chain", heights, "--json", "--datadir", node.datadir).stdout)
         assert certificates == [node.rpc("gettrainingcertificate", each["height"]) for each in certificates]
         assert [each["height"] for each in certificates] == [int(line.split()[0]) for line in lines]
@@ -166,7 +167,8 @@ def test_an_empty_chain_is_no_mistake(bitcoin_network: NetworkFactory, run: Run)
     node = bitcoin_network(1, chain.params.node_options()).nodes[0]
     for height in (0, 2):
         assert json.loads(run("chain", "--json", "--datadir", node.datadir).stdout) == []
-        assert len(run("chain", "--datadir", node.datadir).stdout.splitlines()) == 1  # the names of the columns
+        _, checked = run("chain", "--datadir", node.datadir).stdout.splitlines()  # and the names of the columns
+        assert checked == "✓ every rule holds; blocks with a certificate: 0"
         for source in (["--datadir", node.datadir], ["--blocks", blocks_folder(node)]):
             shown = json.loads(run("verify", "--json", *source).stdout)
             assert (shown["valid"], shown["last"]) == (True, height)
