@@ -21,7 +21,7 @@ from explorer.made_chain import block_id
 from explorer_process import TRAINCERT, Explorer
 from traincert.regtest import Node, wait_for
 from traincert.regtest.node import read_conf
-from training_chain import TrainingChain
+from training_chain import TrainingChain, submit, template
 
 AXE = Path(__file__).with_name("axe")
 MONITORING = Path(__file__).parents[2] / "examples/monitoring"
@@ -110,10 +110,10 @@ def paths(explorer: Explorer) -> list[str]:
 
 
 def append(chain: TrainingChain, node: Node) -> str:
-    template = node.rpc("getblocktemplate", {"rules": ["segwit", "training"]})
-    certificate = chain.next_certificate(template)
-    block: CBlock = chain.block(template, certificate)
-    assert node.rpc("submitblock", block.serialize().hex()) is None
+    slot = template(node)
+    certificate = chain.next_certificate(slot)
+    block: CBlock = chain.block(slot, certificate)
+    assert submit(node, block) is None
     chain.advance(certificate)
     return block_id(block)
 
@@ -331,6 +331,36 @@ def test_a_fork_is_drawn(chain: TrainingChain, node: Node, lone: Explorer, open_
     expect(page.locator("main")).to_contain_text("left 1 block")
     page.goto(f"{lone.url}/block/{hashes[1]}")
     expect(page.locator("main")).to_contain_text("is not in the chain")
+
+
+def test_a_winner_that_signs_two_blocks_is_an_alarm(
+    chain: TrainingChain, node: Node, lone: Explorer, open_page: OpenPage
+) -> None:
+    slot = template(node)
+    certificate = chain.next_certificate(slot)
+    blocks = [chain.block(slot | {"curtime": slot["curtime"] + later}, certificate) for later in range(2)]
+    assert [submit(node, block) for block in blocks] == [None, "inconclusive"]
+
+    def told() -> list[str]:
+        return [each["text"] for each in lone.get("alarms") if each["kind"] == "equivocation"]
+
+    wait_for(lambda: len(told()) == 1, 60, "the alarm about the winner")
+    assert all(block_id(block) in told()[0] for block in blocks)
+    expect(open_page(lone.url).locator("#alarm-list")).to_contain_text("equivocation")
+
+
+def test_a_slot_that_was_drawn_again_is_marked(
+    chain: TrainingChain, node: Node, lone: Explorer, open_page: OpenPage
+) -> None:
+    append(chain, node)
+    slot = template(node)
+    slot["curtime"] += 3 * chain.round_seconds
+    certificate = chain.next_certificate(slot, round_=2)
+    assert submit(node, chain.block(slot, certificate)) is None
+    at_height(lone, 2)
+    page = open_page(lone.url)
+    expect(page.locator("#readout")).to_contain_text("drawn again 2 times")
+    expect(page.locator("#totals")).to_contain_text("2")
 
 
 def test_what_comes_from_outside_is_text_and_not_html(explorer: Explorer, open_page: OpenPage) -> None:
