@@ -64,7 +64,7 @@ DEFAULT_OPTIONS: Options = {
     "rpcworkqueue": "1024",  # calls that wait; a node refuses further ones
 }
 
-# We set these options ourselves. With another value, nodes could not be found and called, or not copied by their folder.
+# We set these options ourselves, or nodes could not be found, called and copied with another value.
 _NOT_FOR_USERS = {
     *(
         "bind",
