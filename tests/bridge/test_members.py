@@ -53,7 +53,7 @@ from traincert.trainer.errors import EngineError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import record_hash
 from traincert.trainer.standings import Standing
-from traincert.trainer.store import write_blob
+from traincert.trainer.store import read_blob, write_blob
 from traincert.trainer.weights import paid
 
 SECRETS = {name: PrivateKey(digest(name)) for name in ("coordinator", "alice", "bob", "carol", "cosigner")}
@@ -586,7 +586,8 @@ def test_a_miner_sends_the_memories_of_its_last_task_and_says_which_are_lost(tmp
     sent: list[tuple[str, bytes, bytes]] = []
     said: list[tuple[str, str]] = []
 
-    def send(kind: str, asked: bytes, data: bytes) -> None:
+    def send(kind: str, asked: bytes, folder: Path) -> None:
+        data = read_blob(folder, asked)
         if data == b"not wanted":
             raise RefusedError("the memory came too late")
         sent.append((kind, asked, data))

@@ -253,7 +253,8 @@ class Connection:
             return answered.result()
         finally:
             ended.cancel()
-            answered.cancel()
+            if not answered.cancel():  # it has ended already, but we were cancelled before we saw it
+                _forget(answered)
 
     async def _follow(self, handlers: Mapping[str, Handler], members: Callable[[], Collection[str]]) -> None:
         """Have a connection for each member, and for nobody else."""
@@ -371,9 +372,19 @@ def read_chunk(head: bytes, file: int, offset: int) -> bytes:
 
 async def _close_all(clients: Iterable[Client]) -> None:
     # In tasks of their own, because a client may cancel the task in which it is closed.
-    closing = [asyncio.create_task(client.close()) for client in clients]
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(asyncio.gather(*closing, return_exceptions=True), _CLOSE_SECONDS)
+    if not (closing := [asyncio.create_task(client.close()) for client in clients]):
+        return
+    done, late = await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
+    for task in late:
+        task.cancel()
+    for task in done:
+        _forget(task)
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Look at how a task ended: asyncio logs an exception at which nobody looked."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _ignore(error: Exception) -> None:
