@@ -158,7 +158,7 @@ def make_app(watch: Watch) -> Starlette:
 
     async def live(_: Request) -> dict[str, Any]:
         shown = views.blocks(watch, None, _SHOWN_BLOCKS)
-        luck = {"miners": views.miners(watch), "totals": views.totals(watch)}
+        luck = {"miners": views.miners(watch), "totals": views.totals(watch, None)}
         return {"blocks": shown, "alarms": views.alarms(watch), **luck}
 
     async def blocks_page(request: Request) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from traincert.bridge.consensus.certificate import Certificate
 from traincert.bridge.consensus.lottery import draw_ticket
@@ -18,6 +19,8 @@ from traincert.bridge.explorer.luck import fair_range
 from traincert.bridge.explorer.nodes import WatchedNode
 from traincert.bridge.explorer.watch import Watch
 from traincert.regtest.errors import NodeError
+
+T = TypeVar("T")
 
 MOST_BLOCKS = 100
 """In one answer."""
@@ -60,11 +63,35 @@ def series(watch: Watch) -> dict[str, Any]:
     return {**columns, "miners": winners(watch)}
 
 
+def _kept(work: Callable[[Watch, int | None], T]) -> Callable[[Watch, int | None], T]:
+    """Keep what is computed of all blocks of the shown chain while its tip is the same: chains are long."""
+
+    @wraps(work)
+    def kept(watch: Watch, before: int | None) -> T:
+        tip = watch.blocks.get(watch.main.tip or "")
+        awaits_record = watch.cycles is not None and watch.cycle(tip) is None
+        if tip is None or before is not None or watch.main.loading or awaits_record:
+            return work(watch, before)
+        if watch.kept_for != tip.hash:
+            watch.kept.clear()
+            watch.kept_for = tip.hash
+        if work not in watch.kept:
+            watch.kept[work] = work(watch, before)
+        result: T = watch.kept[work]
+        return result
+
+    return kept
+
+
 def winners(watch: Watch) -> list[dict[str, Any]]:
     """Return the miners that won blocks of the shown chain, in the order of their first ones."""
     names = watch.names()
-    keys = dict.fromkeys(certificate.winner_key for _, certificate in _certified(watch))
-    return [{"key": key.hex(), "name": names.get(key)} for key in keys]
+    return [{"key": key.hex(), "name": names.get(key)} for key in _winner_keys(watch, None)]
+
+
+@_kept
+def _winner_keys(watch: Watch, before: int | None) -> list[bytes]:
+    return list(dict.fromkeys(certificate.winner_key for _, certificate in _certified(watch, before)))
 
 
 def _certified(watch: Watch, before: int | None = None) -> Iterator[tuple[BlockFacts, Certificate]]:
@@ -160,6 +187,7 @@ class _Standing:
     chances: list[float] = field(default_factory=list)
 
 
+@_kept
 def _standings(watch: Watch, before: int | None) -> tuple[dict[bytes, _Standing], int]:
     """Return each miner's part, and how many draws there were from tables that are known."""
     standings: dict[bytes, _Standing] = {}
@@ -197,7 +225,8 @@ def miners(watch: Watch, before: int | None = None) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: (-each["blocks"], each["key"]))
 
 
-def totals(watch: Watch, before: int | None = None) -> dict[str, Any]:
+@_kept
+def totals(watch: Watch, before: int | None) -> dict[str, Any]:
     """Return how often winners were drawn again, and how many updates were refused for each reason, below a height."""
     redraws = 0
     redrawn: list[int] = []

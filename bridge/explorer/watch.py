@@ -81,6 +81,8 @@ class Watch:
         self._news = asyncio.Event()
         self._said: dict[str, Any] = {}
         self._main: str | None = None  # the node whose chain is shown
+        self.kept: dict[Any, Any] = {}  # what views.py has computed of all blocks
+        self.kept_for = ""  # the tip of these blocks
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

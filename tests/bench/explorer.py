@@ -63,6 +63,8 @@ def _static_page(browser: Browser, url: str) -> str:
         page = context.new_page()
         page.on("requestfinished", count)
         page.goto(url)
+        page.wait_for_selector("#chart[data-blocks]")
+        page.remove_listener("requestfinished", count)
         html = re.sub(r"(?s)<script.*?</script>|<link [^>]*>", "", page.content())
     return f"{html}<!--{'x' * (sum(sizes) - len(html))}-->"
 

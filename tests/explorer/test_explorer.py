@@ -120,8 +120,12 @@ def test_a_fork_and_the_reorganisation_that_ends_it(two: TrainingNetwork, explor
     left = [two.append(node=two.nodes[0]) for _ in range(2)]
     right = [two.append(node=two.nodes[1], miner=3) for _ in range(3)]
     wait_for(lambda: len(alarms(explorer, "fork")) == 1, 60, "the alarm about the fork")
+
+    def off_chain() -> list[str]:
+        return [block["hash"] for block in explorer.get("forks")["blocks"]]
+
+    wait_for(lambda: off_chain() == right[::-1], 60, "node1's branch")
     forks = explorer.get("forks")
-    assert [block["hash"] for block in forks["blocks"]] == right[::-1]
     assert [tip["hash"] for tip in forks["tips"]] == [left[-1], right[-1]]
     events = explorer.events()
     next(events)
