@@ -41,6 +41,7 @@ check: setup
 test: check node data
 	$(call if_missing,npm,nodejs npm)
 	$(call if_missing,chromium,chromium)
+	$(call if_missing,groff,groff-base)
 	find bitcoind-patch/src -name '*.h' -o -name '*.cpp' | \
 	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
 	.venv/bin/pytest --numprocesses $(PROCESSES) --dist loadfile

@@ -161,8 +161,8 @@ def demo(
     # Before the build of a quarter of an hour, which would be in vain if torch is missing.
     with importing():
         from traincert.bridge.cli.demo import PICTURE, Plan, run_demo
+    from traincert.bridge.cli.explorer import DEFAULT_PORT, options_of_demo
     from traincert.bridge.cli.explorer import explorer as show_explorer
-    from traincert.bridge.cli.explorer import options_of_demo
     from traincert.bridge.cli.node import build_with_progress
     from traincert.bridge.cli.view import CyclesView, chain_table, print_claims, stdout_console
 
@@ -190,7 +190,8 @@ def demo(
         bitcoin_cli = shlex.join([str(programs / "bitcoin-cli"), f"-datadir={data.absolute() / 'node0'}"])
         click.echo(f"\nThe nodes are running. Talk to them:\n  {bitcoin_cli} gettraininginfo")
         click.echo(f"  traincert chain --datadir {shlex.quote(str(data / 'node0'))}")
-        click.echo(f"See them in a browser:\n  {shlex.join(['traincert', 'explorer', *options_of_demo(data)])}")
+        show = shlex.join(["traincert", "explorer", *options_of_demo(data)])
+        click.echo(f"See them in a browser, at http://127.0.0.1:{DEFAULT_PORT}:\n  {show}")
         command = f'{shlex.quote(str(programs / "bitcoin-cli"))} "-datadir=$node" stop'
         click.echo(f"Stop them:\n  for node in {shlex.quote(str(data.absolute()))}/node*; do {command}; done")
     if not all(claim.holds for claim in outcome.claims):

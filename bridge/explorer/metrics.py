@@ -56,11 +56,11 @@ class _Numbers(Collector):
             alarms.add_metric([kind], open_alarms.count(kind))
         yield alarms
         tip = watch.blocks.get(watch.main.tip or "")
-        certificate = tip.certificate if tip else None
-        if certificate is None:
+        if tip is None or tip.certificate is None:
             return
-        cycle = watch.cycle(tip)
-        yield GaugeMetricFamily("traincert_loss", "Validation loss after the tip, nats.", certificate.loss_after / 1e9)
+        certificate, cycle, loss = tip.certificate, watch.cycle(tip), watch.loss(tip)
+        if loss is not None:
+            yield GaugeMetricFamily("traincert_loss", "Validation loss after the tip, nats.", loss)
         yield GaugeMetricFamily("traincert_weight", "Weight of the tip's table.", certificate.contributions_weight)
         yield GaugeMetricFamily("traincert_contributions", "Leaves of it.", certificate.contributions_count)
         yield GaugeMetricFamily("traincert_round", "Round of the tip.", certificate.round)

@@ -38,6 +38,7 @@ QUIET_ROUNDS = 3
 """No block for so many rounds is an alarm."""
 _MOST_CHANGES = 5000  # kept for pages that lost their connection
 _MOST_ALARMS = 1000
+_NO_NUMBER = 2**64 - 1  # a certificate's loss that is not finite: trainer/scoring.py's MAX_NANO_NATS
 _MOST_BRANCH = 100  # blocks of a branch that a node reports
 
 
@@ -128,8 +129,10 @@ class Watch:
         return self.cycles.facts(block.certificate, block.height - start + 1)
 
     def loss(self, block: BlockFacts) -> float | None:
-        """Return the validation loss of the model after a block's cycle, in nats; None: nothing was trained."""
+        """Return the validation loss of the model after a block's cycle, in nats; None: there is none, or it is NaN."""
         cycle, certificate = self.cycle(block), block.certificate
+        if certificate and certificate.loss_after == _NO_NUMBER:
+            return None
         if cycle:
             return cycle.loss
         return certificate.loss_after / 1e9 if certificate and certificate.record != bytes(32) else None

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -361,6 +362,16 @@ def test_a_slot_that_was_drawn_again_is_marked(
     page = open_page(lone.url)
     expect(page.locator("#readout")).to_contain_text("drawn again 2 times")
     expect(page.locator("#totals")).to_contain_text("2")
+
+
+def test_a_loss_that_is_no_number_is_not_shown_as_one(chain: TrainingChain, node: Node, lone: Explorer) -> None:
+    slot = template(node)
+    certificate = chain.sign(replace(chain.next_certificate(slot), loss_after=2**64 - 1))
+    assert submit(node, chain.block(slot, certificate)) is None
+    at_height(lone, 1)
+    assert lone.get("series")["loss"] == [None]
+    assert "traincert_loss" not in lone.client.get("/metrics").text
+    assert lone.client.get("/").status_code == lone.client.get("/block/1").status_code == 200
 
 
 def test_what_comes_from_outside_is_text_and_not_html(explorer: Explorer, open_page: OpenPage) -> None:
