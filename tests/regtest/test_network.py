@@ -263,7 +263,7 @@ def test_link_of_a_paused_node_can_be_delayed_and_cut(bitcoin_network: NetworkFa
         network.partition([[0], [1]])
         network.delay((0, 1), 0)
         paused.resume()
-        assert peers(network) == [set(), set()]
+        wait_for(lambda: peers(network) == [set(), set()], 10, "the node that was paused to learn that its link is cut")
         network.heal()
 
 
