@@ -33,6 +33,9 @@ from traincert.regtest.source import Upstream, fetch, file_sha256, hash_files, i
 Progress = Callable[[str, int, int], None]
 """Called with the step's name, the work done, and the total work (0: unknown)."""
 
+WAITING = "waiting for another build"
+"""The step of a build that waits until another process has built."""
+
 PATCH_FOLDER = Path(__file__).parent.parent / "bitcoind-patch"
 
 CMAKE_FLAGS = [
@@ -129,6 +132,26 @@ def node_folder(kind: NodeKind = PATCHED) -> Path:
     return cache_folder() / "nodes" / key
 
 
+def build_log(target: Path) -> Path:
+    """Return the file for the output of the build of `target`, a folder that `node_folder` returned."""
+    return cache_folder() / "logs" / f"{target.name}.log"
+
+
+class ProgressLines:
+    """Says a build's progress in lines of text: one for each step, and one for each tenth of it."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._said = ""
+
+    def update(self, step: str, done: int, total: int) -> None:
+        """Say how far the build is, unless the last line says the same. This is a `Progress`."""
+        line = f"node: {step} {10 * done // total * 10} %" if total else f"node: {step}"
+        if line != self._said:
+            self._say(line)
+            self._said = line
+
+
 def build_node(kind: NodeKind = PATCHED, progress: Progress | None = None) -> Path:
     """Build the node unless the cache has it, and return its folder.
 
@@ -154,7 +177,7 @@ def _build(kind: NodeKind, target: Path, work: Path, run: Callable[..., None], r
     targets = ["bitcoind", "bitcoin-cli"]
     if any(file.name == "training_tests.cpp" for file in kind.patch_files()):
         targets += [program for program in TEST_PROGRAMS if program not in kind.upstream.lacks]
-    log_file = cache_folder() / "logs" / f"{target.name}.log"
+    log_file = build_log(target)
     log_file.parent.mkdir(exist_ok=True)
     with log_file.open("w+", buffering=1) as log:  # flush each line, so that users can follow the log
         report("configuring", 0, 0)
@@ -281,7 +304,7 @@ def _build_folder(report: Progress) -> Iterator[tuple[Path, IO[str]]]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report("waiting for another build", 0, 0)
+            report(WAITING, 0, 0)
             fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()

@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -24,6 +25,7 @@ import pytest
 
 # The functions import the rest: pytest imports this file in every project, so importing must be fast.
 if TYPE_CHECKING:
+    from traincert.regtest.build import NodeKind
     from traincert.regtest.containers import Docker
     from traincert.regtest.links import Link
     from traincert.regtest.network import Network
@@ -102,10 +104,45 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def node_programs(pytestconfig: pytest.Config) -> Path:
     """Return the folder with bitcoind and bitcoin-cli. Without --bitcoind, build them unless the cache has them."""
-    from traincert.regtest.build import build_node
-
     bitcoind: Path | None = pytestconfig.getoption("--bitcoind")
-    return bitcoind.absolute().parent if bitcoind else build_node() / "bin"
+    return bitcoind.absolute().parent if bitcoind else build_programs(pytestconfig)
+
+
+def build_programs(config: pytest.Config, kind: NodeKind | None = None) -> Path:
+    """Build a node, by default the patched one, unless the cache has it, and return the folder of its programs.
+
+    Pytest's output shows the progress: also with -q, and also that of pytest-xdist's workers.
+    Raises SourceError or BuildError.
+    """
+    from traincert.regtest.build import PATCHED, WAITING, ProgressLines, build_log, build_node, node_folder
+
+    kind = kind or PATCHED
+    lines = ProgressLines(lambda line: _say(config, line))
+    told = False
+
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal told
+        if step != WAITING and not told:
+            log = build_log(node_folder(kind))
+            _say(
+                config, f"traincert builds bitcoind, once. On two cores it takes up to a quarter of an hour. Log: {log}"
+            )
+            told = True
+        lines.update(step, done, total)
+
+    return build_node(kind, progress) / "bin"
+
+
+def _say(config: pytest.Config, line: str) -> None:
+    """Show a line at once, although pytest captures what tests print."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        reporter = config.pluginmanager.getplugin("terminalreporter")
+        if reporter and not hasattr(config, "workerinput"):
+            reporter.write_line(line)
+            reporter.flush()
+        else:  # a worker of pytest-xdist: its terminal is nowhere, but its stderr is that of the pytest that started it
+            print(line, file=sys.stderr, flush=True)
 
 
 @pytest.fixture(scope="session")

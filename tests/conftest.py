@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from traincert.regtest import NodeKind, build_node
+from traincert.regtest import NodeKind
+from traincert.regtest.plugin import build_programs
 
 settings.register_profile("traincert", deadline=None)  # machines are shared: no test asserts a time
 settings.load_profile("traincert")
@@ -16,12 +17,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def stock_programs() -> Path:
+def stock_programs(pytestconfig: pytest.Config) -> Path:
     """The folder with bitcoind and bitcoin-cli as upstream has them, built first if need be."""
-    return build_node(NodeKind(stock=True)) / "bin"
+    return build_programs(pytestconfig, NodeKind(stock=True))
 
 
 @pytest.fixture(scope="session")
-def base28_programs() -> Path:
+def base28_programs(pytestconfig: pytest.Config) -> Path:
     """The folder with the programs of the patched node of base 28, built first if need be."""
-    return build_node(NodeKind(base="28")) / "bin"
+    return build_programs(pytestconfig, NodeKind(base="28"))

@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from traincert.regtest.build import ProgressLines
+
 if TYPE_CHECKING:
     from traincert.bridge.chain import Certified
     from traincert.regtest.lasting import NodeStatus
@@ -39,7 +41,7 @@ class BuildView:
         self._console = _stderr_console()
         self._progress = _progress(self._console)
         self._task = self._progress.add_task("building the node", total=None)
-        self._said = ""
+        self._lines = ProgressLines(self._console.print)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -52,26 +54,27 @@ class BuildView:
 
     def update(self, step: str, done: int, total: int) -> None:
         """Show a step, and how much of it is done. A `total` of 0 means: not known."""
-        text = f"node: {step}"
-        self._progress.update(self._task, description=text, completed=done, total=total or None)
+        self._progress.update(self._task, description=f"node: {step}", completed=done, total=total or None)
         if not self._console.is_terminal:
-            line = f"{text} {10 * done // total * 10} %" if total else text
-            if line != self._said:
-                self._console.print(line)
-                self._said = line
+            self._lines.update(step, done, total)
 
 
 class _LiveTable:
     """A growing table and a bar, or without a terminal a line for each step and row. Use it as a context manager."""
 
     def __init__(self, columns: Sequence[str], *, stays: bool) -> None:
-        """With `stays` the table is still there at the end. The last column, a hash, is cut where there is no room."""
+        """With `stays` the table is still there at the end.
+
+        Where there is no room the last column, a hash, is cut, and the reasons with `updates` take several lines.
+        """
         self._console = _stderr_console()
         self._progress = _progress(self._console)
         self._task = self._progress.add_task("", total=None)
         self._table = Table(box=None)
-        for name in columns:
-            self._table.add_column(name, no_wrap=name != columns[-1], overflow="ellipsis")
+        for name in columns[:-1]:
+            self._table.add_column(name, no_wrap=name != "updates", overflow="fold")
+        room = max(16, self._console.width - 64)  # columns that the others leave
+        self._table.add_column(columns[-1], overflow="ellipsis", max_width=room)
         self._stays = stays
         self._live = Live(Group(self._table, self._progress), console=self._console, transient=not stays)
 
@@ -90,7 +93,7 @@ class _LiveTable:
         """Show the step that begins now."""
         self._progress.update(self._task, description=text, completed=0, total=None)
         if not self._console.is_terminal:
-            self._console.print(text)
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def update(self, done: int, total: int) -> None:
         """Show how many of the cycle's tasks are done."""
@@ -99,14 +102,14 @@ class _LiveTable:
     def _add(self, row: Sequence[str], line: str) -> None:
         self._table.add_row(*row)
         if not self._console.is_terminal:
-            self._console.print(line)
+            self._console.print(line, markup=False, soft_wrap=True)
 
 
 class CyclesView(_LiveTable):
     """The demo's cycles."""
 
     def __init__(self) -> None:
-        super().__init__(("height", "winner", "updates", "refused", "loss", "metric", "block"), stays=False)
+        super().__init__(("height", "winner", "updates", "loss", "metric", "block"), stays=False)
 
     def absent(self, height: int, winner: str, reason: str) -> None:
         """Show that a winner's block did not come within its round."""
@@ -115,23 +118,13 @@ class CyclesView(_LiveTable):
 
     def closed(self, cycle: Mapping[str, Any]) -> None:
         """Show a cycle that the chain has a block for, see `coordinator_program.cycle_facts`."""
-        updates = f"{cycle['tasks'] - len(cycle['refusals'])} of {cycle['tasks']}"
-        reasons = _counted(cycle["refusals"])
+        updates = updates_text(cycle["tasks"], cycle["refusals"])
         loss = f"{cycle['loss_before'] / 1e9:.4f} → {cycle['loss_after'] / 1e9:.4f}"
         metric = "no number" if cycle["metric"] is None else f"{cycle['metric']:.4f}"
         winner = cycle["winner"] + in_round(cycle["round"])
         self._add(
-            (
-                str(cycle["height"]),
-                winner,
-                updates,
-                reasons,
-                f"{cycle['loss_after'] / 1e9:.4f}",
-                metric,
-                cycle["block"],
-            ),
-            f"block {cycle['height']} by {winner}: {updates} updates{f' ({reasons})' if reasons else ''}, "
-            f"loss {loss}, metric {metric}, {cycle['block']}",
+            (str(cycle["height"]), winner, updates, f"{cycle['loss_after'] / 1e9:.4f}", metric, cycle["block"]),
+            f"block {cycle['height']} by {winner}: updates {updates}, loss {loss}, metric {metric}, {cycle['block']}",
         )
 
 
@@ -139,30 +132,29 @@ class JobView(_LiveTable):
     """A job's cycles."""
 
     def __init__(self) -> None:
-        super().__init__(("cycle", "updates", "refused", "bytes", "loss", "metric", "model"), stays=True)
+        super().__init__(("cycle", "updates", "bytes", "loss", "metric", "model"), stays=True)
 
     def cycle(self, record: Mapping[str, Any]) -> None:
         """Show a finished cycle, by its record."""
         from traincert.trainer.scoring import nats  # imports torch, which takes seconds
 
         tasks = record["tasks"]
-        refused = [task["refusal"] for task in tasks if task["refusal"]]
-        reasons = _counted(refused)
-        updates = f"{len(tasks) - len(refused)} of {len(tasks)}"
+        updates = updates_text(len(tasks), [task["refusal"] for task in tasks if task["refusal"]])
         size = f"{sum(task['update_size'] for task in tasks):,}"
         before, after = (nats(record[key], record["loss_offset"]) for key in ("loss_before", "loss_after"))
         loss = f"{before:.4f} → {after:.4f}"
         metric = "no number" if record["metric"] is None else f"{record['metric']:.4f}"
         self._add(
-            (str(record["cycle"]), updates, reasons, size, f"{after:.4f}", metric, record["model_after"]),
-            f"cycle {record['cycle']}: {updates} updates{f' ({reasons})' if reasons else ''}, {size} bytes, "
-            f"loss {loss}, metric {metric}, model {record['model_after'][:16]}",
+            (str(record["cycle"]), updates, size, f"{after:.4f}", metric, record["model_after"]),
+            f"cycle {record['cycle']}: updates {updates}, {size} bytes, loss {loss}, metric {metric}, "
+            f"model {record['model_after'][:16]}",
         )
 
 
-def _counted(reasons: Iterable[str]) -> str:
-    """Return how often each reason occurs, as text."""
-    return ", ".join(f"{reason}: {count}" for reason, count in sorted(Counter(reasons).items()))
+def updates_text(tasks: int, refusals: Sequence[str]) -> str:
+    """Return how many of a cycle's updates count, and why the others do not: `2 of 4 (1 copy, 1 late)`."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(refusals).items()))
+    return f"{tasks - len(refusals)} of {tasks}{f' ({reasons})' if reasons else ''}"
 
 
 def compared_table(runs: Iterable[Compared]) -> Table:

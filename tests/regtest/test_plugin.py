@@ -226,6 +226,64 @@ def test_bitcoind_may_have_another_name(pytester: pytest.Pytester, node_programs
     pytester.runpytest_subprocess(*command).assert_outcomes(passed=1)
 
 
+# A build that copies the real node's programs. Before it, ninja does eight things that it counts.
+COPIES = """
+cmake_minimum_required(VERSION 3.22)
+project(fake CXX)
+set(CLIENT_VERSION_MAJOR 31)
+set(CLIENT_VERSION_MINOR 99)
+foreach(name bitcoind bitcoin-cli)
+  add_custom_target(${{name}} COMMAND mkdir -p bin && cp {programs}/${{name}} bin/)
+endforeach()
+foreach(number RANGE 1 8)
+  add_custom_target(step${{number}} COMMAND true)
+  add_dependencies(bitcoind step${{number}})
+endforeach()
+file(WRITE ${{CMAKE_BINARY_DIR}}/test/config.ini "")
+"""
+# The project has another source for the node. Also pytest-xdist's workers read this.
+USES_FAKE = """
+from pathlib import Path
+from traincert.regtest.build import PATCHED
+object.__setattr__(PATCHED, "source", Path("{tree}"))
+object.__setattr__(PATCHED, "patch", Path("{patch}"))
+"""
+OUTSIDE_PROJECT = Path(__file__).parents[2] / "examples/outside-project"
+
+
+@pytest.fixture
+def builds(
+    pytester: pytest.Pytester, node_programs: Path, tree: Path, patch: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The outside project in pytester's folder, and the empty cache into which its pytest builds a node."""
+    (tree / "CMakeLists.txt").write_text(COPIES.format(programs=node_programs))
+    shutil.copytree(OUTSIDE_PROJECT, pytester.path, dirs_exist_ok=True)
+    pytester.makeconftest(USES_FAKE.format(tree=tree, patch=patch))
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path))  # instead of pip install
+    cache = pytester.mkdir("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return cache / "traincert"
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet", "--quiet", "-n", "2"]], ids=["alone", "quiet, two workers"])
+def test_a_build_is_told_at_once_and_shows_how_far_it_is(
+    pytester: pytest.Pytester, builds: Path, options: list[str]
+) -> None:
+    result = pytester.runpytest_subprocess(f"--basetemp={pytester.path}/t", *options)
+    assert result.ret == 0
+    lines = result.errlines if options else result.outlines  # workers have only stderr
+    (log,) = (builds / "logs").iterdir()
+    begin = f"traincert builds bitcoind, once. On two cores it takes up to a quarter of an hour. Log: {log}"
+    (at,) = (number for number, line in enumerate(lines) if line.endswith(begin))
+    steps = [line for line in lines[at:] if not line.endswith("node: waiting for another build")]
+    assert steps[1:4] == ["node: unpacking", "node: configuring", "node: compiling 10 %"]
+    assert "node: compiling 100 %" in steps
+    assert len(steps) == len(set(steps))
+    again = pytester.runpytest_subprocess(f"--basetemp={pytester.path}/t", *options)
+    assert again.ret == 0
+    assert "traincert builds" not in again.stdout.str() + again.stderr.str()
+
+
 def test_bitcoind_that_is_not_there_is_told_at_once(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_subprocess("--bitcoind=nowhere/bitcoind")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
