@@ -1,10 +1,13 @@
-"""Another project's tests, with traincert installed from its wheel into an environment without PyTorch."""
+"""Another project's tests, with traincert installed as its README says, into an environment without PyTorch."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -25,16 +28,41 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the example; in its .venv are the two wheels and what they need, in the versions of the lock file."""
+    """A copy of the example; in its .venv is what its README installs, in the versions of the lock file."""
     project = tmp_path_factory.mktemp("outside") / "project"
     shutil.copytree(ROOT / "examples/outside-project", project, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--wheel-dir", project / "dist", ROOT, cwd=project)
-    (wheel,) = (project / "dist").iterdir()
     run(sys.executable, "-m", "venv", "--without-pip", ".venv", cwd=project)
-    lock = ROOT / "requirements.lock"
-    run(*pip, "--python", ".venv/bin/python", "install", "--constraint", lock, wheel, ".[test]", cwd=project)
+    wheel, install = commands()
+    wheel = wheel.replace("~/traincert", shlex.quote(str(ROOT)))
+    pip = f'pip() {{ {shlex.quote(sys.executable)} -m pip --quiet --python .venv/bin/python "$@"; }}'
+    constraint = f"export PIP_CONSTRAINT={shlex.quote(str(ROOT / 'requirements.lock'))}"
+    run("sh", "-euc", "\n".join([pip, constraint, wheel, install]), cwd=project)
     return project
+
+
+def commands() -> tuple[str, str]:
+    """The commands that make a wheel of traincert, and that install it with the example. Its README has them."""
+    lines = (ROOT / "examples/outside-project/README.md").read_text().splitlines()
+    wheel, install, pytest = (line.strip() for line in lines if line.startswith("    "))
+    assert pytest == "pytest"
+    return wheel, install
+
+
+def test_its_workflow_installs_what_its_readme_says() -> None:
+    workflow = (ROOT / "examples/outside-project/.github/workflows/test.yml").read_text()
+    assert f"- run: {commands()[1]} #" in workflow
+
+
+def test_nobody_is_told_to_install_traincert_from_an_index() -> None:
+    """It is not there: who asks for it by its name gets a stranger's package."""
+    by_name = re.compile(r"""pip3? install(?: -\S+)* ['"]?traincert(?![\w*./-])""")
+    files = [ROOT / name for name in run("git", "ls-files", "-z", cwd=ROOT).split("\0")[:-1]]
+    found = [path for path in files if path.is_file() and by_name.search(path.read_text("latin-1"))]
+    assert found == []
+    needs = tomllib.loads((ROOT / "examples/outside-project/pyproject.toml").read_text())["project"]
+    assert not [
+        each for each in [*needs["dependencies"], *needs["optional-dependencies"]["test"]] if "traincert" in each
+    ]
 
 
 def test_its_tests_pass(project: Path) -> None:
@@ -65,7 +93,7 @@ def test_commands_that_train_say_what_to_install(project: Path, arguments: list[
     answer = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     (line,) = answer.stderr.splitlines()
     assert line.startswith("traincert: this command needs ")
-    assert line.endswith(", which is not installed: pip install 'traincert[train]'")
+    assert line.endswith(", which is not installed: pip install '.[train]' in a clone of traincert")
     assert answer.returncode == 1
 
 

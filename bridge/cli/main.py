@@ -82,7 +82,8 @@ def main() -> None:
         if missing not in EXTRA | EXPLORER:
             raise
         extra = "explorer" if missing in EXPLORER else "train"
-        _fail(f"this command needs {error.name}, which is not installed: pip install 'traincert[{extra}]'", 1)
+        install = f"pip install '.[{extra}]' in a clone of traincert"
+        _fail(f"this command needs {error.name}, which is not installed: {install}", 1)
     except BrokenPipeError:  # the reader has enough, as in `traincert watch | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
         sys.exit(1)
