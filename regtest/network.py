@@ -137,6 +137,8 @@ class Network:
     def connect(self) -> None:
         """Connect the running nodes along the links, and disconnect cut links. Call it also after a node's start.
 
+        Nodes that somebody starts with bitcoind alone find each other: afterwards their bitcoin.conf has the links.
+
         The order matters for a node whose tip is old, for example one that lost its chain when it was killed. Such a
         node asks only its first peer for headers, and asks no other peer for 15 minutes, even if the first one has no
         headers (upstream: net_processing.cpp, fSyncStarted). So we start at the node with the most blocks, and connect
@@ -166,6 +168,19 @@ class Network:
                     self._wait_for_headers(outward)
                     layer = set[int]().union(*outward) - known
         self._connect(links)
+        self._write_confs()
+
+    def _write_confs(self) -> None:
+        """Write bitcoin.conf of each node that has been started, as for a start with bitcoind alone.
+
+        It has the clock, and the links that are neither cut nor slow. Our own starts leave the links out, because we
+        make and cut them ourselves.
+        """
+        links = [link for link in self.links if not self.is_cut(link) and link not in self.delays]
+        for number, node in enumerate(self.nodes):
+            others = {self.nodes[each] for link in links if number in link for each in link} - {node}
+            if node.p2p_port and node.datadir.is_dir():
+                node.write_conf(sorted(other.p2p_address for other in others if other.p2p_port))
 
     def _running(self) -> set[int]:
         """Return the numbers of the nodes that run and are not paused."""
@@ -274,10 +289,12 @@ class Network:
             self._set_clock(time)
             self._check_clock()
             self._tell_clock()
+            self._write_confs()
         except BaseException:
             self._set_clock(before)
             with contextlib.suppress(RegtestError):
                 self._tell_clock()
+                self._write_confs()
             raise
 
     def _check_clock(self) -> None:
@@ -460,6 +477,8 @@ class Network:
         """Close the connections of the links, from each end that runs. A paused end learns of it when it goes on."""
         links = list(links)
         ends = self._running() & set[int]().union(*links)
+        for number in ends:
+            self._forget_peers(self.nodes[number])
 
         def connections() -> list[tuple[Node, int]]:
             peers = {number: self.nodes[number].rpc("getpeerinfo") for number in ends}
@@ -475,6 +494,13 @@ class Network:
             with contextlib.suppress(RpcError):  # the other node may have closed the connection already
                 node.rpc("disconnectnode", "", peer)
         wait_for(lambda: not connections(), CONNECT_TIMEOUT, "nodes to be disconnected")
+
+    def _forget_peers(self, node: Node) -> None:
+        """Let a node that was started with bitcoind alone not connect again on its own, see `_write_confs()`."""
+        ours = {other.p2p_address for other in self.nodes}
+        for peer in node.rpc("getaddednodeinfo"):
+            if peer["addednode"] in ours:
+                node.rpc("addnode", peer["addednode"], "remove")
 
 
 def _with_name(options: Options, name: str) -> Options:

@@ -205,7 +205,7 @@ class Node:
         log_size = self._log_size()
         for attempt in range(1, START_ATTEMPTS + 1):
             self._choose_ports(anew=attempt > 1)
-            self._write_conf()
+            self.write_conf()
             # _mempool() looks for these files, so files of an earlier start must not mislead it.
             for leftover in (self.cookie_file, self._pid_file):
                 leftover.unlink(missing_ok=True)
@@ -420,9 +420,20 @@ class Node:
             return (self.chain_dir / "debug.log").stat().st_size
         return 0
 
-    def _write_conf(self) -> None:
-        ours: Options = {"port": self.p2p_port, "rpcport": self.rpc_port, **self._listening()}
-        write_conf(self.datadir, {**self._users_options(), **ours}, self.name)
+    def write_conf(self, peers: Sequence[str] = ()) -> None:
+        """Write bitcoin.conf. `peers` are addresses to which the node connects on its own.
+
+        Raises NodeError if an option cannot be used, and OSError if the file cannot be written.
+        """
+        ours: dict[str, Value | Sequence[Value]] = {
+            "port": self.p2p_port,
+            "rpcport": self.rpc_port,
+            **self._listening(),
+        }
+        options = self._users_options()
+        if peers:
+            ours["addnode"] = [*values(options.get("addnode", [])), *peers]
+        write_conf(self.datadir, {**options, **ours}, self.name)
 
     def _users_options(self) -> Options:
         """Return the caller's options, with a user's password hashed: then the node makes a cookie, too."""
@@ -532,7 +543,9 @@ def write_conf(datadir: Path, options: Options, name: str = "") -> None:
                     "because of its line break or '#'"
                 )
             lines.append(f"{option}={value}")
-    (datadir / "bitcoin.conf").write_text("\n".join(lines) + "\n")
+    new = datadir / "bitcoin.conf.new"
+    new.write_text("\n".join(lines) + "\n")
+    new.replace(datadir / "bitcoin.conf")  # as a whole: others may read it now, and we may be killed
 
 
 def values(one_or_more: Value | Sequence[Value]) -> Sequence[Value]:

@@ -197,8 +197,12 @@ def status(folder: Path, as_json: bool) -> None:
 @click.argument("nodes", nargs=-1, metavar="[NODE]...")
 @changes_network
 def start(network: LastingNetwork, nodes: Sequence[str]) -> None:
-    """Start nodes and connect them. Without a NODE it starts all."""
-    network.start_nodes(_chosen(network, nodes))
+    """Start nodes and connect them. Without a NODE it starts all. It makes no block, and paused nodes stay paused."""
+    chosen = _chosen(network, nodes)
+    network.start_nodes(chosen)
+    for node in chosen:
+        if node.paused:
+            click.echo(f"{node.name} is paused: traincert network resume {node.name}", err=True)
 
 
 @network.command("stop")
@@ -353,14 +357,21 @@ def reorg(network: LastingNetwork, depth: int, node: str) -> None:
 @click.argument("amount")
 @changes_network
 def fund(network: LastingNetwork, address: str, amount: str) -> None:
-    """Pay AMOUNT, in BTC, from the faucet to ADDRESS, and confirm it with a block. Prints the txid."""
+    """Pay AMOUNT, in BTC, from the faucet to ADDRESS, and confirm it with a block. Prints the txid.
+
+    If the faucet has too few coins, it first makes blocks that pay it, and says how many.
+    """
     try:
         btc = Decimal(amount)
     except InvalidOperation:
         btc = Decimal("nan")
     if not btc.is_finite() or not Decimal("0.00001") <= btc <= 21_000_000:
         raise click.BadParameter(f"{amount} is no amount of BTC", param_hint="AMOUNT")
-    click.echo(_faucet(network).fund(address, btc))
+    before = network.nodes[0].rpc("getblockcount")
+    txid = _faucet(network).fund(address, btc)
+    if filling := network.nodes[0].rpc("getblockcount") - before - 1:
+        click.echo(f"{filling} blocks were made first, which pay the faucet", err=True)
+    click.echo(txid)
 
 
 @network.command("kill")
@@ -429,8 +440,9 @@ def disk_full(network: LastingNetwork, node: int) -> None:
 @network.command("disk-free")
 @one_node
 def disk_free(network: LastingNetwork, node: int) -> None:
-    """Undo `disk-full`."""
+    """Undo `disk-full`. A node that has stopped meanwhile is started again."""
     network.nodes[node].free_disk()
+    _start_again(network, node)
 
 
 @network.command("corrupt")
@@ -443,8 +455,22 @@ def corrupt(network: LastingNetwork, node: int) -> None:
 @network.command("repair")
 @one_node
 def repair(network: LastingNetwork, node: int) -> None:
-    """Undo `corrupt`."""
+    """Undo `corrupt`. A node that has stopped meanwhile is started again."""
     network.repair(node)
+    _start_again(network, node)
+
+
+def _start_again(network: LastingNetwork, number: int) -> None:
+    """Start a node that does not run, unless another fault keeps it from starting. Say what was done."""
+    node = network.nodes[number]
+    if node.pid is not None:
+        return
+    if node.disk_full or number in network.flips:
+        other = f"disk-free {node.name}" if node.disk_full else f"repair {node.name}"
+        click.echo(f"{node.name} does not run, and cannot start yet: traincert network {other}", err=True)
+        return
+    network.start_nodes([node])
+    click.echo(f"{node.name} did not run: it was started again", err=True)
 
 
 def _number(network: LastingNetwork, node: str) -> int:

@@ -483,3 +483,48 @@ def test_ctrl_c_while_nodes_start_leaves_none(
         assert node.pid is None
     finally:
         node.kill()
+
+
+def test_nodes_started_with_bitcoind_alone_find_each_other_and_can_be_cut_off(
+    bitcoin_network: NetworkFactory,
+) -> None:
+    network = bitcoin_network(3)
+    now = int(time.time()) + 3600
+    network.set_time(now)
+    ports = [(node.rpc_port, node.p2p_port) for node in network.nodes]
+    network.partition([[2]])
+    network.stop()
+
+    def start_alone() -> None:
+        for node in reversed(network.nodes):
+            subprocess.run([node.bitcoind, f"-datadir={node.datadir}", "-daemonwait"], check=True, capture_output=True)
+            assert node.attach()
+
+    start_alone()
+    assert [(node.rpc_port, node.p2p_port) for node in network.nodes] == ports
+    wait_for(lambda: network.peers(0) == ["node1"], 30, "the nodes to find each other", lambda: network.peers(0))
+    assert network.peers(2) == []
+    mine(network, 0, 1)
+    tip = network.nodes[0].rpc("getbestblockhash")
+    assert now <= network.nodes[0].rpc("getblockheader", tip)["time"] <= now + 1  # the clock stands there, too
+    network.partition([[0]])
+    assert all(node.rpc("getaddednodeinfo") == [] for node in network.nodes[:2])  # it would connect again
+    assert [network.peers(number) for number in range(3)] == [[], ["node2"], ["node1"]]
+    network.delays = {(1, 2): 0.01}
+    network.heal()
+    network.stop()
+    start_alone()
+    wait_for(lambda: network.peers(0) == ["node1", "node2"], 30, "the nodes to find each other")
+    assert network.peers(1) == ["node0"]  # the slow link is left to us
+
+
+def test_users_own_addnode_stays(node_programs: Path, tmp_path: Path) -> None:
+    other = "127.0.0.1:1"
+    with Network(node_programs / "bitcoind", tmp_path, 2, {"addnode": other}) as network:
+        network.partition([[0]])
+        network.heal()
+        for node in network.nodes:
+            assert [peer["addednode"] for peer in node.rpc("getaddednodeinfo")] == [other]
+            lines = (node.datadir / "bitcoin.conf").read_text().splitlines()
+            assert [line for line in lines if line.startswith("addnode")][0] == f"addnode={other}"
+            assert len([line for line in lines if line.startswith("addnode")]) == 2

@@ -200,6 +200,48 @@ def test_every_fault_is_shown_and_undone_by_its_opposite(up: Run) -> None:
     ]
 
 
+def test_node_that_its_fault_has_stopped_is_started_by_the_opposite_which_says_so(up: Run) -> None:
+    up("mine", "2")
+    assert up("disk-free", "0").stderr == ""  # it ran
+    up("disk-full", "0")
+    up("mine", "1", code=3)
+    assert status(up)["node0"]["state"] in ("died", "stopped")
+    assert "node0 cannot start: its disk is full" in up("start", code=1).stderr
+    assert up("disk-free", "0").stderr == "node0 did not run: it was started again\n"
+    up("corrupt", "1")
+    up("stop", "1")
+    up("start", "1", code=1)
+    up("disk-full", "1")
+    assert up("repair", "1").stderr == ("node1 does not run, and cannot start yet: traincert network disk-free node1\n")
+    up("corrupt", "1")
+    assert up("disk-free", "1").stderr == "node1 does not run, and cannot start yet: traincert network repair node1\n"
+    assert up("repair", "1").stderr == "node1 did not run: it was started again\n"
+    assert [(node["height"], node["peers"]) for node in status(up).values()] == [(2, ["node1"]), (2, ["node0"])]
+
+
+def test_start_makes_no_block_and_tells_of_paused_nodes(up: Run) -> None:
+    up("mine", "2")
+    wait_for(lambda: {node["height"] for node in status(up).values()} == {2}, 30, "the blocks")
+    up("stop")
+    assert up("start").stderr == ""
+    up("pause", "1")
+    assert up("start").stderr == "node1 is paused: traincert network resume node1\n"
+    up("resume", "1")
+    assert [(node["state"], node["height"]) for node in status(up).values()] == [("running", 2)] * 2
+
+
+def test_nodes_started_with_bitcoind_alone_find_each_other(up: Run, node_programs: Path, tmp_path: Path) -> None:
+    ports = {name: node["rpc_port"] for name, node in status(up).items()}
+    up("stop")
+    for name in ("node1", "node0"):
+        command = [str(node_programs / "bitcoind"), f"-datadir={tmp_path / 'network' / name}", "-daemonwait"]
+        subprocess.run(command, check=True, capture_output=True)
+    wait_for(lambda: status(up)["node1"]["peers"] == ["node0"], 30, "the nodes to find each other")
+    assert {name: node["rpc_port"] for name, node in status(up).items()} == ports
+    up("partition", "0|1")
+    assert [node["peers"] for node in status(up).values()] == [[], []]
+
+
 def test_time_is_set_and_let_go(up: Run) -> None:
     up("time", "2030-01-01")
     up("time", "+1h")
@@ -218,9 +260,13 @@ def test_time_is_set_and_let_go(up: Run) -> None:
 def test_faucet_funds_an_address(up: Run) -> None:
     up("cli", "1", "createwallet", "mine")
     address = up("cli", "1", "getnewaddress").stdout.strip()
-    txid = up("fund", address, "2.5").stdout.strip()
+    answer = up("fund", address, "2.5")
+    assert answer.stderr == "101 blocks were made first, which pay the faucet\n"
+    txid = answer.stdout.strip()
     paid = json.loads(up("cli", "1", "gettransaction", txid).stdout)
     assert (paid["amount"], paid["confirmations"]) == (2.5, 1)
+    assert up("cli", "0", "getblockcount").stdout == "102\n"
+    assert up("fund", address, "1").stderr == ""  # the faucet has coins
     assert "x is not a regtest address" in up("fund", "x", "1", code=1).stderr
     for amount in ("x", "0", "-1", "nan", "1e9"):
         assert f"{amount} is no amount of BTC" in up("fund", "--", address, amount, code=2).stderr
