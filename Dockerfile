@@ -45,7 +45,7 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,t
     apt-get update && apt-get install --yes --no-install-recommends python3-venv \
     && python3 -m venv /opt/traincert
 WORKDIR /source
-COPY pyproject.toml requirements.lock requirements-broker.lock ./
+COPY pyproject.toml requirements.lock requirements-broker.lock docker/torch-size ./
 ARG TORCH_INDEX
 # First install the dependencies, with pinned versions. They change seldom, so Docker can cache this layer.
 RUN --mount=type=cache,target=/root/.cache/pip /opt/traincert/bin/pip install --disable-pip-version-check \
@@ -54,7 +54,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     extras = project["optional-dependencies"]; wanted = project["dependencies"] + extras["explorer"] + extras["train"]; \
     print(*(each for each in wanted if not each.startswith("traincert")), sep="\n")' \
-    > requirements.txt && /opt/traincert/bin/pip install --disable-pip-version-check \
+    > requirements.txt \
+    && sh torch-size /opt/traincert/bin/pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+    && /opt/traincert/bin/pip install --disable-pip-version-check \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint requirements.lock --requirement requirements.txt
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip /opt/traincert/bin/pip install --disable-pip-version-check --no-deps .

