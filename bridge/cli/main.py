@@ -18,7 +18,7 @@ from traincert.regtest.errors import NodeUnreachableError, RegtestError
 from traincert.trainer.errors import TrainerError
 from traincert.trainer.imports import importing
 
-READING = ["block", "chain", "verify", "watch"]
+READING = ["block", "chain", "export-blocks", "verify", "watch"]
 """Commands in the file `reading`."""
 GROUPS = ["audit", "broker", "completion", "coordinator", "cosigner", "explorer", "job", "miner", "network", "node"]
 GROUPS += ["receipt", *READING]
@@ -58,7 +58,7 @@ class Cli(click.Group):
         if cmd_name not in GROUPS:
             return super().get_command(ctx, cmd_name)
         file = "reading" if cmd_name in READING else cmd_name
-        command: click.Command = getattr(import_module(f"traincert.bridge.cli.{file}"), cmd_name)
+        command: click.Command = getattr(import_module(f"traincert.bridge.cli.{file}"), cmd_name.replace("-", "_"))
         return command
 
 

@@ -1,4 +1,4 @@
-"""The commands that read a chain: `traincert block`, `chain`, `verify`, `watch`, and what `miner show` does."""
+"""The commands that read a chain: `block`, `chain`, `export-blocks`, `verify`, `watch`, and what `miner show` does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +185,48 @@ def chain(heights: tuple[int, int | None], datadir: Path, run: Path | None, as_j
     if run:
         console.print(f"✓ {run} has the record of each block", soft_wrap=True)
     print_equivocations(console, equivocations)
+
+
+@click.command("export-blocks")
+@HEIGHTS
+@NODE
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The file to write. It must not be there yet.",
+)
+def export_blocks(heights: tuple[int, int | None], datadir: Path, out: Path) -> None:
+    """Write the blocks of a running node to a file: canned blocks for pyln-testing.
+
+    That is the library for tests with Core Lightning. The file is JSON: a list of the blocks in hex, by height, without
+    the genesis block. Any node of a regtest network will do. No rule is checked: `traincert chain` does that.
+
+    FROM and TO are heights: 3..7, 3.., ..7 or 7. By default it is the whole chain.
+
+    Exit code 1 if there is such a file, or if the node has no such block or has pruned it.
+    """
+    from traincert.bridge.chain import header_hash
+    from traincert.bridge.rpc import NodeClient
+    from traincert.bridge.verifier import NodeBlocks
+
+    if out.exists():
+        raise BridgeError(f"{out} exists already")
+    first, last = max(1, heights[0]), heights[1]
+    with NodeClient.from_datadir(datadir) as node:
+        source = NodeBlocks(node)
+        (tip,) = source.tips(last)
+        height = node.call("getblockheader", tip)["height"]
+        if height == 0:
+            raise BridgeError("there is nothing to export: block 0, the genesis block, is on every node")
+        if height < first:
+            raise BridgeError(f"there is no block {first}: the last one is block {height}")
+        # By their headers: the chain of heights could change meanwhile.
+        hashes = [header_hash(header) for header in islice(source.headers(tip), height - first + 1)]
+        blocks = [block.hex() for block in source.blocks(hashes[::-1])]
+    with out.open("x") as file:
+        json.dump(blocks, file)
+    click.echo(f"{out} has blocks {first} to {height}")
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""`traincert block`, `chain`, `verify`, `watch` and `miner show`, as their users run them."""
+"""`traincert block`, `chain`, `export-blocks`, `verify`, `watch` and `miner show`, as their users run them."""
 
 from __future__ import annotations
 
@@ -175,6 +175,40 @@ def test_an_empty_chain_is_no_mistake(bitcoin_network: NetworkFactory, run: Run)
         node.rpc("generatetoaddress", 2 - height, ADDRESS)
 
 
+# export-blocks
+
+
+def test_blocks_are_exported_by_height_without_the_genesis_block(made: Made, run: Run, tmp_path: Path) -> None:
+    _, node = made
+    all_blocks = [node.rpc("getblock", node.rpc("getblockhash", height), 0) for height in range(1, LENGTH + 1)]
+    for name, heights, first, last in (
+        ("all", [], 1, LENGTH),
+        ("some", [f"{START}..7"], START, 7),
+        ("one", ["5"], 5, 5),
+        ("low", ["..2"], 1, 2),
+    ):
+        shown = run("export-blocks", *heights, "--out", name, "--datadir", node.datadir).stdout
+        assert shown == f"{name} has blocks {first} to {last}\n"
+        assert json.loads((tmp_path / name).read_text()) == all_blocks[first - 1 : last]
+
+
+def test_a_file_that_is_there_is_not_overwritten(made: Made, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    error = run("export-blocks", "--out", "mine", "--datadir", made[1].datadir, code=1).stderr
+    assert error == "traincert: mine exists already\n"
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_chain_without_training_is_exported_when_it_has_blocks(bitcoind: Node, run: Run, tmp_path: Path) -> None:
+    export = ["export-blocks", "--out", "blocks.json", "--datadir", bitcoind.datadir]
+    error = run(*export, code=1).stderr
+    assert error == "traincert: there is nothing to export: block 0, the genesis block, is on every node\n"
+    assert not (tmp_path / "blocks.json").exists()
+    (block,) = bitcoind.rpc("generatetoaddress", 1, ADDRESS)
+    run(*export)
+    assert json.loads((tmp_path / "blocks.json").read_text()) == [bitcoind.rpc("getblock", block, 0)]
+
+
 # verify
 
 
@@ -340,6 +374,11 @@ def test_a_conf_of_another_network_is_refused(made: Made, run: Run, tmp_path: Pa
         (["chain", "99"], 1, f"node0 has no block 99: its last block is {LENGTH}"),
         (["chain", "99.."], 1, f"there is no block 99: the last one is block {LENGTH}"),
         (["chain", "--run", "nowhere"], 2, "'nowhere' does not exist"),
+        (["export-blocks", "99", "--out", "new"], 1, f"node0 has no block 99: its last block is {LENGTH}"),
+        (["export-blocks", "99..", "--out", "new"], 1, f"there is no block 99: the last one is block {LENGTH}"),
+        (["export-blocks", "0", "--out", "new"], 1, "there is nothing to export: block 0, the genesis block, is on"),
+        (["export-blocks", "--out", "nowhere/new"], 1, "No such file or directory: nowhere/new"),
+        (["export-blocks"], 2, "Missing option '--out'"),
         (["verify", "5-7"], 2, "'5-7' are no heights"),
         (["verify", "..99"], 1, f"node0 has no block 99: its last block is {LENGTH}"),
         (["verify", "--chain-id", "12"], 2, "'12' is no chain_id of 64 hex digits"),
