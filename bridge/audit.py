@@ -9,7 +9,7 @@ hash. Besides what every member's folder has (member.py), an auditor's folder ge
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +37,7 @@ from traincert.trainer.store import read_blob, write_file
 from traincert.trainer.tasks import Task
 from traincert.trainer.training import check_device
 
+_TOO_MUCH = 2**200  # floating-point operations
 _MISSING = "missing-file"  # what the checker says if the coordinator has no such file for us
 
 
@@ -60,6 +61,15 @@ class PastChecker(Checker):
     def check_model(self) -> None:
         """Check what the updates of the record that was read give. Raises CosignError as `read` does."""
         self._check_updates(self._past)
+
+    def _task_flops(self, cycle: CycleRecord) -> Sequence[int]:
+        """Return what `Checker` does. A miner gets no shard for it: then every task needs too much, and is refused."""
+        try:
+            return super()._task_flops(cycle)
+        except CosignError as error:
+            if error.name != _MISSING:
+                raise
+            return [_TOO_MUCH] * self._job.segments
 
     @property
     def shards(self) -> list[bytes]:
@@ -159,7 +169,7 @@ class Auditor:
         if task.update_hash is None:
             return audited(False, "it gave no update")
         given = Task(task.miner, task.segment, shard, task.seed, cycle.cycle - 1)
-        order = Order(given, cycle.model_before, task.shard, task.memory)
+        order = Order(given, cycle.model_before, task.shard, task.memory, task.noise)
         drawn = Drawn(order, task.update_hash, task.memory_after, task.numeric_class)
         if lacking := self._lacks(drawn, revealed=task.drawn):
             return audited(False, lacking)

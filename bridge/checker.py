@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,9 +39,11 @@ from traincert.bridge.messages import (
 )
 from traincert.bridge.recorded import CycleRecord, R, RecordedTask, StartRecord, read_record
 from traincert.bridge.rpc import NodeClient
+from traincert.trainer.accounting import epsilon, spent_after
 from traincert.trainer.engines.broker import StoppedError
 from traincert.trainer.errors import EngineError, IntegrityError, Reason
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.resources import impossible
 from traincert.trainer.standings import Standing, draw_checks, next_standings
 from traincert.trainer.store import write_blob
 from traincert.trainer.tasks import assign
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 
     from traincert.bridge.coordinator import Slot
     from traincert.trainer.aggregation import Accepted
+    from traincert.trainer.examples import Examples
     from traincert.trainer.records import Record
     from traincert.trainer.segments import Layout, Segment
     from traincert.trainer.state import State
@@ -60,11 +64,18 @@ PATIENCE = 30.0
 
 _SHARES = {0.0, 1.0, 0.5, 0.25, 0.125, 0.0625}
 _WITHOUT_COMMIT = {Reason.WORKER_DIED, Reason.LATE, Reason.ABSENT}
-_BEFORE_READING = {Reason.BARRED, Reason.SPOT_CHECK_FAILED, Reason.WITHHELD, Reason.WRONG_MEMORY}
+_BEFORE_READING = {
+    Reason.BARRED,
+    Reason.SPOT_CHECK_FAILED,
+    Reason.IMPOSSIBLE_RESOURCES,
+    Reason.WITHHELD,
+    Reason.WRONG_MEMORY,
+}
 """Refusals of a committed update that is not read."""
 _AFTER_READING = {Reason.COPY, Reason.NOT_ITS_SHARD, Reason.NO_IMPROVEMENT, Reason.MEMORY_WITHHELD}
 """Refusals of an update that has the right form. All others are for its form."""
 _NORM_TOLERANCE = 1e-6  # processors add the squares in other orders
+_EPSILON_TOLERANCE = 1e-6  # processors and versions of SciPy may differ in the last bits
 _SHOWN = 120  # characters of a value in a message
 
 
@@ -136,12 +147,14 @@ class Checker:
       and at least the job's time (wrong-opening). It has the miners of the record's tasks (left-out).
     - Segment, shard and seed of each task follow from the parent block (wrong-assignment).
     - Each commit is the miner's statement for this opening, and its hashes and size are the record's (forged-commit).
-      A commit is neither late nor absent, and what is accepted has one (left-out). What drew the examples for scoring
-      follows from the beacon and the commits (wrong-score-seed).
+      A commit is neither late nor absent, and what is accepted has one; whose resources are called impossible says
+      what cannot be (left-out). What drew the examples for scoring follows from the beacon and the commits
+      (wrong-score-seed).
     - What counts of each measured score is what the job pays for it; parameters and memories follow from the tasks
       (wrong-params, wrong-weight, wrong-score, wrong-memories). The updates' norms are limited as the job says
       (wrong-norm). The miners' standings follow from the record before, and so does who is barred, who trained on
-      another shard than its own (wrong-standing, left-out), and whose task is done again (wrong-draw).
+      another shard than its own (wrong-standing, left-out), and whose task is done again (wrong-draw). In a job with
+      privacy each update's epsilon, and the sum for each shard, follow from the shard's size (wrong-epsilon).
       A share of the step is one that the guard can give; where the model stays, so does the loss; where it moves, the
       loss is not above the guard's bound (wrong-share, wrong-loss).
     - All fields of the certificate are the record's: losses, models, table, winner (wrong-table and so on).
@@ -294,6 +307,7 @@ class Checker:
             _require("wrong-lineage", "memories of record 0", {}, before.memories)
             _require("wrong-lineage", "norms of record 0", {}, before.norms)
             _require("wrong-lineage", "standings of record 0", {}, before.standings)
+            _require("wrong-lineage", "spent of record 0", {}, before.spent)
             _require("wrong-lineage", "velocity of record 0", self._built(before).no_velocity, before.velocity)
         else:
             root = _table(records.files[0]).root
@@ -336,7 +350,7 @@ class Checker:
             right = given.segment, shards[given.shard], given.seed
             if (task.segment, task.shard, task.seed) != right:
                 raise CosignError("wrong-assignment", f"{task.name} has not the segment, shard and seed that follow")
-            self._check_commit(task, memory, hashlib.sha256(cycle.opening).digest())
+            self._check_commit(cycle, task, memory)
         root = commits_root({task.miner: task.update_hash for task in cycle.tasks if task.update_hash})
         _require("wrong-score-seed", "score_seed", score_seed(certificate.beacon_reveal, root), cycle.score_seed)
 
@@ -348,13 +362,14 @@ class Checker:
         _require("wrong-opening", "its signer", self._coordinator, key)
         return opening
 
-    def _check_commit(self, task: RecordedTask, memory: bytes | None, opening: bytes) -> None:
-        """Check a task's commit."""
+    def _check_commit(self, cycle: CycleRecord, task: RecordedTask, memory: bytes | None) -> None:
+        """Check a task's commit. `memory` is what the opening offers its miner."""
         if task.commit is None:
-            nothing: tuple[object, ...] = (memory, None, None, 0, "", None, False)
+            nothing: tuple[object, ...] = (memory, None, None, None, 0, "", None, False)
             found = (
                 task.memory,
                 task.memory_after,
+                task.noise,
                 task.update_hash,
                 task.update_size,
                 task.numeric_class,
@@ -370,15 +385,18 @@ class Checker:
         except MessageError as error:
             raise CosignError("forged-commit", f"{task.name}: {error}") from None
         _require("forged-commit", f"{task.name}: the signer", task.miner, key)
+        opening = hashlib.sha256(cycle.opening).digest()
         _require("forged-commit", f"{task.name}: opening", opening, message.opening)
         for name, value in {
             "update_hash": task.update_hash,
             "update_size": task.update_size,
             "memory_before": task.memory,
             "memory_after": task.memory_after,
+            "noise": task.noise,
             "numeric_class": task.numeric_class,
         }.items():
             _require("forged-commit", f"{task.name}: {name}", getattr(message, name), value)
+        _require("forged-commit", f"{task.name}: it has noise", bool(self._job.privacy), task.noise is not None)
         if task.refusal in _WITHOUT_COMMIT:
             raise CosignError("left-out", f"{task.name} has a commit, but is {task.refusal}")
         # A miner that lost its memory has none. Any other one could be made up.
@@ -388,6 +406,10 @@ class Checker:
             raise CosignError(
                 "left-out", f"{task.name}: memory {_shown(task.memory)} of {_shown(memory)}, refused as {task.refusal}"
             )
+        if task.refusal is Reason.IMPOSSIBLE_RESOURCES:
+            flops = self._task_flops(cycle)[task.segment]
+            if not impossible(flops, message.resources):
+                raise CosignError("left-out", f"{task.name}: what it used is possible, but is refused as impossible")
 
     def _check_scores(self, records: _Records) -> None:
         """Check all that counts of the measurements, and what follows from it without held-out data."""
@@ -406,6 +428,7 @@ class Checker:
             self._check_score(task, cycle)
         self._check_norms(before, cycle)
         self._check_standings(before, cycle)
+        self._check_epsilons(before, cycle)
         if cycle.share not in _SHARES or (cycle.share and not cycle.accepted):
             raise CosignError("wrong-share", f"share {cycle.share:g} with {len(cycle.accepted)} accepted updates")
         moved = {task.miner.hex(): task.memory_after for task in cycle.accepted if task.memory_after and cycle.share}
@@ -482,6 +505,27 @@ class Checker:
         )
         _require("wrong-standing", "standings", expected, cycle.by_miner)
 
+    def _check_epsilons(self, before: StartRecord, cycle: CycleRecord) -> None:
+        """Check what the tasks have cost the examples of their shards."""
+        tasks = {f"epsilon of {task.name}": task.epsilon for task in cycle.tasks}
+        found = tasks | {f"epsilon of shard {shard}": each.epsilon for shard, each in cycle.spent.items()}
+        counts = {shard: each.tasks for shard, each in cycle.spent.items()}
+        expected: dict[str, float | None] = dict.fromkeys(tasks)
+        expected_counts: dict[str, int] = {}
+        if self._job.privacy:
+            sizes = self._sizes(cycle)
+            done = [task for task in cycle.tasks if task.update_hash]
+            expected |= {f"epsilon of {task.name}": epsilon(self._job, sizes[task.shard], 1) for task in done}
+            spent = {bytes.fromhex(shard): each for shard, each in before.spent.items()}
+            for shard, each in spent_after(self._job, sizes, spent, [task.shard for task in done]).items():
+                expected_counts[shard.hex()] = each.tasks
+                expected[f"epsilon of shard {shard.hex()}"] = each.epsilon
+        _require("wrong-epsilon", "tasks of each shard", expected_counts, counts)
+        for what, value in expected.items():
+            given = found[what]
+            if given is None or value is None or abs(given - value) > _EPSILON_TOLERANCE * value:
+                _require("wrong-epsilon", what, value, given)
+
     def _check_spot_checks(self, before: StartRecord, cycle: CycleRecord) -> set[bytes]:
         """Check the form of what came of the tasks that were done again. Return the miners that failed."""
         drawn = {task.miner: task.update_hash for task in before.tasks if task.drawn}
@@ -536,13 +580,21 @@ class Checker:
 
     def _shards(self, cycle: StartRecord) -> list[bytes]:
         """Return the shards' hashes, from the manifest of the data."""
+        return list(self._sizes(cycle))
+
+    def _sizes(self, cycle: StartRecord) -> dict[bytes, int]:
+        """Return the numbers of examples of the shards, by the shard's hash, from the manifest of the data."""
         data = self._fetch(cycle.dataset_root, "manifest")
         try:
-            shards = [bytes.fromhex(each) for each in json.loads(data)["shards"]]
+            manifest = json.loads(data)
+            shards = [bytes.fromhex(each) for each in manifest["shards"]]
+            sizes = dict(zip(shards, map(operator.index, manifest["sizes"]), strict=True))
         except (ValueError, KeyError, TypeError):
             raise CosignError("wrong-dataset", f"the manifest {cycle.dataset_root.hex()} lists no shards") from None
+        if min(sizes.values(), default=0) < 1:
+            raise CosignError("wrong-dataset", f"the manifest {cycle.dataset_root.hex()} has a shard without examples")
         _require("wrong-dataset", "number of shards", self._job.shards, len(shards))
-        return shards
+        return sizes
 
     def _built(self, cycle: StartRecord) -> _Model:
         """Return the job's model, built once."""
@@ -552,6 +604,11 @@ class Checker:
                 shard = self._fetch(self._shards(cycle)[0], "shard, by whose shapes the model is cut,")
             self._model = _Model(self._job, shard)
         return self._model
+
+    def _task_flops(self, cycle: CycleRecord) -> Sequence[int]:
+        """Return how many floating-point operations a task of each segment needs."""
+        shard = self._fetch(self._shards(cycle)[0], "shard, by whose shapes operations are counted,")
+        return self._built(cycle).task_flops(shard)
 
     def _fetch(self, digest: bytes, what: str) -> bytes:
         try:
@@ -569,7 +626,6 @@ class _Model:
     """A job's model, as far as an aggregate needs it. `shard` is the file of a shard, or empty bytes."""
 
     def __init__(self, job: TrainingJob, shard: bytes) -> None:
-        from traincert.trainer.examples import read_examples
         from traincert.trainer.models import build_model
         from traincert.trainer.segments import Layout, cut_segments
         from traincert.trainer.state import state_hash, state_of
@@ -578,11 +634,27 @@ class _Model:
         model = build_model(job)
         self._layout: Layout = Layout(model)
         self._shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in state_of(model).items()}
-        with TemporaryDirectory() as folder:
-            examples = read_examples(job, Path(folder), write_blob(Path(folder), shard)) if shard else None
+        with self._examples(shard) as examples:
             self.segments: tuple[Segment, ...] = cut_segments(build_model(job), job, examples)
         self.no_velocity: bytes = state_hash({"velocity": self.zeros()})
         """SHA-256 of the velocity of a model that rests."""
+
+    @contextmanager
+    def _examples(self, shard: bytes) -> Iterator[Examples | None]:
+        """Read a shard's file; None for empty bytes."""
+        from traincert.trainer.examples import read_examples
+
+        with TemporaryDirectory() as folder:
+            yield read_examples(self._job, Path(folder), write_blob(Path(folder), shard)) if shard else None
+
+    def task_flops(self, shard: bytes) -> Sequence[int]:
+        """Return how many floating-point operations a task of each segment needs. `shard` is the file of a shard."""
+        from traincert.trainer.models import build_model
+        from traincert.trainer.segments import count_task_flops
+
+        with self._examples(shard) as examples:
+            assert examples is not None  # noqa: S101 - the file is not empty
+            return count_task_flops(build_model(self._job), self._job, self.segments, examples)
 
     def zeros(self) -> torch.Tensor:
         """Return the velocity of a model that rests."""

@@ -184,6 +184,7 @@ class Coordinator:
             root = commits_root({miner: commit.update_hash for miner, commit in commits.items()})
             return score_seed(beacon_reveal, root)
 
+        begin = time.monotonic()
         result = self._trainer.run_cycle(
             self.state,
             miners,
@@ -194,6 +195,7 @@ class Coordinator:
         record = self._run.next_record(result, opening)
         reached("judged")
         self._run.save(record)
+        self._run.save_costs(result, time.monotonic() - begin)
         reached("recorded")
         self.state = result.after
 

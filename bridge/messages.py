@@ -19,6 +19,7 @@ from traincert.bridge.consensus.codec import encode_b32, encode_uint, tagged_has
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.recorded import CONFIG, Hash, RecordedTask, Uint
 from traincert.trainer.errors import Reason
+from traincert.trainer.resources import Resources
 
 _HEAD = 32 + 64  # bytes of key and signature
 
@@ -72,6 +73,10 @@ class CommitMessage:
     memory_after: Hash | None
     seconds: Seconds
     numeric_class: Annotated[str, Field(max_length=200)]
+    resources: Resources | None = None
+    """What the task used, as the miner says; None: it was not measured."""
+    noise: Hash | None = None
+    """SHA-256 of the secret that the task's noise is made from; None: the job has no privacy."""
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -224,7 +224,7 @@ class Miner:
         reached("trained")
         sync(store / commit.update_hash.hex())
         sync(store)
-        kept = (opening.model, commit.update_hash, commit.memory_before, commit.memory_after)
+        kept = (opening.model, commit.update_hash, commit.memory_before, commit.memory_after, commit.noise_hash)
         prune(store, [each for each in kept if each])
         message = CommitMessage(
             digest,
@@ -234,12 +234,17 @@ class Miner:
             commit.memory_after,
             commit.seconds,
             commit.numeric_class,
+            commit.resources,
+            commit.noise_hash,
         )
+        used = commit.resources
+        seconds = f"{time.monotonic() - begin:.1f} s" + (f" ({used.cpu_seconds:.1f} CPU seconds)" if used else "")
         self._view.say(
             "trained",
-            f"cycle {opening.cycle + 1}: trained in {time.monotonic() - begin:.1f} s, {commit.update_size:,} bytes",
+            f"cycle {opening.cycle + 1}: trained in {seconds}, {commit.update_size:,} bytes",
             cycle=opening.cycle + 1,
             seconds=commit.seconds,
+            resources=asdict(used) if used else None,
         )
         return {
             "version": VERSION,

@@ -69,6 +69,7 @@ class RemoteMiners:
         self._reports: dict[bytes, Report] = {}  # each member's last one, by its key
         self._records: dict[bytes, int] = {}  # the cycle of each record, by its hash
         self._revealed: set[bytes] = set()  # the files of all these cycles that everybody may read
+        self._secrets: set[bytes] = set()  # of the noise of all these cycles' tasks that were drawn
         self._engine: NatsEngine
         self._trainer: Trainer
         self._job_digest: bytes
@@ -141,12 +142,16 @@ class RemoteMiners:
         for cycle in range(len(self._records), len(self._run.records)):
             record = self._run.records[cycle]
             self._revealed |= revealed(record)
+            secrets = {task["noise"] for task in record["tasks"] if task["drawn"]} - {None}
+            self._secrets |= set(map(bytes.fromhex, secrets))
             self._records[record_hash(record)] = cycle
         if digest in self._records:
             return self._run.record_path(self._records[digest])
         if digest in self._revealed:
             return self._run.store / digest.hex()
         role, _ = self._members.roles().get(member, ("", None))
+        if role == COSIGNER and digest in self._secrets:  # it may have the shards, too, so noise hides nothing from it
+            return self._run.store / digest.hex()
         return dataset.shard_folder / digest.hex() if role == COSIGNER and digest in self._shards else None
 
     def read_commit(self, statement: bytes) -> Pledge:
@@ -160,7 +165,11 @@ class RemoteMiners:
             message.seconds,
             message.numeric_class,
             statement,
+            resources=message.resources,
+            noise_hash=message.noise,
         )
+        if bool(commit.noise_hash) != bool(self._trainer.job.privacy):
+            raise EngineError("a commit names the secret of the task's noise if, and only if, the job has privacy")
         return Pledge(miner, message.opening, commit)
 
     def make_receipt(self, statement: bytes, place: int, late: bool) -> bytes:

@@ -16,10 +16,10 @@ MAY_IMPORT = {"trainer": {"trainer"}, "regtest": {"regtest"}, "bridge": {"bridge
 # In the order in which data meets them: a file imports only from those before it.
 ORDER = {
     "trainer": (
-        "errors interrupts failpoints imports determinism job weights usercode store datasets examples sharding "
-        "preprocessing models state segments tasks updates training scoring aggregation engines.orders "
-        "engines.executor engines.local engines.broker engines.nats standings judging spot_checks cycle records export "
-        "replay report compare run"
+        "errors interrupts failpoints imports determinism resources job accounting weights usercode store datasets "
+        "examples sharding preprocessing models state segments tasks updates privacy training scoring aggregation "
+        "engines.orders engines.executor engines.local engines.broker engines.nats standings judging spot_checks cycle "
+        "records export replay report compare run"
     ),
     "bridge": (
         "errors fields consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "

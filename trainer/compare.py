@@ -55,7 +55,7 @@ def read_run(folder: Path) -> Compared:
             test_loss=number_of(report.get("test_loss")),
             test_metric=number_of(report.get("test_metric")),
             update_bytes=sum(task["update_size"] for record in run.records for task in record["tasks"]),
-            seconds=sum(each["seconds"] for each in run.times()),
+            seconds=sum(each["seconds"] for each in run.costs()),
             losses=losses,
             identity=run.identity,
         )

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 
+from traincert.trainer.accounting import Spent, epsilon, spent_after
 from traincert.trainer.aggregation import Accepted, aggregate
 from traincert.trainer.determinism import numeric_class, seeded
 from traincert.trainer.engines.orders import Commit, Engine, OnCommit, Order
@@ -16,8 +17,9 @@ from traincert.trainer.errors import JobError, Reason
 from traincert.trainer.examples import Dataset, read_examples
 from traincert.trainer.judging import Judge, Judged, Known, TaskResult
 from traincert.trainer.models import build_model
+from traincert.trainer.privacy import check_private_training
 from traincert.trainer.scoring import MAX_NANO_NATS, Contribution, Evaluation, Refusal, Scorer
-from traincert.trainer.segments import Layout, cut_segments
+from traincert.trainer.segments import Layout, count_task_flops, cut_segments
 from traincert.trainer.spot_checks import Drawn, SpotCheck, SpotChecker, memories_of
 from traincert.trainer.standings import Standing, Standings, draw_checks, next_standings
 from traincert.trainer.state import State, initial_state, save_state
@@ -56,6 +58,8 @@ class Checkpoint:
     """The last cycle's tasks that are done again in the next one."""
     known: Known = field(default_factory=Known)
     """What updates are compared with, to find copies."""
+    spent: Mapping[bytes, Spent] = field(default_factory=dict)
+    """What all tasks have cost the examples of each shard, by its hash. Empty in a job without privacy."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,11 @@ class Trainer:
         self.validation = read_examples(self.job, dataset.held_out_folder, dataset.validation)
         self.segments = cut_segments(build_model(self.job), self.job, self.validation)
         check_optimizer(self.job, self._model)
+        self._sizes = dict(zip(dataset.shards, dataset.manifest()["sizes"], strict=True)) if self.job.privacy else {}
         self._scorer = Scorer(self.job)
-        self._judge = Judge(dataset, self.layout, self.segments, self._scorer, self.validation)
+        shard = read_examples(self.job, dataset.shard_folder, dataset.shards[0])
+        flops = count_task_flops(build_model(self.job), self.job, self.segments, shard)
+        self._judge = Judge(dataset, self.layout, self.segments, self._scorer, self.validation, flops)
         self._checker = SpotChecker(dataset, engine.store, self.segments)
 
     def __enter__(self) -> Self:
@@ -134,7 +141,8 @@ class Trainer:
     def start(self) -> Checkpoint:
         """Store the job's initial model, and return the checkpoint that the first cycle starts from.
 
-        Raises JobError if the job's `initial_model` cannot be used, or if its loss is no number or has no gradient.
+        Raises JobError if the job's `initial_model` cannot be used, if its loss is no number or has no gradient, or if
+        training cannot be private as the job says.
         """
         model = initial_state(self.job)
         velocity = torch.zeros(self.layout.params)
@@ -145,6 +153,7 @@ class Trainer:
         with seeded(self.job.seed):
             batch = self.validation.batch(slice(self.job.batch_size))
             Functions(self.job).check_gradient(self._model.eval(), batch.inputs, batch.target)
+            check_private_training(self.job, batch.batch(slice(4)))
         return Checkpoint(0, model, model_hash, evaluation, evaluation.loss, velocity, velocity_hash)
 
     def _save(self, *states: State) -> list[bytes]:
@@ -246,7 +255,7 @@ class Trainer:
         for miner in draw_checks(score_seed, list(done), judged.standings, self.job.spot_checks, passed):
             order, commit = done[miner].order, done[miner].commit
             assert commit  # noqa: S101 - an accepted update has one
-            began = order._replace(memory_hash=commit.memory_before)
+            began = order._replace(memory_hash=commit.memory_before, noise_hash=commit.noise_hash)
             drawn.append(Drawn(began, commit.update_hash, commit.memory_after, commit.numeric_class))
         ours = numeric_class(self.job.device)
         self._engine.bring({each.order.task.miner: memories_of(each, ours) for each in drawn})
@@ -294,6 +303,12 @@ class Trainer:
             ),
             drawn=drawn,
             known=replace(judged.known, step=step),
+            spent=spent_after(
+                self.job,
+                self._sizes,
+                before.spent,
+                [task.order.shard_hash for task in judged.tasks if self._costs(task)],
+            ),
         )
         return CycleResult(
             model_before=before.model_hash,
@@ -306,8 +321,17 @@ class Trainer:
             share=share,
             score_seed=score_seed,
             spot_checks=tuple(spot_checks),
-            tasks=judged.tasks,
+            tasks=tuple(
+                replace(task, epsilon=epsilon(self.job, self._sizes[task.order.shard_hash], 1))
+                if self._costs(task)
+                else task
+                for task in judged.tasks
+            ),
         )
+
+    def _costs(self, task: TaskResult) -> bool:
+        """Return whether a task costs its shard's examples privacy: others see its update, if only its hash."""
+        return bool(self.job.privacy and task.commit)
 
     def _moved(
         self, before: Checkpoint, accepted: Sequence[Accepted]

@@ -42,6 +42,7 @@ class Reason(StrEnum):
     WITHHELD = "withheld"
     BARRED = "barred"
     SPOT_CHECK_FAILED = "spot-check-failed"
+    IMPOSSIBLE_RESOURCES = "impossible-resources"
     WRONG_MEMORY = "wrong-memory"
     TOO_LARGE = "too-large"
     MALFORMED = "malformed"

@@ -1,7 +1,7 @@
 """Judge a cycle's updates: check them, compare them with each other, and score them.
 
 The checks come in this order, and the first that fails gives the refusal its name: what the coordinator knows of the
-miner, the update's form, copies, the miner's own shard, and the loss.
+miner, what the task used, the update's form, copies, the miner's own shard, and the loss.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from traincert.trainer.determinism import deterministic
 from traincert.trainer.engines.orders import Commit, Order
 from traincert.trainer.errors import Reason
 from traincert.trainer.examples import Dataset, Examples, read_examples
+from traincert.trainer.resources import impossible
 from traincert.trainer.scoring import Contribution, Losses, Refusal, Scorer, score
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.standings import Standing, Standings
@@ -56,6 +57,8 @@ class TaskResult:
     """The z-score of how much more it helps on its own shard than on others; None: it was not measured."""
     score: Score | None = None
     """None: it was not measured on the validation examples."""
+    epsilon: float | None = None
+    """What it costs the examples of its shard; None: it gave no update, or the job has no privacy."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ class Judge:
     segments: Sequence[Segment]
     scorer: Scorer
     validation: Examples
+    task_flops: Sequence[int]
+    """How many floating-point operations a task of each segment needs at least."""
     _shards: dict[bytes, Examples] = field(default_factory=dict)
 
     @deterministic()
@@ -166,6 +171,8 @@ class Judge:
         for order, commit, sent in zip(orders, commits, updates, strict=True):
             case = _Case(order, commit if isinstance(commit, Commit) else None, self.segments[order.task.segment])
             case.refused = refused.get(case.miner) if case.commit else None
+            if strangers and not case.refused:
+                self._check_resources(case)
             if not case.refused:
                 self._read(case, sent, model)
             cases.append(case)
@@ -187,6 +194,11 @@ class Judge:
             standings,
             known,
         )
+
+    def _check_resources(self, case: _Case) -> None:
+        used = case.commit.resources if case.commit else None
+        if why := impossible(self.task_flops[case.order.task.segment], used):
+            case.refuse(Reason.IMPOSSIBLE_RESOURCES, why)
 
     def _read(self, case: _Case, sent: bytes | memoryview | Reason, model: State) -> None:
         try:

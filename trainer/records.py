@@ -6,7 +6,7 @@ version             the version of the folder's format
 data/               shards/ and held-out/: content-addressed files
 store/              models, velocities and miners' memories: content-addressed files
 cycles/00000012.json  the record of cycle 12; it has the hash of the record before
-times.jsonl         how long each cycle took
+costs/00000012.json what cycle 12 cost: seconds, and what the operating system says of each task
 initial.safetensors the model that the run began with, if it is from another run
 """
 
@@ -20,8 +20,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypedDict
 
+from traincert.trainer.accounting import Spent
 from traincert.trainer.cycle import Checkpoint, CycleResult
 from traincert.trainer.engines.orders import Order
 from traincert.trainer.errors import IntegrityError, RunError
@@ -29,6 +30,7 @@ from traincert.trainer.examples import Dataset, stored_dataset
 from traincert.trainer.job import TrainingJob, differences
 from traincert.trainer.judging import Known, TaskResult
 from traincert.trainer.preprocessing import prepare_dataset
+from traincert.trainer.privacy import check_private
 from traincert.trainer.scoring import Contribution, Evaluation
 from traincert.trainer.spot_checks import Drawn, SpotCheck
 from traincert.trainer.standings import Standing
@@ -36,10 +38,10 @@ from traincert.trainer.state import load_state
 from traincert.trainer.store import prune, verify_blob, write_file
 from traincert.trainer.tasks import Task
 
-VERSION = 5
+VERSION = 6
 """Version of the run folder's format, records included."""
 
-_TIMES = "times.jsonl"
+_COSTS = "costs"
 _INITIAL = "initial.safetensors"
 
 Record = dict[str, Any]
@@ -69,6 +71,19 @@ def contributions(record: Record) -> tuple[Contribution, ...]:
 def standings(record: Record) -> dict[bytes, Standing]:
     """Return the miners' standings after a cycle, by miner."""
     return {bytes.fromhex(miner): Standing(*each) for miner, each in record["standings"].items()}
+
+
+class Costs(TypedDict):
+    """What a cycle cost."""
+
+    cycle: int
+    """Counted from 1."""
+    seconds: float
+    """How long it took."""
+    training: float
+    """How long the training of all tasks took together, as the miners say; seconds."""
+    tasks: dict[str, dict[str, Any] | None]
+    """The fields of each committed task's Resources (resources.py), by miner; None: they were not measured."""
 
 
 class RunFolder:
@@ -192,8 +207,10 @@ class RunFolder:
     def dataset(self) -> Dataset:
         """Return the job's data. The first call prepares it.
 
-        Raises RunError if the data is not that of the records.
+        Raises RunError if the data is not that of the records, and JobError if the job cannot be private as it says.
         """
+        if not self._moved:
+            check_private(self.job)
         prepare = stored_dataset if self._moved else prepare_dataset
         dataset = prepare(self.job, self.folder / "data")
         if self.records and dataset.root.hex() != self.records[-1]["dataset_root"]:
@@ -239,6 +256,7 @@ class RunFolder:
             standings=standings(last),
             drawn=tuple(drawn_tasks(last)),
             known=Known(frozenset(self._update_hashes())),
+            spent=spent(last),
         )
 
     def record_path(self, cycle: int) -> Path:
@@ -282,19 +300,27 @@ class RunFolder:
         self._append(record)
         self._prune()
 
-    def times(self) -> list[dict[str, float]]:
-        """Return how long cycles took: `cycle`, `seconds` in all, and `training`, the seconds of all tasks together.
+    def costs(self) -> list[Costs]:
+        """Return what the cycles cost, in order.
 
         A cycle that ended just before its process was killed may be missing.
         """
-        path = self.folder / _TIMES
-        return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+        return [json.loads(path.read_bytes()) for path in sorted((self.folder / _COSTS).glob("*.json"))]
 
-    def save_time(self, cycle: int, seconds: float, training: float) -> None:
-        """Note how long a cycle took. It is not in the record, because records of equal runs are equal."""
-        times = [*self.times(), {"cycle": cycle, "seconds": seconds, "training": training}]
-        # The whole file anew: a process that is killed while it appends would leave half a line.
-        write_file(self.folder / _TIMES, "".join(json.dumps(each) + "\n" for each in times).encode())
+    def save_costs(self, result: CycleResult, seconds: float) -> None:
+        """Note what a cycle cost; `seconds` is how long it took.
+
+        It is not in the record, because records of equal runs are equal.
+        """
+        tasks = {
+            task.order.task.miner.hex(): asdict(resources) if (resources := task.commit.resources) else None
+            for task in result.tasks
+            if task.commit
+        }
+        cycle = result.after.cycle
+        costs = Costs(cycle=cycle, seconds=seconds, training=result.training_seconds, tasks=tasks)
+        (self.folder / _COSTS).mkdir(exist_ok=True)
+        write_file(self.folder / _COSTS / f"{cycle:08}.json", json.dumps(costs, indent=1).encode() + b"\n")
 
     def _checkpoint_record(self, state: Checkpoint) -> Record:
         return {
@@ -306,6 +332,7 @@ class RunFolder:
             "memories": {miner.hex(): kept.hex() for miner, kept in sorted(state.memories.items())},
             "norms": {str(segment): norm for segment, norm in sorted(state.norms.items())},
             "standings": {miner.hex(): list(each) for miner, each in sorted(state.standings.items())},
+            "spent": {shard.hex(): list(each) for shard, each in sorted(state.spent.items())},
         }
 
     def _append(self, record: Record) -> None:
@@ -320,9 +347,14 @@ class RunFolder:
         for record in self.records[1:][-self.job.history :]:
             kept.add(record["model_before"])
             for task in record["tasks"]:
-                kept |= {task["memory"], task["update_hash"]} - {None}
+                kept |= {task["memory"], task["noise"], task["update_hash"]} - {None}
                 kept |= {task["memory_after"]} - {None} if task["drawn"] else set()
         prune(self.store, [bytes.fromhex(digest) for digest in kept])
+
+
+def spent(record: Record) -> dict[bytes, Spent]:
+    """Return what all tasks until the end of a cycle have cost the examples of each shard, by the shard's hash."""
+    return {bytes.fromhex(shard): Spent(*each) for shard, each in record["spent"].items()}
 
 
 def finite(number: float) -> float | None:
@@ -411,6 +443,7 @@ def recorded_order(record: Record, task: Record, shard: int) -> Order:
         bytes.fromhex(record["model_before"]),
         bytes.fromhex(task["shard"]),
         _unhex(task["memory"]),
+        _unhex(task["noise"]),
     )
 
 
@@ -438,6 +471,8 @@ def _task_record(result: TaskResult, drawn: Collection[bytes]) -> Record:
         "seed": order.task.seed.hex(),
         "memory": memory.hex() if memory else None,
         "memory_after": commit.memory_after.hex() if commit and commit.memory_after else None,
+        "noise": commit.noise_hash.hex() if commit and commit.noise_hash else None,
+        "epsilon": result.epsilon,
         "update_hash": commit.update_hash.hex() if commit else None,
         "update_size": commit.update_size if commit else 0,
         "numeric_class": commit.numeric_class if commit else "",

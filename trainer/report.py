@@ -5,7 +5,7 @@ import math
 import shutil
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
+from traincert.trainer.accounting import guarantee
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.records import Record, finite, number_of
+from traincert.trainer.records import Costs, Record, finite, number_of, spent
 from traincert.trainer.scoring import Evaluation, nats
 from traincert.trainer.store import write_file
 
@@ -62,17 +63,17 @@ def write_report(
     job: TrainingJob,
     records: Sequence[Record],
     test: Evaluation,
-    times: Sequence[Mapping[str, float]] = (),
+    costs: Sequence[Costs] = (),
 ) -> Path:
     """Write report.html, its plots (PNG) and report.json to `folder`; return the path of report.html.
 
-    `times` is as `RunFolder.times` returns it.
+    `costs` is as `RunFolder.costs` returns it.
     """
     folder.mkdir(exist_ok=True)
     summary = _summary(job, records, test) | {
-        "seconds": sum(each["seconds"] for each in times),
-        "seconds_per_cycle": statistics.median(each["seconds"] for each in times) if times else None,
-        "task_seconds": sum(each["training"] for each in times),
+        "seconds": sum(each["seconds"] for each in costs),
+        "seconds_per_cycle": statistics.median(each["seconds"] for each in costs) if costs else None,
+        "task_seconds": sum(each["training"] for each in costs),
     }
     plots = {
         "loss.png": _plot_loss(records, summary["metric"]),
@@ -117,6 +118,7 @@ def _summary(job: TrainingJob, records: Sequence[Record], test: Evaluation) -> d
         "updates": len(sent),
         "update_bytes": size,
         "times_smaller_than_float32": sum(4 * task["params"] for task in sent) / size if size else None,
+        "privacy": guarantee(job, spent(records[-1]).values()) if job.privacy else None,
         "refusals": dict(sorted(Counter(task["refusal"] for task in tasks if task["refusal"]).items())),
     }
 

@@ -88,12 +88,12 @@ def run_job(
                     _check_trained(result)
                     run.save(run.next_record(result))
                     state = result.after
-                    run.save_time(state.cycle, time.perf_counter() - begin, result.training_seconds)
+                    run.save_costs(result, time.perf_counter() - begin)
                     board.add(run.records[-1])
                     view.cycle(run.records[-1])
             view.step("testing")
             test = trainer.test(state.model)
-        path = write_report(folder / "report", job, run.records, test, run.times())
+        path = write_report(folder / "report", job, run.records, test, run.costs())
         return Finished(run.head, test, path, _stopped(run) if run.cycles < total else "")
 
 

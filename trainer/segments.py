@@ -127,6 +127,42 @@ def cut_segments(model: nn.Module, job: TrainingJob, examples: Examples | None =
     return tuple(layout.segment(start, end) for start, end in pairwise(bounds))
 
 
+def count_task_flops(
+    model: nn.Module, job: TrainingJob, segments: Sequence[Segment], shard: Examples
+) -> tuple[int, ...]:
+    """Return how many floating-point operations a task of each segment needs, as PyTorch's FlopCounterMode counts them.
+
+    Shapes alone count, so any of the shards will do. Zeros if the job is not for the CPU.
+    """
+    if job.device != "cpu":
+        return (0,) * len(segments)
+    layout, parameters = Layout(model), dict(model.named_parameters())
+    size = min(job.batch_size, len(shard))
+    found = []
+    for segment in segments:
+        trained = [parameters[piece.name] for piece in layout.pieces(segment)]
+        first, two = (_count_step(model, job, shard.batch(slice(0, count)), trained) for count in (1, min(2, size)))
+        found.append(job.local_steps * (first + (two - first) * (size - 1)))  # some are the same for any batch size
+    return tuple(found)
+
+
+def _count_step(model: nn.Module, job: TrainingJob, batch: Examples, trained: Sequence[nn.Parameter]) -> int:
+    """Count the floating-point operations of a training step of the tensors `trained`; all others are frozen.
+
+    Gradients stay in `trained`, and their `requires_grad`.
+    """
+    functions = Functions(job)
+    model.eval()  # training mode would change buffers, and batch norm would need more than one example
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        # torch.autograd.grad does not work with FlopCounterMode and parametrizations.
+        functions.backward(functions.mean_loss(functions.outputs(model, batch.inputs), batch.target))
+    return int(counter.get_total_flops())
+
+
 def _count_flops(model: nn.Module, job: TrainingJob, examples: Examples) -> tuple[list[int], list[int]]:
     """Count the floating-point operations of a training step on one example, for each trainable tensor i.
 
@@ -134,19 +170,10 @@ def _count_flops(model: nn.Module, job: TrainingJob, examples: Examples) -> tupl
     trains all tensors (0 for the first tensor).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    functions = Functions(job)
     batch = examples.batch(slice(0, 1))
-    model.eval()  # training mode would change buffers, and batch norm would need more than one example
 
     def count(trained: Sequence[nn.Parameter]) -> int:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        with FlopCounterMode(display=False) as counter:
-            # torch.autograd.grad does not work with FlopCounterMode and parametrizations.
-            functions.backward(functions.mean_loss(functions.outputs(model, batch.inputs), batch.target))
-        return int(counter.get_total_flops())
+        return _count_step(model, job, batch, trained)
 
     every = count(trainable)
     first = [count([parameter]) for parameter in trainable]

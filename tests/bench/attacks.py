@@ -32,6 +32,7 @@ from traincert.trainer.examples import Examples, read_examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.judging import Judge, Known, _Case
 from traincert.trainer.preprocessing import prepare_dataset
+from traincert.trainer.resources import Resources
 from traincert.trainer.segments import Segment
 from traincert.trainer.standings import Standing, Standings, choose
 from traincert.trainer.state import State, load_state
@@ -247,6 +248,14 @@ def swapped(scene: Scene, order: Order) -> Update:
     return scene.train(same[(same.index(order) + 1) % len(same)])
 
 
+def forged(scene: Scene, order: Order) -> Update:
+    """Do all of the task, and state a thousandth of a CPU second for it."""
+    return scene.train(order)
+
+
+FORGED = Resources(0.001, 0.0, 1, 1, None, None, None, None, peak_flops=1e10)
+
+
 def together(scene: Scene, order: Order) -> Update | None:
     """Three attackers: one poisons, one copies, one is lazy."""
     mine = sorted(o.task.miner for o in scene.orders if o.task.miner not in scene.honest)
@@ -294,6 +303,7 @@ CASES = {
     "known validation": Case(known_validation),
     "all shards": Case(all_shards),
     "withholding": Case(withhold, bar="zero"),
+    "forged resources": Case(forged, bar="zero"),
     "together": Case(together, names=3, bar=""),
 }
 
@@ -351,7 +361,10 @@ class AttackedEngine:
             self._updates[order.task.miner] = data
             sample = next(each for each in found.values() if isinstance(each, Commit))
             found[order.task.miner] = sample._replace(
-                update_hash=hashlib.sha256(data).digest(), memory_before=None, memory_after=None
+                update_hash=hashlib.sha256(data).digest(),
+                memory_before=None,
+                memory_after=None,
+                resources=FORGED if self._attack is forged else None,
             )
         return [self._placed(found[order.task.miner], order) for order in orders]
 
@@ -499,7 +512,7 @@ def run(job_name: str, rule: str, attack: str, seed: int, cycles: int = CYCLES) 
             if rule in RULES:
                 judge = trainer._judge
                 trainer._judge = RULES[rule](
-                    judge.dataset, judge.layout, judge.segments, judge.scorer, judge.validation
+                    judge.dataset, judge.layout, judge.segments, judge.scorer, judge.validation, judge.task_flops
                 )
             state = trainer.start()
             shares, refusals, checks, tasks = [], [], 0, 0

@@ -61,6 +61,7 @@ from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.records import Record, RunFolder, record_hash, standings
+from traincert.trainer.resources import Resources
 from traincert.trainer.scoring import Evaluation
 from traincert.trainer.segments import cut_segments
 from traincert.trainer.spot_checks import Drawn, SpotCheck, SpotChecker
@@ -76,6 +77,8 @@ KEYS = {PrivateKey(secret).public_key_xonly.format(): PrivateKey(secret) for sec
 MINERS = sorted(KEYS)
 OWN = COORDINATORS[1]
 NOT_JUDGED = 60 * 60 * 24
+USED = Resources(1.0, 0.0, 1, 1, 10**8, 0, 0, None, peak_flops=1e11)
+"""What all tasks say that they used."""
 CHEATED = "cheated"
 """A fault: the update helps, but is not what the task gives. It is found in the next cycle."""
 
@@ -116,7 +119,10 @@ class Engine:
                 commit.memory_after,
                 commit.seconds,
                 commit.numeric_class,
+                replace(USED, user_seconds=0.0) if fault == Reason.IMPOSSIBLE_RESOURCES else USED,
+                commit.noise_hash,
             )
+            commit = commit._replace(resources=message.resources)
             commits.append(commit._replace(statement=seal(KEYS[order.task.miner], self.chain_id, message)))
             self._updates.append(Reason.WITHHELD if fault == Reason.WITHHELD else answer.update)
         return commits
@@ -208,6 +214,7 @@ class World:
         self.files = path / "files"
         self.files.mkdir()
         write_blob(self.files, read_blob(dataset.directory, dataset.root))
+        write_blob(self.files, read_blob(dataset.shard_folder, dataset.shards[0]))
         self.lies: dict[bytes, bytes] = {}
         self._save(self.run.records[0])
 
@@ -299,6 +306,7 @@ FAULTS = {
     MINERS[1]: Reason.NO_IMPROVEMENT,
     MINERS[2]: Reason.WITHHELD,
     MINERS[3]: Reason.ABSENT,
+    MINERS[7]: Reason.IMPOSSIBLE_RESOURCES,
     MINERS[8]: Reason.WRONG_MEMORY,
     MINERS[9]: Reason.COPY,
 }
@@ -633,6 +641,9 @@ LIES: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
     "left-out": {
         "a good update is malformed": lambda world: world.lie_of_task(ACCEPTED, refusal="malformed", **NOT_READ),
         "a good update is too large": lambda world: world.lie_of_task(ACCEPTED, refusal="norm-too-large", **NOT_READ),
+        "one that is possible is impossible": lambda world: world.lie_of_task(
+            ACCEPTED, refusal="impossible-resources", **NOT_READ
+        ),
         "refused for another reason": lambda world: world.lie_of_task(0, refusal="not-finite"),
         "one that came is late": lambda world: world.lie_of_task(ACCEPTED, refusal="late", **NOT_READ),
         "one that came is absent": lambda world: world.lie_of_task(1, refusal="absent"),
@@ -854,6 +865,67 @@ def test_who_is_barred_has_a_task_only_if_nobody_else_is_there(later: Lies, tmp_
     assert [task["miner"] for task in others["tasks"]] == [key.hex() for key in MINERS if key != MINERS[CHEAT]]
     (tmp_path / "other").mkdir()
     assert not cosign(later.checker(), later.signer(tmp_path / "other"), later.propose(others)).refusal
+
+
+@pytest.fixture(scope="module")
+def private(
+    bitcoin_network_module: NetworkFactory, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Lies]:
+    """A world at height 1 whose job has privacy. The fourth miner is absent in its second cycle."""
+    job = replace(dataset.job, privacy="dp-sgd", noise_multiplier=1.0, max_grad_norm=1.0, shard_examples=0)
+    with ExitStack() as stack:
+        world = Lies(bitcoin_network_module, stack, replace(dataset, job=job), tmp_path_factory.mktemp("private"))
+        world.append(world.next_record({}))
+        world.record = world.next_record({MINERS[3]: Reason.ABSENT})
+        yield world
+
+
+def _spent(world: Lies, change: Callable[[int, float], list[Any]]) -> Proposal:
+    """Propose the record with a change to what the first shard's examples have spent."""
+    spent = dict(world.record["spent"])
+    shard = min(spent)
+    return world.lie(spent={**spent, shard: change(*spent[shard])})
+
+
+PRIVATE: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
+    "wrong-epsilon": {
+        "less for a task": lambda world: world.altered(0, epsilon=world.record["tasks"][0]["epsilon"] * 0.99),
+        "none for a task": lambda world: world.altered(0, epsilon=None),
+        "some for who is absent": lambda world: world.altered(3, epsilon=world.record["tasks"][0]["epsilon"]),
+        "less for a shard": lambda world: _spent(world, lambda tasks, epsilon: [tasks, epsilon * 0.99]),
+        "fewer tasks of a shard": lambda world: _spent(world, lambda tasks, epsilon: [tasks - 1, epsilon]),
+        "what was spent before only": lambda world: world.lie(spent=world.run.records[-1]["spent"]),
+        "nothing": lambda world: world.lie(spent={}),
+    },
+    "forged-commit": {
+        "another secret": lambda world: world.altered(0, noise=digest("secret").hex()),
+        "no secret": lambda world: world.altered(ACCEPTED, noise=None, commit=world.commit(world.miner, noise=None)),
+        "a secret of who is absent": lambda world: world.altered(3, noise=digest("secret").hex()),
+    },
+}
+"""The same for a job with privacy."""
+
+
+@pytest.mark.parametrize(("name", "what"), [(name, what) for name, ways in PRIVATE.items() for what in ways])
+def test_each_lie_about_privacy_is_refused_by_its_name(private: Lies, tmp_path: Path, name: str, what: str) -> None:
+    answer = cosign(private.checker(), private.signer(tmp_path), PRIVATE[name][what](private))
+    assert (answer.refusal, answer.signature) == (name, b"")
+
+
+def test_epsilons_are_signed_whose_last_bits_another_processor_found(private: Lies, tmp_path: Path) -> None:
+    """And all tasks of the first cycle, done again with their secrets, were found right."""
+    assert len(private.record["spot_checks"]) > 1
+    assert not any(check["failure"] for check in private.record["spot_checks"])
+    proposal = private.altered(0, epsilon=private.record["tasks"][0]["epsilon"] * (1 + 1e-12))
+    assert not cosign(private.checker(), private.signer(tmp_path), proposal).refusal
+
+
+def test_a_job_without_privacy_has_no_epsilons(world: Lies, tmp_path: Path) -> None:
+    spent = {world.record["tasks"][0]["shard"]: [1, 1.0]}
+    for number, lie in enumerate([world.altered(ACCEPTED, epsilon=1.0), world.lie(spent=spent)]):
+        (tmp_path / str(number)).mkdir()
+        answer = cosign(world.checker(), world.signer(tmp_path / str(number)), lie)
+        assert answer.refusal == "wrong-epsilon"
 
 
 def test_an_honest_proposal_is_signed_also_after_lies(world: Lies, tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def run(
 
 def facts(result: CycleResult) -> tuple[object, ...]:
     """All of a result that can be compared: `after` is tensors, but model_after is its hash."""
-    tasks = [replace(task, commit=task.commit and task.commit._replace(seconds=0.0)) for task in result.tasks]
+    tasks = [
+        replace(task, commit=task.commit and task.commit._replace(seconds=0.0, resources=None)) for task in result.tasks
+    ]
     others = {name: value for name, value in vars(result).items() if name not in ("after", "tasks")}
     return (others, tasks, result.after.memories, state_hash({"velocity": result.after.velocity}))
 

@@ -336,8 +336,9 @@ def test_a_run_ends_early_and_goes_on_with_more_cycles(tmp_path: Path) -> None:
     answer = traincert("job", "run", job, "--out", folder, "--cycles", 1)
     assert answer.returncode == 1
     assert f"{folder} already has {CYCLES + 1} cycles: give as many or more, not 1" in answer.stderr
-    times = [json.loads(line) for line in (folder / "times.jsonl").read_text().splitlines()]
-    assert [each["cycle"] for each in times] == list(range(1, CYCLES + 2))
+    costs = [json.loads(path.read_bytes()) for path in sorted((folder / "costs").iterdir())]
+    assert [each["cycle"] for each in costs] == list(range(1, CYCLES + 2))
+    assert all(task["user_seconds"] > 0 for each in costs for task in each["tasks"].values())
     report = json.loads((folder / "report/report.json").read_text())
     assert 0 < report["task_seconds"] < 2 * report["seconds"]
 

@@ -26,6 +26,7 @@ from traincert.trainer.errors import EngineError, Reason, TrainerError
 from traincert.trainer.imports import importing
 from traincert.trainer.interrupts import ctrl_c_later
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.resources import Meter, measure_peak_flops
 from traincert.trainer.store import map_blob, write_blob
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is not safe after torch has started threads
@@ -37,6 +38,12 @@ class _Worker:
     connection: Connection
     task: int | None = None  # the number of its task; None: it is idle
     began: float | None = None  # when it began the task, time.monotonic(); None: it has not begun
+    peak_flops: float = 0.0  # of this machine, see resources.py
+
+    def __post_init__(self) -> None:
+        """Measure the process."""
+        assert self.process.pid is not None  # noqa: S101 - it has been started
+        self.meter = Meter(self.process.pid)
 
 
 class LocalEngine:
@@ -156,10 +163,12 @@ class LocalEngine:
                         commits[number] = Reason.WORKER_DIED
                     continue
                 message = _unwrap(received)
-                if message is None:
-                    worker.began = time.monotonic()
+                if isinstance(message, float):
+                    worker.began, worker.peak_flops = time.monotonic(), message
+                    worker.meter.begin()
+                    _send(worker, None)
                 else:
-                    commits[number] = message
+                    commits[number] = message._replace(resources=worker.meter.end(worker.peak_flops))
                     worker.task = worker.began = None
             for worker in self._workers:
                 if worker.began is not None and time.monotonic() >= worker.began + self.job.task_seconds:
@@ -204,14 +213,14 @@ class LocalEngine:
         return _Worker(process, ours)
 
 
-def _send(worker: _Worker, order: tuple[Path, Order]) -> None:
+def _send(worker: _Worker, order: tuple[Path, Order] | None) -> None:
     # If the worker died while it was idle, the next recv raises EOFError or OSError, and a new worker gets the task.
     with contextlib.suppress(OSError):
         worker.connection.send(order)
 
 
-def _unwrap(message: Commit | OSError | TrainerError | str | None) -> Commit | None:
-    """Return a worker's commit, or None if the worker begins its task.
+def _unwrap(message: Commit | OSError | TrainerError | str | float) -> Commit | float:
+    """Return a worker's commit, or, if the worker is about to begin its task, the machine's peak_flops.
 
     Raises the task's OSError or TrainerError, and EngineError if it raised another exception.
     """
@@ -231,8 +240,8 @@ def _end(worker: _Worker) -> None:
 def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> None:
     """Carry out orders until the engine closes the connection.
 
-    For each order send None when the task begins, then a Commit, an OSError, a TrainerError, or another exception's
-    traceback as text.
+    For each order send the machine's peak_flops, and wait for an answer: the engine measures from here. Then send a
+    Commit, an OSError, a TrainerError, or another exception's traceback as text.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -250,12 +259,14 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
     if job.device == "cuda":
         torch.cuda.set_device(number % torch.cuda.device_count())
     executor = Executor(job, store)
+    peak_flops = measure_peak_flops()
     while True:
         try:
             shards, order = engine.recv()
+            engine.send(peak_flops)
+            engine.recv()
         except EOFError:
             return
-        engine.send(None)
         message: Commit | OSError | TrainerError | str
         try:
             answer = executor.execute(shards, order)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from traincert.trainer.resources import Resources
 from traincert.trainer.tasks import Task
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Order(NamedTuple):
     model_hash: bytes
     shard_hash: bytes
     memory_hash: bytes | None  # the miner's memory; None: it has none
+    noise_hash: bytes | None = None  # the secret of its noise, if it is done again; None: it draws one if it needs one
 
 
 class Answer(NamedTuple):
@@ -33,6 +35,7 @@ class Answer(NamedTuple):
     memory_after: bytes | None  # SHA-256 of the miner's new memory; None: it has none
     seconds: float  # how long the training took
     numeric_class: str = ""  # of the machine, as `determinism.numeric_class` returns it
+    noise_hash: bytes | None = None  # SHA-256 of the secret of its noise; None: the job has no privacy
 
 
 class Commit(NamedTuple):
@@ -47,12 +50,15 @@ class Commit(NamedTuple):
     statement: bytes = b""  # the miner's signed statement of all this, where there is one
     place: int = 0  # how many commits of the cycle came before it
     late: bool = False  # it came after the job's late_seconds
+    resources: Resources | None = None  # what the task used; None: it was not measured
+    noise_hash: bytes | None = None  # as in Answer
 
     @classmethod
     def to(cls, answer: Answer, update_hash: bytes) -> Commit:
         """Return the commit to an answer whose update has this SHA-256, without a statement."""
         size, before, after = len(answer.update), answer.memory_before, answer.memory_after
-        return cls(update_hash, size, before, after, answer.seconds, answer.numeric_class)
+        found = cls(update_hash, size, before, after, answer.seconds, answer.numeric_class)
+        return found._replace(noise_hash=answer.noise_hash)
 
 
 class Engine(Protocol):

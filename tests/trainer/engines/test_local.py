@@ -58,8 +58,8 @@ def orders_of(dataset: Dataset, miners: Sequence[bytes], store: Path) -> list[Or
 
 
 def results(commits: Sequence[Commit | Reason]) -> list[Commit | Reason]:
-    """The commits without the time that their tasks took."""
-    return [commit if isinstance(commit, Reason) else commit._replace(seconds=0) for commit in commits]
+    """The commits without what their tasks cost."""
+    return [commit if isinstance(commit, Reason) else commit._replace(seconds=0, resources=None) for commit in commits]
 
 
 def test_a_killed_worker_costs_nothing_but_time(
