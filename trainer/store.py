@@ -3,6 +3,7 @@
 Each read checks the file against its name.
 """
 
+import ctypes
 import hashlib
 import os
 import tempfile
@@ -47,14 +48,28 @@ def _write(
             for part in parts:
                 file.write(part)
             file.flush()
+            begin_writeback(handle)
+            path = folder / name()
             if durable:
                 os.fsync(handle)
-        Path(temporary).replace(folder / name())
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     if durable:
         sync(folder)
+
+
+def begin_writeback(file: int, offset: int = 0, size: int = 0) -> None:
+    """Have the kernel begin to write `size` bytes of a file to the disk; 0: all from `offset` on.
+
+    A later fsync takes less time then. This is Linux's sync_file_range; it is a hint, so errors do not matter.
+    """
+    _LIBC.sync_file_range(file, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
+
+
+_LIBC = ctypes.CDLL(None)
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def sync(path: Path) -> None:

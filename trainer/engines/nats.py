@@ -29,7 +29,7 @@ from traincert.trainer.engines.orders import Commit, OnCommit, Order
 from traincert.trainer.errors import EngineError, Reason
 from traincert.trainer.failpoints import reached
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.store import map_blob, map_file, sync
+from traincert.trainer.store import begin_writeback, map_blob, map_file, sync
 
 POLL_SECONDS = 3.0
 """A poll for which there is nothing new is answered after this time, in a network of few members."""
@@ -479,6 +479,7 @@ class NatsEngine:
             raise EngineError(f"the file had {upload.size} bytes before, and {size} now")
         if offset in upload.missing:
             os.pwrite(upload.file, chunk, offset)
+            begin_writeback(upload.file, offset, len(chunk))
             upload.missing.discard(offset)
         if upload.missing:
             return None
