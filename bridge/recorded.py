@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from traincert.bridge.errors import BridgeError
+from traincert.trainer.accounting import Spent
 from traincert.trainer.errors import Reason
 from traincert.trainer.standings import Standing
 from traincert.trainer.weights import Score
@@ -48,6 +49,8 @@ class RecordedTask:
     drawn: bool
     refusal: Reason | None
     detail: str | None
+    noise: Hash | None = None
+    epsilon: Annotated[float, Field(ge=0)] | None = None
 
     @property
     def name(self) -> str:
@@ -81,6 +84,7 @@ class StartRecord:
     memories: dict[_HexHash, Hash]
     norms: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})$")], Annotated[float, Field(ge=0)]]
     standings: dict[_HexHash, Standing]
+    spent: dict[_HexHash, Spent]
     tasks: list[RecordedTask]
 
     def standing(self, miner: bytes) -> Standing:

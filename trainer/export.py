@@ -8,9 +8,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from traincert.trainer.accounting import guarantee
 from traincert.trainer.errors import IntegrityError, JobError, RunError
 from traincert.trainer.models import build_model
-from traincert.trainer.records import RunFolder
+from traincert.trainer.records import RunFolder, spent
 from traincert.trainer.state import load_state, set_state
 from traincert.trainer.store import write_file
 
@@ -22,8 +23,8 @@ def export_model(run: RunFolder, cycle: int, path: Path) -> None:
 
     The file has tied parameters under all of their names, and the buffers. If the job prepares its data, a JSON file
     beside it, with the same name and the ending .json, says how: by column the mean and the deviation (`normalize`),
-    the values in the order of their codes (`encode`), and what replaces a missing value (`missing`). If the run's data
-    is gone, only the model is written, with a warning.
+    the values in the order of their codes (`encode`), and what replaces a missing value (`missing`). With `privacy` it
+    has the epsilon of the whole run. If the run's data is gone, only the model is written, with a warning.
 
     Raises RunError if the run has no such cycle, its store no longer has the model, or the name ends otherwise;
     IntegrityError if the model's file is damaged, and JobError if the job's model cannot be built.
@@ -47,7 +48,7 @@ def export_model(run: RunFolder, cycle: int, path: Path) -> None:
     else:  # this format has no shared tensors
         data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
     write_file(path, data, 0o644)
-    if run.job.normalize or run.job.encode or run.job.missing:
+    if run.job.normalize or run.job.encode or run.job.missing or run.job.privacy:
         try:
             manifest = run.dataset().manifest()
         except (JobError, IntegrityError) as error:
@@ -61,4 +62,6 @@ def export_model(run: RunFolder, cycle: int, path: Path) -> None:
             "encode": manifest["codes"],
             "missing": manifest["fills"],
         }
+        if run.job.privacy:  # of all cycles: the best model was chosen among all
+            prepared["privacy"] = guarantee(run.job, spent(run.records[-1]).values())
         write_file(path.with_suffix(".json"), json.dumps(prepared, indent=1).encode() + b"\n", 0o644)

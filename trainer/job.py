@@ -163,6 +163,17 @@ class TrainingJob:
     guard: Annotated[float, Field(gt=0)] = 0.2
     """How far the validation loss, with `loss_offset`, may rise above the lowest so far, as a share. 0.2: 20 %.
     If a cycle would raise it more, the model's move is halved, up to four times; then the model stays as it is."""
+    privacy: Literal["", "dp-sgd", "noised-update"] = ""
+    """Differential privacy for the shards' examples, see docs/privacy.md. Empty: none.
+    dp-sgd: each example's gradient is clipped, and each step has noise. An epsilon is for one example.
+    noised-update: the whole update is clipped, and has noise. It takes any loss, and needs much more noise."""
+    noise_multiplier: Annotated[float, Field(ge=0.1, le=1000)] | None = None
+    """With `privacy`: the standard deviation of the noise, as a multiple of what one example can change."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """With `privacy`: the greatest L2 norm of an example's gradient (dp-sgd) or of an update (noised-update).
+    A greater one is scaled down to it."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """With `privacy`: the delta for which each epsilon holds. It should be far below 1 / examples of a shard."""
     density: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of an update's values that a miner sends. 1: all values, as float32.
     Below 1: the values of greatest magnitude, each as its sign; the miner keeps the residual (error feedback)."""
@@ -241,6 +252,17 @@ class TrainingJob:
                 raise ValueError(f"{key}: {twice[0]!r} is there twice")
         if self.late_seconds is not None and self.late_seconds > self.task_seconds:
             raise ValueError(f"late_seconds = {self.late_seconds:g}: should be at most task_seconds")
+        if self.privacy and (self.noise_multiplier is None or self.max_grad_norm is None):
+            raise ValueError(f"privacy = {self.privacy!r} needs noise_multiplier and max_grad_norm")
+        if not self.privacy and (self.noise_multiplier is not None or self.max_grad_norm is not None):
+            raise ValueError("noise_multiplier and max_grad_norm need privacy")
+        if self.privacy and self.shard_examples:
+            raise ValueError(
+                f"shard_examples = {self.shard_examples}: should be 0 with privacy; it measures updates on examples of "
+                "the shards, and what it finds has no noise"
+            )
+        if self.privacy == "noised-update" and self.keep_optimizer_state:
+            raise ValueError("keep_optimizer_state: should be false with privacy = 'noised-update'; it has no noise")
         if self.warmup_cycles >= self.cycles:
             raise ValueError(f"warmup_cycles = {self.warmup_cycles}: should be less than cycles = {self.cycles}")
 

@@ -143,6 +143,7 @@ class _Preparation:
             "codes": {name: sorted(self.values[name]) for name in job.encode},
             "fills": {name: fill.tolist() for name, fill in self.fills.items()},
             "shards": [digest.hex() for digest in stored[: job.shards]],
+            "sizes": [len(cut) for cut in cuts[: job.shards]],
             "validation": stored[job.shards].hex(),
             "test": stored[job.shards + 1].hex(),
         }

@@ -19,7 +19,7 @@ class Replayed:
     recorded: str
     """SHA-256 of the update in the record."""
     found: str
-    """SHA-256 of the update that the replay gave; empty if only the miner has the memory that the task began with."""
+    """SHA-256 of the update that the replay gave; empty if only the miner has what the task needs: memory, secret."""
 
     @property
     def same(self) -> bool:
@@ -48,7 +48,8 @@ def replay_tasks(run: RunFolder, cycle: int | None = None) -> Iterator[Replayed]
             if task["update_hash"] is None:
                 continue  # the task gave no update
             order = recorded_order(record, task, dataset.shards.index(bytes.fromhex(task["shard"])))
-            if order.memory_hash and not (run.store / order.memory_hash.hex()).exists():
+            needed = [digest for digest in (order.memory_hash, order.noise_hash) if digest]
+            if not all((run.store / digest.hex()).exists() for digest in needed):
                 yield Replayed(number, task["miner"], task["update_hash"], "")
                 continue
             found = hashlib.sha256(executor.execute(dataset.shard_folder, order).update).hexdigest()

@@ -31,7 +31,7 @@ from traincert.trainer.updates import UpdateError, read_update
 class Drawn(NamedTuple):
     """A task that is to be done again: what its miner was given, and what it committed to. Hashes are 32 raw bytes."""
 
-    order: Order  # with the memory that the miner began with
+    order: Order  # with the memory that the miner began with, and the secret of its noise
     update_hash: bytes
     memory_after: bytes | None
     numeric_class: str
@@ -73,7 +73,7 @@ class TaskChecker:
         except (OSError, MemoryError, torch.OutOfMemoryError, IntegrityError, EngineError):
             raise
         except Exception as error:
-            if order.memory_hash is None:
+            if order.memory_hash is None and order.noise_hash is None:
                 raise
             # A memory can be any bytes that the miner has chosen. It must not end the program of who checks.
             failure = f"the task cannot be done with its memory: {ascii(str(error))[:200]}"
@@ -152,8 +152,11 @@ class SpotChecker(TaskChecker):
 
 
 def memories_of(drawn: Drawn, ours: str) -> list[bytes]:
-    """Return the memories that a miner has to send for a check on a machine of the class `ours`."""
-    memories = [drawn.order.memory_hash]
+    """Return the files that a miner has to send for a check on a machine of the class `ours`.
+
+    These are memories, and the secret of the task's noise.
+    """
+    memories = [drawn.order.memory_hash, drawn.order.noise_hash]
     if drawn.numeric_class != ours:  # equal hashes cannot be expected: they are compared by distance
         memories.append(drawn.memory_after)
     return [digest for digest in memories if digest]

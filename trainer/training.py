@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -15,6 +16,7 @@ from traincert.trainer.errors import JobError
 from traincert.trainer.examples import Examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
+from traincert.trainer.privacy import Noise, drawn_rows, noised_move, set_noised_gradients
 from traincert.trainer.segments import Layout, Segment
 from traincert.trainer.state import State, set_state, state_of
 from traincert.trainer.tasks import Task
@@ -96,12 +98,17 @@ def train_task(
     task: Task,
     memory: State,
     on_step: Callable[[], None] = lambda: None,
+    secret: bytes = b"",
 ) -> Trained:
     """Train the task's segment on `shard`, starting from `state`. All other parameters are frozen.
 
     `memory` is the `Trained.memory` of the miner's last task. It is empty in the first task, and if the job keeps
     neither the optimizer's state nor a residual. `on_step` is called before each step; it may raise to end the task.
+    `secret` is what the noise of a job with privacy is made from, 32 bytes.
+
+    Raises JobError if what a task of a job with privacy gives cannot be private.
     """
+    noise = Noise(secret) if job.privacy else None
     with seeded(_seed(task), [torch.cuda.current_device()] if job.device == "cuda" else []):  # for dropout and the like
         model = build_model(job)
         layout = Layout(model)
@@ -119,13 +126,18 @@ def train_task(
         if job.keep_optimizer_state:
             _restore(optimizer, leaves, memory)
         functions = Functions(job)
-        for batch in rows(job, len(shard), task):
+        by_example = noise if job.privacy == "dp-sgd" else None
+        for batch in drawn_rows(job, len(shard), by_example) if by_example else rows(job, len(shard), task):
             on_step()
-            inputs, target = shard.batch(batch, job.device)
             optimizer.zero_grad()
-            with _joined(model, cut):
-                # There is nothing to learn if all of the batch is masked, or it uses none of the segment's parameters.
-                functions.backward(functions.mean_loss(functions.outputs(model, inputs), target))
+            if by_example:
+                whole = partial(_whole, model, names, trained, cut)
+                set_noised_gradients(job, functions, model, trained, whole, shard, batch, by_example)
+            else:
+                inputs, target = shard.batch(batch, job.device)
+                with _joined(model, cut):
+                    # There is nothing to learn if all of the batch is masked, or it uses no parameter of the segment.
+                    functions.backward(functions.mean_loss(functions.outputs(model, inputs), target))
             with blaming("optimizer", job.optimizer):
                 if job.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(trained, job.clip_norm)
@@ -137,9 +149,14 @@ def train_task(
     for piece, leaf in zip(layout.pieces(segment), trained, strict=True):
         if leaf.numel() != after[piece.name].numel():
             after[piece.name].view(-1)[piece.begin : piece.end] = leaf.detach().cpu()
-    move = layout.flatten(after, segment) - layout.flatten(begin, segment) + waiting
+    move = layout.flatten(after, segment) - layout.flatten(begin, segment)
+    if noise and not by_example:
+        move = noised_move(job, move, noise)
+    move = move + waiting
     changes = {name: change(state[name], after[name]) for name in segment.buffers}
     buffers = {name: delta for name, delta in changes.items() if delta.any()}
+    if buffers and noise:
+        raise JobError(f"privacy = {job.privacy!r}: training changed the model's buffer {min(buffers)} without noise")
     if job.density < 1:
         data, sent = encode_update(Update(move, buffers), job.density)
         residual = memory[_RESIDUAL].clone() if _RESIDUAL in memory else torch.zeros(layout.params)
@@ -212,6 +229,21 @@ def _joined(model: nn.Module, cut: Mapping[str, Sequence[torch.Tensor]]) -> Iter
     finally:
         for module, key, parameter in places:
             module._parameters[key] = parameter
+
+
+def _whole(
+    model: nn.Module,
+    names: Sequence[str],
+    leaves: Sequence[nn.Parameter],
+    cut: Mapping[str, Sequence[torch.Tensor]],
+    tensors: Sequence[torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return the parameters of a segment's pieces by name, with `tensors` in place of the leaves."""
+    found = {}
+    for name, leaf, tensor in zip(names, leaves, tensors, strict=True):
+        parts = [tensor if part is leaf else part for part in cut.get(name, [leaf])]
+        found[name] = torch.cat(parts).view_as(model.get_parameter(name)) if name in cut else tensor
+    return found
 
 
 def _restore(optimizer: torch.optim.Optimizer, leaves: Mapping[int, nn.Parameter], memory: State) -> None:

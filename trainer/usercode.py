@@ -132,7 +132,7 @@ class Functions:
         self._metrics = [("metric", job.metric, resolve(job.metric, "metric"))]
         self._metrics += [("more_metrics", each, resolve(each, "more_metrics")) for each in job.more_metrics]
 
-    def outputs(self, model: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
+    def outputs(self, model: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Any:
         """Return the model's outputs."""
         with blaming("model", self._job.model, f"its inputs were {shown(tuple(inputs))}"):
             outputs = model(*inputs)
@@ -147,6 +147,14 @@ class Functions:
             return found
         total, weight = found
         return total / weight if weight else torch.zeros(())
+
+    def example_loss(self, outputs: Any, target: Any) -> torch.Tensor:
+        """Return what `mean_loss` does, without looking at the values: torch.func.vmap can call it."""
+        found = self._found(outputs, target)
+        if not isinstance(found, tuple):
+            return found
+        total, weight = found[0], torch.as_tensor(found[1])
+        return torch.where(weight != 0, total / torch.where(weight != 0, weight, 1), 0.0)
 
     def total_loss(self, outputs: Any, target: Any, count: int) -> tuple[float, float]:
         """Return the sum of a batch's losses, and its weight. A mean has the weight of the batch's `count` examples."""

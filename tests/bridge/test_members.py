@@ -317,10 +317,10 @@ def test_a_member_reads_what_closed_cycles_reveal_and_a_cosigner_also_shards(
             assert remote.shared(member, digest(name)) == store(name)
 
     def task(name: str, *, drawn: bool) -> dict[str, Any]:
-        files = {what: digest(f"{what} {name}").hex() for what in ("update_hash", "memory", "memory_after")}
+        files = {what: digest(f"{what} {name}").hex() for what in ("update_hash", "memory", "memory_after", "noise")}
         return {**files, "drawn": drawn}
 
-    absent = {"update_hash": None, "memory": None, "memory_after": None, "drawn": False}
+    absent = {"update_hash": None, "memory": None, "memory_after": None, "noise": None, "drawn": False}
     tasks = [task("of bob", drawn=True), task("of carol", drawn=False), absent]
     new = {"cycle": 2, "model_after": digest("model 2").hex(), "velocity": digest("velocity 2").hex(), "tasks": tasks}
     public = ["model 2", "velocity 2", "update_hash of bob", "update_hash of carol", "memory of bob"]
@@ -333,6 +333,9 @@ def test_a_member_reads_what_closed_cycles_reveal_and_a_cosigner_also_shards(
         assert remote.shared(member, record_hash(new)) == tmp_path / "2.json"
         assert [remote.shared(member, digest(name)) for name in public] == list(map(store, public))
         assert not any(remote.shared(member, digest(f"{what} of carol")) for what in ("memory", "memory_after"))
+    assert remote.shared("alice", digest("noise of bob")) is None
+    assert remote.shared("cosigner", digest("noise of bob")) == store("noise of bob")
+    assert remote.shared("cosigner", digest("noise of carol")) is None
     assert remote.shared("alice", digest("shard")) is None
     assert remote.shared("stranger", digest("shard")) is None
     assert remote.shared("cosigner", digest("shard")) == tmp_path / "shards" / digest("shard").hex()
@@ -426,6 +429,8 @@ def test_each_miner_of_a_cycle_gets_its_leaf_and_path_or_the_refusal() -> None:
             "weight": 0 if refusal else contribution_weight(100, reduction),
             "refusal": refusal,
             "detail": "it came too late" if refusal else None,
+            "noise": None if refusal else digest(f"noise {name}").hex(),
+            "epsilon": None if refusal else 1.25,
         }
 
     tasks = [task("alice", 1000, None), task("bob", 0, "late"), task("carol", 3000, None)]
