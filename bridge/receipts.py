@@ -31,6 +31,8 @@ ADVICE: Mapping[Reason, str] = {
     Reason.WITHHELD: "The update itself did not come: after a commit keep the miner running until it has its receipt.",
     Reason.BARRED: "A spot check found a wrong task before: wait until the bar ends, and do each task as it is given.",
     Reason.SPOT_CHECK_FAILED: "Its last task, done again, gave another update: do each task in full, on its own data.",
+    Reason.IMPOSSIBLE_RESOURCES: "The commit states less CPU time than the task's operations need: state what was "
+    "measured, as `traincert miner run` does.",
     Reason.WRONG_MEMORY: "The task began with another memory than the last accepted task left: never put an older copy "
     "of the miner's folder in its place.",
     Reason.TOO_LARGE: f"The update's file is larger than any right one: {_SAME_PROGRAMS}",

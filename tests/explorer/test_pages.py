@@ -205,6 +205,9 @@ def test_a_cycle_shows_each_task_and_why_an_update_was_refused(explorer: Explore
             assert f"{task['update_size']:,}" in text
             assert task["refusal"] is None or task["refusal"] in text
             assert not task["weight"] or f"{task['weight']:,}" in text
+            used = task["commit"]["resources"]
+            assert f"{used['user_seconds'] + used['system_seconds']:.2f}" in text
+            assert f"{used['page_faults']:,}" in text
 
 
 def test_a_record_that_was_changed_is_not_taken_for_the_blocks(explorer: Explorer, demo: Path) -> None:

@@ -169,6 +169,7 @@ def test_every_reason_about_an_updates_form_has_a_case() -> None:
         Reason.WITHHELD,
         Reason.BARRED,
         Reason.SPOT_CHECK_FAILED,
+        Reason.IMPOSSIBLE_RESOURCES,
         Reason.WRONG_MEMORY,
         Reason.COPY,
         Reason.NOT_ITS_SHARD,
