@@ -88,8 +88,11 @@ node: setup
 	.venv/bin/traincert node build
 
 # Builds the images traincert/node and traincert/traincert. By default Docker builds bitcoind from source.
-# PROGRAMS=cached copies the programs that `make node` has built.
-images: $(if $(filter cached,$(PROGRAMS)),node)
+# PROGRAMS=cached copies the programs that `make node` has built. The first line tries BuildKit out, before all else.
+images:
+	@said=$$(echo FROM scratch | DOCKER_BUILDKIT=1 $(DOCKER) build --output - - 2>&1 > /dev/null) || { \
+	  echo "make images needs a Docker that builds with BuildKit (package docker-buildx): $$said" | head -n 1 >&2; exit 1; }
+	$(if $(filter cached,$(PROGRAMS)),$(MAKE) node)
 	$(if $(filter cached,$(PROGRAMS)),mkdir -p build/programs && \
 	  cd "$$(.venv/bin/traincert node path)" && cp bitcoind bitcoin-cli $(CURDIR)/build/programs)
 	$(DOCKER_BUILD) --target node --tag traincert/node .

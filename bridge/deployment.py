@@ -42,29 +42,43 @@ TRAINCERT = [sys.executable, "-m", "traincert.bridge.cli.main"]
 class Deployment:
     """The programs of a network. Use it as a context manager: at the end all of them are stopped.
 
-    `job` is a job's name or file, and `cycles` how many cycles the coordinator runs in all.
+    `job` is a job's name or file. `cycles` is how many cycles the coordinator runs in all; it may be changed before
+    `start()`.
     """
 
     def __init__(self, directory: Path, job: str, *, miners: int, cycles: int, round_seconds: int) -> None:
-        """Make the folders. Raises BridgeError, TrainerError or OSError if that cannot be done."""
+        """Make the folders. Those that an earlier deployment of this job has made stay as they are.
+
+        Raises BridgeError, TrainerError or OSError if that cannot be done.
+        """
         self.directory = directory
+        self.cycles = cycles
         self.names = [f"miner{number}" for number in range(miners)]
         self.commands: dict[str, list[str]] = {}
         """The command of each program, by its name."""
         self._programs: dict[str, psutil.Popen] = {}
-        self._cycles = cycles
         cosigners = [f"cosigner{number}" for number in range(1, COSIGNERS + 1)]
         keys = [make_cosigner_key(directory / name) for name in cosigners]
-        settings = Settings(job, ["127.0.0.1"], free_ports(1)[0], round_seconds, keys, THRESHOLD)
-        self.coordinator = CoordinatorFolder.create(directory / "coordinator", settings, TrainingJob.named(job))
+        folder = directory / "coordinator"
+        if (folder / "coordinator.json").exists():
+            self.coordinator = CoordinatorFolder(folder)
+        else:
+            where = TrainingJob.located(job)
+            settings = Settings(where, ["127.0.0.1"], free_ports(1)[0], round_seconds, keys, THRESHOLD)
+            self.coordinator = CoordinatorFolder.create(folder, settings, TrainingJob.named(job))
         self.params = self.coordinator.params
         for name in cosigners:
-            MemberFolder.create(directory / name, self.coordinator.invite(name, COSIGNER), job)
+            self._member(name, COSIGNER)
         self.secrets: dict[str, bytes] = {}
         """The miners' secret keys by name."""
         for name in self.names:
-            made = MemberFolder.create(directory / name, self.coordinator.invite(name, MINER), job)
-            self.secrets[name] = made.secret
+            self.secrets[name] = self._member(name, MINER).secret
+
+    def _member(self, name: str, role: str) -> MemberFolder:
+        folder = self.directory / name
+        if (folder / f"{role}.json").exists():
+            return MemberFolder(folder, role)
+        return MemberFolder.create(folder, self.coordinator.invite(name, role), self.coordinator.job)
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +92,7 @@ class Deployment:
         def program(role: str, name: str, node: Path, *more: str) -> list[str]:
             return [*TRAINCERT, role, "run", str(self.directory / name), "--datadir", str(node), "--json", *more]
 
-        wanted = ["--cycles", str(self._cycles), "--miners", str(len(self.names))]
+        wanted = ["--cycles", str(self.cycles), "--miners", str(len(self.names))]
         self.commands = {
             "broker": server_command(self.coordinator.folder),
             "coordinator": program("coordinator", "coordinator", datadirs[0], *wanted),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,14 +27,30 @@ from traincert.bridge.errors import BridgeError, CertificateError
 from traincert.bridge.keys import payout_script, xonly_key
 from traincert.bridge.rpc import NodeClient
 from traincert.regtest.network import Network
-from traincert.regtest.node import datadir_in_use
+from traincert.regtest.node import Node, datadir_in_use
+from traincert.regtest.processes import bound_to_us, spawn
 from traincert.trainer.examples import Dataset, read_examples
-from traincert.trainer.job import TrainingJob
+from traincert.trainer.job import TrainingJob, differences
 from traincert.trainer.records import RunFolder, number_of
 from traincert.trainer.scoring import Scorer, nats
 from traincert.trainer.state import state_hash
+from traincert.trainer.store import write_file
 
 MARKER = ".traincert-demo"
+"""A file in each demo's folder. It is locked while the demo runs."""
+PLAN = "demo.json"
+"""The file of a demo's folder that says how it was made."""
+VERSION = 1
+"""Of demo.json."""
+OPTIONS = {
+    "job": "--job",
+    "miners": "--miners",
+    "nodes": "--nodes",
+    "seed": "--seed",
+    "round_seconds": "--round",
+    "compat_pow": "--compat-pow",
+}
+"""What a demo that goes on keeps, and cannot be given otherwise: fields of `Plan`."""
 PICTURE = "loss.png"
 
 
@@ -44,7 +62,9 @@ class Plan:
     job: str
     """A job's name or file."""
     cycles: int
-    """0: as many as the job says."""
+    """How many further cycles; 0: as many as the job says."""
+    planned: int | None = None
+    """Go on with the demo in the folder, which was to run so many cycles in all. None: make a new one."""
     miners: int
     nodes: int
     seed: int | None
@@ -72,24 +92,39 @@ class Outcome:
 
 
 def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
-    """Run `plan.cycles` cycles on a new network, then check what the demo claims.
+    """Run `plan.cycles` cycles on a new network, or further ones on the network of `plan`, then check what we claim.
 
     All processes that it starts are stopped when this returns or raises. With `plan.keep` the nodes go on running, but
     only if it returns.
 
     Raises BridgeError, RegtestError or TrainerError if it cannot be run to its end.
     """
+    with _locked(plan):
+        return _run(bitcoind, plan, view)
+
+
+def _run(bitcoind: Path, plan: Plan, view: View) -> Outcome:
     directory = plan.directory
-    _prepare_directory(directory)
+    if plan.planned is None:
+        _clear(directory)
     job_name, job = _job(plan)
-    cycles = plan.cycles or job.cycles
+    cycles = plan.planned or plan.cycles or job.cycles
+    _save(plan, cycles)
     view.step("preparing the data")
     deployment = Deployment(directory, job_name, miners=plan.miners, cycles=cycles, round_seconds=plan.round_seconds)
     params = deployment.params
     view.step(f"starting {plan.nodes} nodes")
     network = Network(bitcoind, directory, plan.nodes, params.node_options(), keep=plan.keep)
-    network.start()
+    for node in network.nodes:
+        node.attach()  # it may run since an earlier demo; otherwise it keeps its ports
     try:
+        _recover(network.nodes)
+        network.start()
+        if plan.planned is not None:
+            done = network.nodes[0].rpc("getblockcount")
+            deployment.cycles = cycles = _cycles_in_all(plan, job, done)
+            _save(plan, cycles)
+            view.step(f"going on after block {done}")
         datadirs = [node.datadir for node in network.nodes]
         view.step("starting the broker, the coordinator, the cosigners and the miners")
         with deployment, _explorer(directory) if plan.explorer else nullcontext():
@@ -120,7 +155,8 @@ def run_demo(bitcoind: Path, plan: Plan, view: View) -> Outcome:
 @contextmanager
 def _explorer(directory: Path) -> Iterator[None]:
     """Run an explorer of the demo while the code inside runs, and say where it is."""
-    program = subprocess.Popen([*TRAINCERT, "explorer", *options_of_demo(directory)], stdout=PIPE, text=True)
+    command = bound_to_us([*TRAINCERT, "explorer", *options_of_demo(directory)], "TERM")
+    program = subprocess.Popen(command, stdout=PIPE, text=True)
     try:
         if not (line := program.stdout.readline() if program.stdout else ""):
             raise BridgeError("the explorer did not start")  # it said why
@@ -133,32 +169,112 @@ def _explorer(directory: Path) -> Iterator[None]:
 
 def _job(plan: Plan) -> tuple[str, TrainingJob]:
     """Return the job that the demo trains, and its name or file. A seed makes it another job, in the demo's folder."""
-    job = TrainingJob.named(plan.job)
-    if plan.seed is None:
-        return plan.job, job
-    path = plan.directory / "job.toml"
-    path.write_text(replace(job, seed=plan.seed).to_toml())
-    return str(path), TrainingJob.load(path)
+    name, job = plan.job, TrainingJob.named(plan.job)
+    if plan.seed is not None:
+        job = replace(job, seed=plan.seed)
+        name = str(plan.directory / "job.toml")
+        write_file(Path(name), job.to_toml().encode(), 0o644)
+        job = TrainingJob.load(Path(name))
+    run = plan.directory / "coordinator" / "run"
+    if plan.planned is not None and run.exists():
+        with RunFolder(run) as opened:
+            ours = job.shared_identity()
+            theirs = {key: text for key, text in opened.identity.items() if key in ours or key.startswith("module ")}
+        if different := differences(ours, theirs):
+            raise BridgeError(f"the demo in {plan.directory} trains another job ({', '.join(different)}): {_ANEW}")
+    return name, job
 
 
-def _prepare_directory(directory: Path) -> None:
-    """Make the directory, or remove from it what an earlier demo left."""
+_ANEW = "begin anew without --continue, or choose another --data"
+
+
+def plan_to_go_on(plan: Plan, given: Collection[str]) -> Plan:
+    """Return the plan with which the demo in `plan.directory` goes on. `given` are the fields that the user has chosen.
+
+    Raises BridgeError if there is no demo that can go on, or if it was made otherwise.
+    """
+    path = plan.directory / PLAN
+    try:
+        made = json.loads(path.read_text())
+        if made["version"] != VERSION:
+            raise BridgeError(f"{path} has format {made['version']}, this traincert reads format {VERSION}: {_ANEW}")
+        found = replace(plan, planned=made["cycles"], **{field: made[field] for field in OPTIONS})
+    except (FileNotFoundError, NotADirectoryError):
+        raise BridgeError(f"there is no demo in {plan.directory} that can go on: {_ANEW}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BridgeError(f"{path} cannot be read ({error!r}): {_ANEW}") from None
+    for field, option in OPTIONS.items():
+        new, old = getattr(plan, field), getattr(found, field)
+        if field in given and old != (TrainingJob.located(new) if field == "job" else new):
+            raise BridgeError(
+                f"{option} {new}: the demo in {plan.directory} was made with {'none' if old is None else old}: {_ANEW}"
+            )
+    return found
+
+
+def _cycles_in_all(plan: Plan, job: TrainingJob, done: int) -> int:
+    """Return how many cycles a demo that goes on has in the end, after `done` ones."""
+    if plan.cycles or not plan.planned or done >= plan.planned:
+        return done + (plan.cycles or job.cycles)
+    return plan.planned
+
+
+def _save(plan: Plan, cycles: int) -> None:
+    """Write how the demo was made, for who goes on with it."""
+    facts = {field: getattr(plan, field) for field in OPTIONS} | {"job": TrainingJob.located(plan.job)}
+    text = json.dumps({"version": VERSION, "cycles": cycles, **facts}, indent=1)
+    write_file(plan.directory / PLAN, text.encode() + b"\n", 0o644)
+
+
+@contextmanager
+def _locked(plan: Plan) -> Iterator[None]:
+    """Keep other demos out of the folder while the code inside runs. Make the folder for a new demo."""
+    directory = plan.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()) and not (directory / MARKER).exists():
             raise BridgeError(f"{directory} is not empty, and not a former demo's: choose another with --data")
+        marker = (directory / MARKER).open("w")
+    except OSError as error:
+        raise _unusable(directory, error) from error
+    with marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BridgeError(f"another demo runs in {directory}: wait for its end, or choose another --data") from None
+        yield
+
+
+def _clear(directory: Path) -> None:
+    """Remove what an earlier demo left."""
+    try:
         for datadir in sorted(directory.glob("node*")):
             if datadir_in_use(datadir):
                 stop = f"bitcoin-cli -datadir={datadir.absolute()} stop"
                 raise BridgeError(f"a node is running in {datadir}: stop it first ({stop}), or choose another --data")
+        (directory / PLAN).unlink(missing_ok=True)  # first: without all the rest it could not go on
         for entry in directory.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
             elif entry.name != MARKER:
                 entry.unlink()
-        (directory / MARKER).touch()
     except OSError as error:
-        raise BridgeError(f"cannot use {directory}: {error.strerror}: {error.filename}") from error
+        raise _unusable(directory, error) from error
+
+
+def _unusable(directory: Path, error: OSError) -> BridgeError:
+    return BridgeError(f"cannot use {directory}: {error.strerror}: {error.filename}")
+
+
+def _recover(nodes: Sequence[Node]) -> None:
+    """Let nodes that were killed read their block files again: a node notes only now and then which blocks it has."""
+    recovering = [
+        spawn([str(node.bitcoind), f"-datadir={node.datadir}", "-reindex", "-stopafterblockimport"], keep=False)
+        for node in nodes
+        if node.died
+    ]
+    for process in recovering:
+        process.wait()
 
 
 def _check(

@@ -49,4 +49,9 @@ class CoordinatorEvents(Events):
 
     def closed(self, cycle: Mapping[str, Any]) -> None:
         """Say that the chain has a cycle's block."""
-        self.say("closed", f"block {cycle['height']} by {cycle['winner']}: {cycle['block']}", **cycle)
+        from traincert.bridge.cli.view import updates_text  # imports rich, which members do not need
+
+        updates = updates_text(cycle["tasks"], cycle["refusals"])
+        self.say(
+            "closed", f"block {cycle['height']} by {cycle['winner']}: updates {updates}, {cycle['block']}", **cycle
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import click
+from click.core import ParameterSource
 
 from traincert.bridge.errors import BridgeError
 from traincert.regtest.errors import NodeUnreachableError, RegtestError
@@ -62,7 +63,7 @@ class Cli(click.Group):
         return command
 
 
-@click.group(cls=Cli, epilog=EXIT_CODES)
+@click.group(cls=Cli, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="traincert")
 def cli() -> None:
     """A Bitcoin regtest chain whose blocks are earned by training a model."""
@@ -115,13 +116,21 @@ def _fail(message: str, code: int) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo"),
     show_default=True,
-    help="The folder for keys, nodes and the picture. It replaces an earlier demo's.",
+    help="The folder for keys, nodes and the picture. Without --continue it replaces an earlier demo's.",
+)
+@click.option(
+    "--continue",
+    "go_on",
+    is_flag=True,
+    help="Go on with the demo in the folder, which was interrupted or has ended: with its keys, chain and model.",
 )
 @click.option("--job", default="digits", show_default=True, help="What is trained: a TOML file, or a job's name.")
 @click.option(
     "--cycles",
     type=click.IntRange(1, 10_000),
-    help="Number of cycles; each ends with a block.  [default: as the job says]",
+    help="Number of cycles; each ends with a block. With --continue: so many more; after the job's own, with the "
+    "learning rate of its last cycle.  [default: as the job says; with --continue: those that are left, or as many "
+    "more as the job says]",
 )
 @click.option("--miners", type=click.IntRange(1, 1000), default=4, show_default=True, help="Number of miners.")
 @click.option("--nodes", type=click.IntRange(1, 20), default=3, show_default=True, help="Number of nodes.")
@@ -146,8 +155,11 @@ def _fail(message: str, code: int) -> None:
     help="Make blocks that also meet regtest's trivial proof-of-work target (default). Then unpatched nodes and other "
     "tools that check proof of work accept them.",
 )
+@click.pass_context
 def demo(
+    context: click.Context,
     data: Path,
+    go_on: bool,
     job: str,
     cycles: int | None,
     miners: int,
@@ -161,26 +173,29 @@ def demo(
     """Run a training network on this machine, and check every claim that is printed at the end."""
     # Before the build of a quarter of an hour, which would be in vain if torch is missing.
     with importing():
-        from traincert.bridge.cli.demo import PICTURE, Plan, run_demo
+        from traincert.bridge.cli.demo import PICTURE, Plan, plan_to_go_on, run_demo
     from traincert.bridge.cli.explorer import DEFAULT_PORT, options_of_demo
     from traincert.bridge.cli.explorer import explorer as show_explorer
     from traincert.bridge.cli.node import build_with_progress
     from traincert.bridge.cli.view import CyclesView, chain_table, print_claims, stdout_console
 
+    plan = Plan(
+        directory=data,
+        job=job,
+        cycles=cycles or 0,
+        miners=miners,
+        nodes=nodes,
+        seed=seed,
+        keep=keep,
+        round_seconds=round_seconds,
+        compat_pow=compat_pow,
+        explorer=explorer,
+    )
+    if go_on:
+        given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        plan = plan_to_go_on(plan, given)
     programs = build_with_progress() / "bin"
     with CyclesView() as view:
-        plan = Plan(
-            directory=data,
-            job=job,
-            cycles=cycles or 0,
-            miners=miners,
-            nodes=nodes,
-            seed=seed,
-            keep=keep,
-            round_seconds=round_seconds,
-            compat_pow=compat_pow,
-            explorer=explorer,
-        )
         outcome = run_demo(programs / "bitcoind", plan, view)
     console = stdout_console()
     console.print(chain_table(outcome.chain, outcome.names))

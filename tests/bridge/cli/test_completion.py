@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from traincert.bridge.cli.main import cli
 
@@ -96,6 +97,15 @@ def test_each_command_has_a_page_with_the_text_of_its_help(pages: Path) -> None:
             for each in command.list_commands(click.Context(command)):
                 assert f"{words}-{each}(1)" in page
     assert {path.name for path in pages.iterdir()} == names
+
+
+def test_each_command_takes_the_short_form_of_help() -> None:
+    runner = CliRunner()
+    for words, _ in commands(cli, "traincert"):
+        short, long = (runner.invoke(cli, [*words.split()[1:], option]) for option in ("-h", "--help"))
+        assert short.exit_code == 0, words
+        assert short.output.startswith("Usage: ")
+        assert short.output == long.output, words
 
 
 def test_groff_has_nothing_to_say_of_the_pages(pages: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -10,13 +11,17 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from traincert.regtest import wait_for
 from traincert.regtest.node import datadir_in_use
+from traincert.trainer.job import TrainingJob
+from traincert.trainer.records import RunFolder
 
 TRAINCERT = str(Path(sys.executable).parent / "traincert")
 
@@ -110,19 +115,32 @@ def test_no_process_is_left(demo: tuple[Path, str]) -> None:
 def test_afterwards_bitcoind_and_bitcoin_cli_need_the_data_directory_alone(
     demo: tuple[Path, str], node_programs: Path
 ) -> None:
-    datadir = f"-datadir={demo[0] / 'node0'}"
+    datadirs = [demo[0] / f"node{number}" for number in range(3)]
 
-    def cli(*arguments: str) -> str:
-        return subprocess.check_output([node_programs / "bitcoin-cli", datadir, *arguments], text=True).strip()
+    def cli(datadir: Path, *arguments: str) -> str:
+        command = [str(node_programs / "bitcoin-cli"), f"-datadir={datadir}", *arguments]
+        return subprocess.check_output(command, text=True).strip()
 
-    subprocess.run([node_programs / "bitcoind", datadir, "-daemonwait"], check=True, capture_output=True)
+    for datadir in datadirs:
+        command = [str(node_programs / "bitcoind"), f"-datadir={datadir}", "-daemonwait"]
+        subprocess.run(command, check=True, capture_output=True)
     try:
-        tip = cli("getbestblockhash")
-        assert json.loads(cli("getblock", tip))["height"] == 12
-        assert json.loads(cli("gettrainingcertificate"))["blockhash"] == tip
+        tip = cli(datadirs[0], "getbestblockhash")
+        assert json.loads(cli(datadirs[0], "getblock", tip))["height"] == 12
+        assert json.loads(cli(datadirs[0], "gettrainingcertificate"))["blockhash"] == tip
+        for datadir in datadirs:  # they find each other
+            wait_for(
+                partial(_has_peers, partial(cli, datadir), {"node0", "node1", "node2"} - {datadir.name}), 30, "peers"
+            )
     finally:
-        cli("stop")
-        wait_for(lambda: not datadir_in_use(demo[0] / "node0"), 30, "the node to stop")
+        for datadir in datadirs:
+            cli(datadir, "stop")
+        wait_for(lambda: not any(map(datadir_in_use, datadirs)), 30, "the nodes to stop")
+
+
+def _has_peers(cli: Callable[..., str], names: set[str]) -> bool:
+    agents = [peer["subver"] for peer in json.loads(cli("getpeerinfo"))]
+    return all(any(f"({name})" in agent for agent in agents) for name in names)
 
 
 @pytest.mark.usefixtures("node_programs")
@@ -132,6 +150,145 @@ def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
         answer = run(*small, "--cycles", cycles)
         assert answer.returncode == 0, answer.stdout + answer.stderr
         assert f"all 1 nodes have the same tip, block {cycles}" in answer.stdout
+
+
+def blocks_in(shown: str) -> list[str]:
+    """The hashes in the table of blocks that a demo shows."""
+    rows = [line.split() for line in shown.splitlines()[1:]]
+    table = rows[: rows.index([])]
+    assert [row[0] for row in table] == [str(height) for height in range(1, len(table) + 1)]
+    return [row[-1] for row in table]
+
+
+def keys_of(directory: Path) -> dict[Path, str]:
+    return {path: path.read_text() for path in secrets_in(directory)}
+
+
+@pytest.mark.usefixtures("node_programs")
+def test_a_demo_that_has_ended_goes_on_with_its_keys_and_chain(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    made = ("--data", data, "--miners", "1", "--nodes", "2", "--seed", "7", "--no-compat-pow")
+
+    def kept_files() -> dict[Path, str]:
+        files = [
+            *secrets_in(data),
+            *data.glob("node*/bitcoin.conf"),
+            *data.glob("coordinator/run/cycles/0000000[012].json"),
+        ]
+        return {path: path.read_text() for path in files}
+
+    first = run("demo", *made, "--cycles", "2")
+    assert first.returncode == 0, first.stdout + first.stderr
+    before = kept_files()
+    answer = run("demo", "--continue", "--data", data, "--cycles", "1")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "going on after block 2\n" in answer.stderr
+    assert "✓ the chain has a block for every cycle" in answer.stdout
+    assert (blocks_in(answer.stdout)[:2], len(blocks_in(answer.stdout))) == (blocks_in(first.stdout), 3)
+    assert kept_files() == before
+    again = run("demo", "--continue", *made, "--cycles", "1")  # what is as it was may be said again
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (blocks_in(again.stdout)[:3], len(blocks_in(again.stdout))) == (blocks_in(answer.stdout), 4)
+    assert json.loads((data / "demo.json").read_text())["cycles"] == 4
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("preparing", signal.SIGKILL),
+        ("starting 2 nodes", signal.SIGTERM),
+        ("cycle 1 ", signal.SIGKILL),
+        ("block 2 ", signal.SIGINT),
+        ("checking", signal.SIGKILL),
+    ],
+)
+@pytest.mark.usefixtures("node_programs")
+def test_a_demo_that_was_ended_at_any_moment_goes_on(tmp_path: Path, moment: str, number: signal.Signals) -> None:
+    data = tmp_path / "data"
+    small = ["--miners", "1", "--nodes", "2", "--cycles", "3"]
+    command = [TRAINCERT, "demo", "--data", str(data), *small]
+    blocks = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(tmp_path)) as demo:
+        assert demo.stderr is not None
+        for line in demo.stderr:
+            if line.startswith("block "):
+                blocks.append(line.split()[-1])
+            if line.startswith(moment):
+                break
+        demo.send_signal(number)
+        demo.communicate()
+    wait_for(lambda: not processes(tmp_path), 10, "all processes to end", lambda: processes(tmp_path))
+    keys = keys_of(data)
+    answer = run("demo", "--continue", "--data", data)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "✓ the chain has a block for every cycle" in answer.stdout
+    found = blocks_in(answer.stdout)
+    assert len(found) == (3 if moment != "checking" else 3 + 12)  # after the last cycle: as many more as the job says
+    assert found[: len(blocks)] == blocks
+    assert keys_of(data).items() >= keys.items()
+
+
+def test_a_demo_that_was_kept_goes_on_with_the_nodes_that_run(
+    kept: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    directory, _ = kept
+    answer = run("demo", "--continue", "--data", directory, "--cycles", "1")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "✓ all 2 nodes have the same tip, block 3" in answer.stdout
+    assert processes(directory) == []  # --keep holds for one command
+    logs = [(datadir / "regtest/debug.log").read_text() for datadir in directory.glob("node*")]
+    assert [log.count("Done loading") for log in logs] == [1, 1]
+
+
+MADE = {"version": 1, "cycles": 2, "job": "digits", "miners": 1, "nodes": 1, "seed": None, "round_seconds": 60}
+MADE |= {"compat_pow": True}
+ANEW = "begin anew without --continue, or choose another --data"
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "said"),
+    [
+        (None, [], "there is no demo in data that can go on"),
+        ("", [], "data/demo.json cannot be read (JSONDecodeError('Expecting value: line 1 column 1 (char 0)'))"),
+        ("[]", [], "data/demo.json cannot be read (TypeError('list indices must be integers or slices, not str'))"),
+        (json.dumps({"version": 1}), [], "data/demo.json cannot be read (KeyError('cycles'))"),
+        (json.dumps(MADE | {"version": 2}), [], "data/demo.json has format 2, this traincert reads format 1"),
+        (json.dumps(MADE), ["--job", "fashion"], "--job fashion: the demo in data was made with digits"),
+        (json.dumps(MADE), ["--miners", "2"], "--miners 2: the demo in data was made with 1"),
+        (json.dumps(MADE), ["--seed", "3"], "--seed 3: the demo in data was made with none"),
+    ],
+)
+def test_a_folder_whose_demo_cannot_go_on_is_told_in_a_line(
+    plan: str | None, options: list[str], said: str, tmp_path: Path
+) -> None:
+    if plan is not None:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/demo.json").write_text(plan)
+    command = [TRAINCERT, "demo", "--continue", "--data", "data", *options]
+    answer = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (1, f"traincert: {said}: {ANEW}\n")
+    assert (tmp_path / "data").exists() == (plan is not None)
+
+
+@pytest.mark.usefixtures("node_programs")
+def test_a_demo_in_use_and_one_of_another_job_are_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text(json.dumps(MADE))
+    with RunFolder(tmp_path / "coordinator/run", replace(TrainingJob.named("digits"), batch_size=7)):
+        pass
+    marker = tmp_path / ".traincert-demo"
+    with marker.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for options in ([], ["--continue"]):
+            answer = run("demo", "--data", tmp_path, *options)
+            assert answer.returncode == 1
+            said = f"another demo runs in {tmp_path}: wait for its end, or choose another --data"
+            assert answer.stderr == f"traincert: {said}\n"
+    answer = run("demo", "--data", tmp_path, "--continue")
+    assert answer.returncode == 1
+    batch = TrainingJob.named("digits").batch_size
+    assert answer.stderr == (
+        f"traincert: the demo in {tmp_path} trains another job (batch_size was 7, is {batch}): {ANEW}\n"
+    )
 
 
 @pytest.fixture
@@ -261,6 +418,7 @@ def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
     ("arguments", "problem"),
     [
         (["demo", "--cycles", "0"], "'--cycles': 0 is not in the range"),
+        (["demo", "--continue", "--cycles", "x"], "'--cycles': 'x' is not a valid integer"),
         (["demo", "--seed", "x"], "'--seed': 'x' is not a valid integer"),
         (["chain", "--datadir", "/no/such/folder"], "'/no/such/folder' does not exist"),
         (["no-such-command"], "No such command"),
