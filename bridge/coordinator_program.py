@@ -135,7 +135,8 @@ def open_coordinator(folder: CoordinatorFolder, datadir: Path, miners: int, view
         check_network(node, params)
         view.step("preparing the data")
         dataset = run.dataset()
-        remote = RemoteMiners(folder.members, key, params, wanted=miners, waiting=waiting)
+        privacy = bool(job.privacy)
+        remote = RemoteMiners(folder.members, key, params, wanted=miners, waiting=waiting, privacy=privacy)
         connecting = partial(connect_patiently, coordinator_credential(folder.folder), view.step)
         connection = stack.enter_context(Connection(connecting, on_lost))
         engine = NatsEngine(

@@ -50,6 +50,7 @@ class RemoteMiners:
 
     `key` is the coordinator's own. The first cycle begins when `wanted` miners are present, all others when one is.
     `waiting` is called with the number of miners that are present, and that are wanted, while there are too few.
+    `privacy` says whether the job has privacy: commits are read before there is a trainer, too.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class RemoteMiners:
         *,
         wanted: int,
         waiting: Callable[[int, int], None],
+        privacy: bool = False,
     ) -> None:
         self._members = members
         self._key = key
         self._params = params
         self._wanted = wanted
         self._waiting = waiting
+        self._privacy = privacy
         self._reports: dict[bytes, Report] = {}  # each member's last one, by its key
         self._records: dict[bytes, int] = {}  # the cycle of each record, by its hash
         self._revealed: set[bytes] = set()  # the files of all these cycles that everybody may read
@@ -168,7 +171,7 @@ class RemoteMiners:
             resources=message.resources,
             noise_hash=message.noise,
         )
-        if bool(commit.noise_hash) != bool(self._trainer.job.privacy):
+        if bool(commit.noise_hash) != self._privacy:
             raise EngineError("a commit names the secret of the task's noise if, and only if, the job has privacy")
         return Pledge(miner, message.opening, commit)
 

@@ -526,5 +526,5 @@ def test_users_own_addnode_stays(node_programs: Path, tmp_path: Path) -> None:
         for node in network.nodes:
             assert [peer["addednode"] for peer in node.rpc("getaddednodeinfo")] == [other]
             lines = (node.datadir / "bitcoin.conf").read_text().splitlines()
-            assert [line for line in lines if line.startswith("addnode")][0] == f"addnode={other}"
+            assert next(line for line in lines if line.startswith("addnode")) == f"addnode={other}"
             assert len([line for line in lines if line.startswith("addnode")]) == 2
