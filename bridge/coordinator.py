@@ -22,6 +22,7 @@ from traincert.bridge.errors import BridgeError
 from traincert.bridge.messages import assignment_seed, commits_root, score_seed
 from traincert.bridge.rpc import NodeClient
 from traincert.trainer.cycle import Trainer
+from traincert.trainer.energy import Spending
 from traincert.trainer.engines.orders import Commit, OnCommit
 from traincert.trainer.failpoints import reached
 from traincert.trainer.records import Record, RunFolder, contributions, record_hash
@@ -184,18 +185,18 @@ class Coordinator:
             root = commits_root({miner: commit.update_hash for miner, commit in commits.items()})
             return score_seed(beacon_reveal, root)
 
-        begin = time.monotonic()
-        result = self._trainer.run_cycle(
-            self.state,
-            miners,
-            seed=assignment_seed(self._trainer.job.seed, slot.prev_block),
-            score_seed=draw_examples,
-            on_commit=on_commit,
-        )
-        record = self._run.next_record(result, opening)
-        reached("judged")
-        self._run.save(record)
-        self._run.save_costs(result, time.monotonic() - begin)
+        with Spending() as spending:
+            result = self._trainer.run_cycle(
+                self.state,
+                miners,
+                seed=assignment_seed(self._trainer.job.seed, slot.prev_block),
+                score_seed=draw_examples,
+                on_commit=on_commit,
+            )
+            record = self._run.next_record(result, opening)
+            reached("judged")
+            self._run.save(record)
+        self._run.save_costs(result, spending)
         reached("recorded")
         self.state = result.after
 

@@ -16,20 +16,20 @@ MAY_IMPORT = {"trainer": {"trainer"}, "regtest": {"regtest"}, "bridge": {"bridge
 # In the order in which data meets them: a file imports only from those before it.
 ORDER = {
     "trainer": (
-        "errors interrupts failpoints imports determinism resources job accounting weights usercode store datasets "
-        "examples sharding preprocessing models state segments tasks updates privacy training scoring aggregation "
-        "engines.orders engines.executor engines.local engines.broker engines.nats standings judging spot_checks cycle "
-        "records export replay report compare run"
+        "errors interrupts failpoints imports determinism resources monitoring energy job accounting weights usercode "
+        "store datasets examples sharding preprocessing models state segments tasks updates privacy training scoring "
+        "aggregation engines.orders engines.executor engines.local engines.broker engines.nats standings judging "
+        "spot_checks cycle records export replay report compare run"
     ),
     "bridge": (
         "errors fields consensus.codec consensus.params consensus.lottery consensus.certificate consensus.beacon "
         "consensus.block consensus.rules status keys signer recorded messages invitations broker members member "
         "coordinator_folder rpc chain block_files verified verifier receipts producer coordinator appointing "
-        "remote_miners cosigning coordinator_program miner checker cosigner audit deployment explorer.blocks "
+        "remote_miners cosigning coordinator_program miner checker cosigner audit deployment energy explorer.blocks "
         "explorer.luck explorer.cycles explorer.nodes explorer.watch explorer.texts explorer.pictures explorer.views "
         "explorer.metrics explorer.app explorer.serve testing.invalid testing.network testing.plugin cli.options "
         "cli.view cli.events cli.picture cli.explorer cli.demo cli.node cli.job cli.broker cli.coordinator cli.reading "
-        "cli.miner cli.cosigner cli.network cli.receipt cli.audit cli.completion cli.main cli.man"
+        "cli.miner cli.cosigner cli.network cli.receipt cli.audit cli.energy cli.completion cli.main cli.man"
     ),
     "regtest": (
         "errors processes source build node blockfiles relay links reaper containers network snapshot lasting faucet "
@@ -101,9 +101,9 @@ def test_every_public_name_is_there(package: str) -> None:
 
 LIGHT = (
     "bridge.chain bridge.verifier bridge.cli.main bridge.cli.completion bridge.cli.reading bridge.cli.audit "
-    "bridge.cli.broker bridge.cli.coordinator bridge.cli.cosigner bridge.cli.explorer bridge.cli.job bridge.cli.miner "
-    "bridge.cli.network bridge.cli.node bridge.cli.receipt bridge.testing.plugin bridge.testing.network regtest "
-    "regtest.network regtest.plugin regtest.snapshot"
+    "bridge.cli.broker bridge.cli.coordinator bridge.cli.cosigner bridge.cli.energy bridge.cli.explorer "
+    "bridge.cli.job bridge.cli.miner bridge.cli.network bridge.cli.node bridge.cli.receipt bridge.testing.plugin "
+    "bridge.testing.network regtest regtest.network regtest.plugin regtest.snapshot"
 )
 # What the extra `train` brings.
 EXTRA = {"cryptography", "jinja2", "matplotlib", "nats", "nkeys", "numpy", "pydantic", "safetensors", "sklearn"}

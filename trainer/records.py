@@ -24,6 +24,7 @@ from typing import IO, Any, Self, TypedDict
 
 from traincert.trainer.accounting import Spent
 from traincert.trainer.cycle import Checkpoint, CycleResult
+from traincert.trainer.energy import Spending
 from traincert.trainer.engines.orders import Order
 from traincert.trainer.errors import IntegrityError, RunError
 from traincert.trainer.examples import Dataset, stored_dataset
@@ -82,6 +83,10 @@ class Costs(TypedDict):
     """How long it took."""
     training: float
     """How long the training of all tasks took together, as the miners say; seconds."""
+    cpu_seconds: float
+    """CPU seconds of the coordinator's process, for all but the miners' tasks: scoring, spot checks, aggregation."""
+    joules: dict[str, float]
+    """What each meter of energy of the coordinator's machine counted meanwhile, by its name (energy.py)."""
     tasks: dict[str, dict[str, Any] | None]
     """The fields of each committed task's Resources (resources.py), by miner; None: they were not measured."""
 
@@ -307,8 +312,8 @@ class RunFolder:
         """
         return [json.loads(path.read_bytes()) for path in sorted((self.folder / _COSTS).glob("*.json"))]
 
-    def save_costs(self, result: CycleResult, seconds: float) -> None:
-        """Note what a cycle cost; `seconds` is how long it took.
+    def save_costs(self, result: CycleResult, spending: Spending) -> None:
+        """Note what a cycle cost.
 
         It is not in the record, because records of equal runs are equal.
         """
@@ -318,7 +323,14 @@ class RunFolder:
             if task.commit
         }
         cycle = result.after.cycle
-        costs = Costs(cycle=cycle, seconds=seconds, training=result.training_seconds, tasks=tasks)
+        costs = Costs(
+            cycle=cycle,
+            seconds=spending.seconds,
+            training=result.training_seconds,
+            cpu_seconds=spending.cpu_seconds,
+            joules=spending.joules,
+            tasks=tasks,
+        )
         (self.folder / _COSTS).mkdir(exist_ok=True)
         write_file(self.folder / _COSTS / f"{cycle:08}.json", json.dumps(costs, indent=1).encode() + b"\n")
 

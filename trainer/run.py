@@ -1,13 +1,13 @@
 """Run a job in a run folder: from its beginning, or from where it was interrupted, to its end."""
 
 import hashlib
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from traincert.trainer.cycle import CycleResult, Trainer
+from traincert.trainer.energy import Spending
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.errors import Reason, RunError
 from traincert.trainer.job import TrainingJob
@@ -83,12 +83,12 @@ def run_job(
                 state = run.load()
                 while run.cycles < total and not (cycles is None and _stopped(run)):
                     view.step(f"cycle {run.cycles + 1} of {total}")
-                    begin = time.perf_counter()
-                    result = trainer.run_cycle(state, ids, seed=run.seed(), on_commit=view.update)
-                    _check_trained(result)
-                    run.save(run.next_record(result))
+                    with Spending() as spending:
+                        result = trainer.run_cycle(state, ids, seed=run.seed(), on_commit=view.update)
+                        _check_trained(result)
+                        run.save(run.next_record(result))
                     state = result.after
-                    run.save_costs(result, time.perf_counter() - begin)
+                    run.save_costs(result, spending)
                     board.add(run.records[-1])
                     view.cycle(run.records[-1])
             view.step("testing")

@@ -21,8 +21,8 @@ from traincert.trainer.imports import importing
 
 READING = ["block", "chain", "export-blocks", "verify", "watch"]
 """Commands in the file `reading`."""
-GROUPS = ["audit", "broker", "completion", "coordinator", "cosigner", "explorer", "job", "miner", "network", "node"]
-GROUPS += ["receipt", *READING]
+GROUPS = ["audit", "broker", "completion", "coordinator", "cosigner", "energy", "explorer", "job", "miner", "network"]
+GROUPS += ["node", "receipt", *READING]
 """Groups of commands, and commands such as `audit`: each is in the file of its name, except READING."""
 # What the extra `explorer` brings, and what the extra `train` brings besides.
 EXPLORER = {"prometheus_client", "sse_starlette", "starlette", "uvicorn"}
