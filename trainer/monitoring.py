@@ -61,9 +61,7 @@ class _Seen:
     """What was seen of a worker since its last task ended."""
 
     lost: int  # how many losses of lines there were before
-    first: bool = False  # its first task: it may still start
     shard: Path | None = None
-    began: bool = False  # its task
     used: int = 0  # nanoseconds of processor time
     names: dict[str, list[str]] = field(default_factory=dict)  # of a file's folders, from the file on, by thread
     opened: dict[tuple[str, ...], None] = field(default_factory=dict)  # for each file its path, on all of its mounts
@@ -134,16 +132,17 @@ class Monitor:
             os.close(self._held.pop())
 
     def begin(self, pid: int, shard: Path) -> None:
-        """A task on the file `shard` is about to be given to the worker process `pid`.
+        """A task on the file `shard` begins now in the worker process `pid`, which waits for this.
 
-        The task begins with the worker's next message to this process. What a worker does between two tasks counts for
-        the later one, except for what it does before the first, when it starts.
+        What a worker does between two tasks counts for the later one.
+
+        Raises MonitorError if bpftrace has ended or does not answer.
         """
         with self._changed:
-            if pid not in self._seen:
-                self._seen[pid] = _Seen(self._lost, first=True)
-            self._seen[pid].shard = shard.resolve()
+            self._seen.setdefault(pid, _Seen(self._lost)).shard = shard.resolve()
         self._ask(pid)
+        with self._changed:
+            self._seen[pid].used = 0
 
     def end(self, pid: int) -> Watched:
         """The task of the worker process `pid`, which may be dead, has ended: return what it did.
@@ -158,8 +157,6 @@ class Monitor:
                 raise MonitorError("bpftrace lost some of what was seen")
         if seen.unseen:
             raise MonitorError("the task used an io_uring, which cannot be seen")
-        if not seen.began:
-            raise MonitorError("the worker process did not begin the task")
         return Watched(seen.used / 1e9, tuple(_flags(pid, seen)))
 
     def _begin_all(self, allowed: Iterable[Path]) -> None:
@@ -200,9 +197,11 @@ class Monitor:
     def _said(self) -> str:
         """Return bpftrace's last error."""
         self._errors.seek(0)
-        lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if "RLIMIT" not in line]
-        errors = [line for line in lines if "ERROR" in line] or lines or ["no reason given"]
-        return f"bpftrace {'ended' if self._ended else 'does not answer'}: {errors[-1][:300]}"
+        lines = self._errors.read().decode(errors="replace").splitlines()
+        errors = [line for line in lines if "ERROR" in line and "RLIMIT" not in line]  # that one it only says
+        return f"bpftrace {'ended' if self._ended else 'does not answer'}" + "".join(
+            f": {_plain(each)}" for each in errors[-1:]
+        )
 
     def _read(self, lines: IO[bytes]) -> None:
         with lines:
@@ -224,20 +223,16 @@ class Monitor:
             if kind == "answer":
                 self._answered, self._printed = int(number), None
             elif (seen := self._seen.get(int(number))) is not None:
-                self._note(int(number), seen, kind, "".join(rest))
+                self._note(seen, kind, "".join(rest))
         elif message["type"] == "map":
             self._printed = int(message["data"]["@lines"])
         elif message["type"] == "lost_events":
             self._lost += 1
 
-    def _note(self, pid: int, seen: _Seen, kind: str, rest: str) -> None:
-        if kind in ("used", "message"):
+    def _note(self, seen: _Seen, kind: str, rest: str) -> None:
+        if kind == "used":
             seen.used += int(rest)
-        if kind == "message" and seen.shard is not None and not seen.began:
-            if seen.first:  # it has started only now: what it did to start does not count
-                self._seen[pid] = seen = _Seen(seen.lost, shard=seen.shard)
-            seen.began, seen.used = True, 0
-        if kind == "name":
+        elif kind == "name":
             thread, _, name = rest.partition(" ")
             seen.names.setdefault(thread, []).append(name)
         elif kind == "opened":

@@ -51,6 +51,7 @@ class Place:
     def __init__(self, engine: LocalEngine, dataset: Dataset, marker: Path) -> None:
         self.engine, self.dataset, self.marker = engine, dataset, marker
         self.model = save_state(engine.store, initial_state(engine.job))
+        self.train()  # then the worker has started
 
     def shard(self, number: int) -> Path:
         return self.dataset.shard_folder / self.dataset.shards[number].hex()
@@ -100,7 +101,6 @@ def started(place: Place) -> Monitor:
 
 @pytest.fixture(scope="module")
 def monitor(place: Place) -> Iterator[Monitor]:
-    """The worker may still start."""
     monitor = started(place)
     yield monitor
     monitor.close()
@@ -123,7 +123,7 @@ def letter(tmp_path: Path) -> Path:
 
 
 def test_tasks_that_only_train_have_no_flags(place: Place, monitor: Monitor) -> None:
-    """Neither the first, before which the worker starts, nor later ones, on the same shard and on another."""
+    """On the same shard, and on another."""
     for shard in (0, 0, 1):
         watched, _ = place.watched(monitor, shard=shard)
         assert watched.flags == ()
@@ -258,14 +258,13 @@ def test_a_worker_that_replaces_a_dead_one_is_watched(place: Place, monitor: Mon
     os.kill(dead, signal.SIGKILL)
     place.train()
     assert place.engine.pids != [dead]
-    with pytest.raises(MonitorError, match="the worker process did not begin the task"):
-        monitor.end(dead)
+    assert monitor.end(dead).flags == ()
     assert place.flags(monitor, f"open({str(letter)!r})") == [f"opened-file {letter}"]
 
 
 def test_a_task_after_bpftrace_ended_is_not_monitored(place: Place, second: Monitor) -> None:
     second._process.kill()
-    with pytest.raises(MonitorError, match=r"^bpftrace ended: "):
+    with pytest.raises(MonitorError, match=r"^bpftrace ended$"):
         place.watched(second)
 
 
