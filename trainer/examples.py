@@ -36,7 +36,7 @@ DTYPES = {
     }.items()
 }
 PREPARED = "prepared.json"
-VERSION = 1
+VERSION = 2
 """Version of the format of prepared.json."""
 
 

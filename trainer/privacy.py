@@ -120,7 +120,7 @@ def example_gradients(
 
     with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other kind of attention
         gradients = vmap(grad(loss), (None, 0), randomness="different")([leaf.detach() for leaf in leaves], batch)
-    return [each.float().nan_to_num(0.0, 0.0, 0.0) for each in gradients]
+    return [each.float().nan_to_num_(0.0, 0.0, 0.0) for each in gradients]
 
 
 def noised_move(job: TrainingJob, move: torch.Tensor, noise: Noise) -> torch.Tensor:

@@ -289,7 +289,7 @@ def test_a_test_split_of_the_datasets_own_is_kept_apart(write_job: WriteJob, tmp
 
 def test_the_root_is_frozen(dataset: Dataset) -> None:
     """It is in certificates: anybody who prepares the same job must find the same."""
-    assert dataset.root.hex() == "9f1abc044fe338bf36773dd1125589a6e07e2be61b026e853dfbf4bf86f50185"
+    assert dataset.root.hex() == "6ffc74af377c97e85fa3241665f36e2cd5ea3982b8feafc5f564461def11c422"
 
 
 def test_the_root_is_a_function_of_the_job(job: TrainingJob, dataset: Dataset, tmp_path: Path) -> None:
@@ -311,6 +311,8 @@ def test_the_root_commits_to_the_files(dataset: Dataset) -> None:
     manifest = json.loads(read_blob(dataset.directory, dataset.root))
     assert [bytes.fromhex(each) for each in manifest["shards"]] == list(dataset.shards)
     assert (manifest["validation"], manifest["test"]) == (dataset.validation.hex(), dataset.test.hex())
+    shards = [read_examples(dataset.job, dataset.shard_folder, digest) for digest in dataset.shards]
+    assert manifest["sizes"] == list(map(len, shards)) == [285, 284, 284, 284]
 
 
 def test_shards_are_what_safetensors_writes(write_job: WriteJob, tmp_path: Path) -> None:
@@ -368,9 +370,9 @@ def test_what_is_missing_is_made_again(job: TrainingJob, tmp_path: Path, name: s
 def test_data_of_another_format_is_refused_by_a_line_that_says_what_to_do(job: TrainingJob, tmp_path: Path) -> None:
     prepare_dataset(job, tmp_path)
     path = tmp_path / "prepared.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
     before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
-    with pytest.raises(JobError, match=rf"^{path} has format 2, this traincert reads format 1: go on with "):
+    with pytest.raises(JobError, match=rf"^{path} has format 3, this traincert reads format 2: go on with "):
         prepare_dataset(job, tmp_path)
     assert {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()} == before
 
