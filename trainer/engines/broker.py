@@ -18,6 +18,7 @@ import os
 import re
 import struct
 import tempfile
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -179,12 +180,10 @@ class Connection:
             return
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
         try:
-            with os.fdopen(handle, "r+b") as file:
-                self.run(self._fetch(digest, file.fileno()))
-                file.seek(0)
-                found = hashlib.file_digest(file, "sha256").digest()
-                if found != digest:
-                    raise EngineError(f"the coordinator sent the file {found.hex()} for {digest.hex()}")
+            with os.fdopen(handle, "wb") as file:
+                found = self.run(self._fetch(digest, file.fileno()))
+            if found != digest:
+                raise EngineError(f"the coordinator sent the file {found.hex()} for {digest.hex()}")
             Path(temporary).replace(path)  # without fsync: a file that a power failure damaged is fetched again
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -196,17 +195,34 @@ class Connection:
         Raises IntegrityError if the file is missing or damaged, RefusedError if the coordinator does not want it, and
         StoppedError if the connection ends.
         """
-        with verify_blob(folder, digest).open("rb") as file:
-            self.run(self._send(kind, digest, file.fileno()))
+        try:
+            file = os.open(folder / digest.hex(), os.O_RDONLY)
+        except FileNotFoundError:
+            raise IntegrityError(f"{folder / digest.hex()}: no such file") from None
+        try:
+            self.run(self._send(kind, digest, file))
+        except RefusedError:
+            verify_blob(folder, digest)  # now, because it takes long: the coordinator refuses a damaged file
+            raise
+        finally:
+            os.close(file)
 
-    async def _fetch(self, digest: bytes, file: int) -> None:
-        async def get(offset: int) -> int:
-            answer = await self._ask("file", digest + struct.pack("<Q", offset), ANSWER_SECONDS)
-            os.pwrite(file, memoryview(answer)[8:], offset)
-            return int.from_bytes(answer[:8], "little")
+    async def _fetch(self, digest: bytes, file: int) -> bytes:
+        """Get a file into a descriptor. Return the SHA-256 of what came, 32 bytes."""
+        hashed = hashlib.sha256()  # while more chunks come: to hash the whole file at the end takes long
 
-        size = await get(0)
-        await _windowed(get(offset) for offset in range(CHUNK, size, CHUNK))
+        async def get(offset: int) -> bytes:
+            return await self._ask("file", digest + struct.pack("<Q", offset), ANSWER_SECONDS)
+
+        def take(answer: bytes) -> None:
+            chunk = memoryview(answer)[8:]
+            hashed.update(chunk)
+            os.write(file, chunk)
+
+        first = await get(0)
+        take(first)
+        await _windowed((get(offset) for offset in range(CHUNK, int.from_bytes(first[:8], "little"), CHUNK)), take)
+        return hashed.digest()
 
     async def _send(self, kind: str, digest: bytes, file: int) -> None:
         size = os.fstat(file).st_size
@@ -396,13 +412,18 @@ def _one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_ERROR])
 
 
-async def _windowed(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> None:
-    """Run coroutines, `WINDOW` at a time. The first exception ends all."""
-    window = asyncio.Semaphore(WINDOW)
+async def _windowed(
+    coroutines: Iterable[Coroutine[Any, Any, _T]], take: Callable[[_T], object] = lambda _result: None
+) -> None:
+    """Run coroutines, `WINDOW` at a time, and take their results in order. The first exception ends all."""
+    running = deque[asyncio.Task[_T]]()
     try:
         async with asyncio.TaskGroup() as group:
             for coroutine in coroutines:
-                group.create_task(coroutine).add_done_callback(lambda _: window.release())
-                await window.acquire()
+                running.append(group.create_task(coroutine))
+                if len(running) == WINDOW:
+                    take(await running.popleft())
+            while running:
+                take(await running.popleft())
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None

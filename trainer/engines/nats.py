@@ -62,6 +62,8 @@ class _Upload:
     path: Path
     size: int  # bytes
     missing: set[int]  # offsets
+    begin: hashlib._Hash = field(default_factory=hashlib.sha256)  # of what came in order from the beginning
+    hashed: int = 0  # the size of that, bytes
     end: asyncio.Task[memoryview | None] | None = None  # what happens as soon as nothing is missing, see `_finish`
 
 
@@ -480,6 +482,9 @@ class NatsEngine:
         if offset in upload.missing:
             os.pwrite(upload.file, chunk, offset)
             begin_writeback(upload.file, offset, len(chunk))
+            if offset == upload.hashed:
+                upload.begin.update(chunk)
+                upload.hashed += len(chunk)
             upload.missing.discard(offset)
         if upload.missing:
             return None
@@ -516,7 +521,8 @@ def _finish(upload: _Upload, path: Path) -> memoryview | None:
     """Make a file that has all its chunks one of the store, durably. Return it, or None if it has the wrong hash."""
     with os.fdopen(upload.file, "rb") as file:
         data = map_file(upload.path)
-        if hashlib.sha256(data).hexdigest() != path.name:
+        upload.begin.update(data[upload.hashed :])
+        if upload.begin.hexdigest() != path.name:
             upload.path.unlink()
             return None
         os.fsync(file.fileno())
