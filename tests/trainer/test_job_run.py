@@ -315,10 +315,10 @@ def test_a_target_that_is_missed_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_a_run_ends_early_and_goes_on_with_more_cycles(tmp_path: Path) -> None:
-    """At this learning rate no update lowers the loss."""
+    """Its optimizer raises the loss."""
     job, folder = tmp_path / "job.toml", tmp_path / "run"
     job.write_text(
-        JOB.replace("learning_rate = 0.05", "learning_rate = 50.0\nmax_update_norm = 1e9\nearly_stop = 2"),
+        JOB.replace("{ momentum = 0.9 }", "{ maximize = true }") + "early_stop = 2\n",
         encoding="utf-8",
     )
     answer = traincert("job", "run", job, "--out", folder)
