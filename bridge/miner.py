@@ -58,6 +58,7 @@ from traincert.trainer.engines.orders import Commit, Order
 from traincert.trainer.errors import IntegrityError
 from traincert.trainer.failpoints import reached
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.monitoring import start_monitor
 from traincert.trainer.store import prune, read_blob, sync, write_file
 from traincert.trainer.tasks import assign
 
@@ -239,6 +240,8 @@ class Miner:
         )
         used = commit.resources
         seconds = f"{time.monotonic() - begin:.1f} s" + (f" ({used.cpu_seconds:.1f} CPU seconds)" if used else "")
+        if used and used.flags:
+            self._view.say("flagged", f"cycle {opening.cycle + 1}: the task also did this: {', '.join(used.flags)}")
         self._view.say(
             "trained",
             f"cycle {opening.cycle + 1}: trained in {seconds}, {commit.update_size:,} bytes",
@@ -379,8 +382,13 @@ class Miner:
         write_file(self._folder.folder / "earned.json", json.dumps(asdict(self.earned)).encode() + b"\n")
 
 
-def run_miner(folder: Path, datadir: Path | None, view: View, *, compat_pow: bool = True) -> None:
-    """Run a miner until it is interrupted. Raises BridgeError, RegtestError or TrainerError if it cannot take part."""
+def run_miner(
+    folder: Path, datadir: Path | None, view: View, *, compat_pow: bool = True, monitored: bool = False
+) -> None:
+    """Run a miner until it is interrupted. With `monitored` its tasks are watched, if this machine allows it.
+
+    Raises BridgeError, RegtestError or TrainerError if it cannot take part.
+    """
     opened = MemberFolder(folder, MINER)
     job = TrainingJob.named(opened.job)
     with ExitStack() as stack:
@@ -390,6 +398,13 @@ def run_miner(folder: Path, datadir: Path | None, view: View, *, compat_pow: boo
                 check_network(node, opened.params)
         else:
             view.say("no-node", "without --datadir this miner appends no blocks")
-        engine = stack.enter_context(LocalEngine(job, opened.store, workers=1))
+        monitor = stack.enter_context(
+            start_monitor(
+                monitored,
+                [opened.store],
+                lambda why: view.say("not-monitored", f"tasks are not monitored: {why}"),
+            )
+        )
+        engine = stack.enter_context(LocalEngine(job, opened.store, workers=1, monitor=monitor))
         member = Member(opened, job, stack.enter_context(opened.connection(view, patient=True)))
         Miner(opened, job, member, engine, datadir, view, compat_pow=compat_pow).run()

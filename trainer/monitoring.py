@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,11 +49,36 @@ class MonitorError(TrainerError):
     """Tasks cannot be monitored, or a task was not. The message says why."""
 
 
-class Watched(NamedTuple):
-    """What a task did."""
+@contextmanager
+def start_monitor(
+    wanted: bool, allowed: Iterable[Path], on_failure: Callable[[str], object]
+) -> Iterator[Monitor | None]:
+    """Have a monitor, as `Monitor.start` starts it, if it is `wanted`.
 
-    cpu_seconds: float  # of the worker process, and of all that it started
-    flags: tuple[str, ...]  # what it did beside training: a name, or a name, a space and which file, program or number
+    If this machine does not allow it, call `on_failure` with the reason, and have None.
+    """
+    monitor = None
+    if wanted:
+        try:
+            monitor = Monitor.start(allowed)
+        except MonitorError as error:
+            on_failure(str(error))
+    try:
+        yield monitor
+    finally:
+        if monitor:
+            monitor.close()
+
+
+class Watched(NamedTuple):
+    """What a task did.
+
+    A flag is a name, or a name, a space and which: `opened-file PATH`, `opened-other-shard NAME`, `sent-bytes NUMBER`,
+    `started-program PATH`, `forked`. At most 20 files and 20 programs are named; text is cut after 300 characters.
+    """
+
+    cpu_seconds: float  # of the worker process, and of all processes that it started
+    flags: tuple[str, ...]  # what it did beside training
 
 
 @dataclass
@@ -107,11 +132,9 @@ class Monitor:
         self._numbers = itertools.cycle(range(first, first + _REQUESTS))
         self._seen: dict[int, _Seen] = {}
         self._held: list[int] = []  # the allowed folders, open: the kernel keeps their addresses for us
-        possible = Path("/sys/devices/system/cpu/possible").read_text().strip()  # such as 0-7
-        numbers = os.getpid(), int(re.split("[-,]", possible)[-1]) + 1, first
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open until `close`
         self._process = subprocess.Popen(
-            [program, "-f", "json", "-B", "line", _SCRIPT, *map(str, numbers)],
+            [program, "-f", "json", "-B", "line", _SCRIPT, str(os.getpid()), str(first)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,

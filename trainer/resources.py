@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -42,8 +43,10 @@ class Resources:
     """CPU seconds of all processes of the cgroup, for example the container, in the same time."""
     peak_flops: float | None
     """Floating-point operations that the machine does in one CPU second, measured by multiplying matrices."""
+    tree_seconds: float | None = None
+    """CPU seconds of the task's process and all that it started. None: it was not monitored, see monitoring.py."""
     flags: tuple[str, ...] | None = None
-    """What the task did and should not do, see monitoring.py. None: it was not monitored."""
+    """What the task did beside training. None: it was not monitored."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number that nobody measures, and for flags that are too many or too long."""
@@ -58,6 +61,13 @@ class Resources:
     def cpu_seconds(self) -> float:
         """CPU seconds of the task's process."""
         return self.user_seconds + self.system_seconds
+
+
+def few(flags: Sequence[str]) -> tuple[str, ...]:
+    """Return flags as Resources can have them: not too many, and none too long."""
+    more = len(flags) - _MOST_FLAGS
+    kept = flags if more <= 0 else [*flags[: _MOST_FLAGS - 1], f"and {more + 1} more"]
+    return tuple(flag[:_LONGEST_FLAG] for flag in kept)
 
 
 def impossible(flops: int, found: Resources | None) -> str:
@@ -93,7 +103,7 @@ class Meter:
     """Measures what a process uses between `begin` and `end`. It reads /proc, so it needs Linux."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid
+        self.pid = pid
         self._proc = Path("/proc") / str(pid)
         self._cgroup = cgroup_cpu_file(self._proc)
         self._before: _Counts | None = None
@@ -137,7 +147,7 @@ class Meter:
 
     def _counts(self) -> _Counts | None:
         try:
-            cpu = time.clock_gettime((~self._pid << 3) | _CPU_CLOCK)
+            cpu = time.clock_gettime((~self.pid << 3) | _CPU_CLOCK)
             stat = (self._proc / "stat").read_text().rpartition(")")[2].split()
             minor, minor_children, major, major_children, _, system, user_children, system_children = map(
                 int, stat[7:15]

@@ -2,15 +2,17 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.energy import Spending
 from traincert.trainer.engines.local import LocalEngine
 from traincert.trainer.errors import Reason, RunError
 from traincert.trainer.job import TrainingJob
+from traincert.trainer.monitoring import start_monitor
 from traincert.trainer.records import Record, RunFolder
 from traincert.trainer.report import TensorBoard, write_report
 from traincert.trainer.scoring import Evaluation
@@ -41,6 +43,8 @@ class Finished:
     """The path of the report (HTML)."""
     stopped: str
     """Why the run ended before its last cycle; empty if it did not."""
+    flags: Mapping[str, int]
+    """What tasks did beside training, and how many of them; empty also if they were not monitored."""
 
 
 def run_job(
@@ -52,12 +56,14 @@ def run_job(
     *,
     cycles: int | None = None,
     source: Path | None = None,
+    monitored: bool = False,
 ) -> Finished:
     """Run all cycles of the job, and write the report. With `cycles`, do that many in all, whatever the job says.
 
     If it is killed at any moment, another call continues the run and gives the same hashes. A finished run can go on
     with more `cycles`, at the last cycle's learning rate; the job's early_stop does not count then. A new run begins
-    with the last model of the run folder `source`, if it is given.
+    with the last model of the run folder `source`, if it is given. With `monitored` the tasks are watched, if this
+    machine allows it.
 
     Raises TrainerError if the run cannot be finished, also if a cycle trained nothing: all updates were refused, none
     because it improves nothing. That cycle is not saved: another call does it again.
@@ -72,7 +78,8 @@ def run_job(
         dataset = run.dataset()
         view.step(f"starting {workers} worker processes")
         with (
-            LocalEngine(job, run.store, workers=workers) as engine,
+            start_monitor(monitored, [run.store], lambda why: view.step(f"tasks are not monitored: {why}")) as monitor,
+            LocalEngine(job, run.store, workers=workers, monitor=monitor) as engine,
             Trainer(dataset, engine) as trainer,
         ):
             if not run.records:
@@ -94,7 +101,12 @@ def run_job(
             view.step("testing")
             test = trainer.test(state.model)
         path = write_report(folder / "report", job, run.records, test, run.costs())
-        return Finished(run.head, test, path, _stopped(run) if run.cycles < total else "")
+        flags = Counter(flag for cycle in run.costs() for task in cycle["tasks"].values() for flag in _flags(task))
+        return Finished(run.head, test, path, _stopped(run) if run.cycles < total else "", flags)
+
+
+def _flags(task: dict[str, Any] | None) -> Sequence[str]:
+    return (task and task["flags"]) or ()
 
 
 def _stopped(run: RunFolder) -> str:

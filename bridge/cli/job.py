@@ -56,7 +56,21 @@ def job_show(job: str) -> None:
     help="Begin with the last model of this run folder, instead of the job's initial model. The model is copied: to go "
     "on, the new run does not need this folder.",
 )
-def job_run(job: str, out: Path | None, miners: int, workers: int, cycles: int | None, source: Path | None) -> None:
+@click.option(
+    "--monitor",
+    "monitored",
+    is_flag=True,
+    help="Watch what each task does beside training, by the kernel. It needs root and bpftrace.",
+)
+def job_run(
+    job: str,
+    out: Path | None,
+    miners: int,
+    workers: int,
+    cycles: int | None,
+    source: Path | None,
+    monitored: bool,
+) -> None:
     """Train a job, without a chain. A run that was interrupted goes on where it ended.
 
     JOB is a TOML file, or the name of a job that comes with traincert: digits, fashion or text.
@@ -74,7 +88,9 @@ def job_run(job: str, out: Path | None, miners: int, workers: int, cycles: int |
         from traincert.trainer.scoring import nats
 
         try:
-            report = run_job(training_job, out, miners, workers, view, cycles=cycles, source=source)
+            report = run_job(
+                training_job, out, miners, workers, view, cycles=cycles, source=source, monitored=monitored
+            )
         except JobError as error:
             raise JobError(f"{job}: {error}") from error
     console = stdout_console()
@@ -87,6 +103,8 @@ def job_run(job: str, out: Path | None, miners: int, workers: int, cycles: int |
         f"test loss {nats(report.test.loss, training_job.loss_offset):.4f} nats",
         soft_wrap=True,
     )
+    for flag, count in sorted(report.flags.items()):
+        console.print(f"{count} task{'s'[: count != 1]} also did this: {flag}", soft_wrap=True, markup=False)
     console.print(f"last record {report.head.hex()}", soft_wrap=True)
     console.print(f"report: {report.path}\nTensorBoard: tensorboard --logdir {shlex.quote(str(out))}", soft_wrap=True)
     if training_job.target_metric is not None and not report.test.metric >= training_job.target_metric:

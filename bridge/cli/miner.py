@@ -59,8 +59,14 @@ def miner_join(folder: Path, job: str, invitation: IO[str]) -> None:
     default=True,
     help="Make blocks that also meet regtest's trivial proof-of-work target (default).",
 )
+@click.option(
+    "--monitor",
+    "monitored",
+    is_flag=True,
+    help="Watch what each task does beside training, by the kernel. It needs root and bpftrace.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each event.")
-def miner_run(folder: Path, datadir: Path | None, compat_pow: bool, as_json: bool) -> None:
+def miner_run(folder: Path, datadir: Path | None, compat_pow: bool, monitored: bool, as_json: bool) -> None:
     """Train, and append the blocks that the miner in FOLDER wins, until it is interrupted.
 
     A miner that was interrupted or killed goes on where it was.
@@ -68,7 +74,7 @@ def miner_run(folder: Path, datadir: Path | None, compat_pow: bool, as_json: boo
     with importing():
         from traincert.bridge.miner import run_miner
 
-    run_miner(folder, datadir, Events(as_json=as_json, folder=folder), compat_pow=compat_pow)
+    run_miner(folder, datadir, Events(as_json=as_json, folder=folder), compat_pow=compat_pow, monitored=monitored)
 
 
 @miner.command("status")

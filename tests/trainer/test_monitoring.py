@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -43,6 +44,28 @@ DEEDS = """
             MARKER.unlink()
             exec(deed, globals())
         return cross_entropy(outputs, target)
+"""
+
+# One that opens a file at each step, and a job with it.
+CURIOUS = """
+from torch.nn.functional import cross_entropy
+
+def loss(outputs, target):
+    open({letter!r}).close()
+    return cross_entropy(outputs, target)
+"""
+RUN = """
+cycles = 1
+dataset = "traincert.trainer.datasets:digits"
+validation_examples = 100
+test_examples = 100
+shards = 2
+model = "traincert.trainer.models:mlp"
+model_options = { inputs = 64, hidden = [], classes = 10 }
+loss = "curious:loss"
+learning_rate = 0.001
+batch_size = 32
+local_steps = 2
 """
 
 
@@ -251,6 +274,49 @@ def test_a_watched_task_gives_the_same_bits(place: Place, monitor: Monitor) -> N
     with LocalEngine(place.engine.job, place.engine.store, workers=1) as engine:
         alone = Place(engine, place.dataset, place.marker).train()
     assert alone.update_hash == watched.update_hash
+
+
+def test_an_engine_notes_what_its_tasks_do(place: Place, second: Monitor, letter: Path) -> None:
+    with LocalEngine(place.engine.job, place.engine.store, workers=1, monitor=second) as engine:
+        own = Place(engine, place.dataset, place.marker)
+        place.marker.write_text(f"open({str(letter)!r})", encoding="utf-8")
+        found = [own.train().resources, own.train(1).resources]
+        second._process.kill()
+        found.append(own.train().resources)
+    assert [each and each.flags for each in found] == [(f"opened-file {letter}",), (), None]
+    assert found[1]
+    assert found[1].tree_seconds
+    assert found[1].tree_seconds > found[1].cpu_seconds / 2
+    assert found[2]
+    assert found[2].tree_seconds is None
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_a_run_says_what_its_tasks_did_or_that_nobody_watched(
+    monitor: Monitor, letter: Path, tmp_path: Path, possible: bool
+) -> None:
+    del monitor  # this machine allows it
+    (tmp_path / "curious.py").write_text(CURIOUS.format(letter=str(letter)), encoding="utf-8")
+    job, out = tmp_path / "job.toml", tmp_path / "run"
+    job.write_text(RUN, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "traincert.bridge.cli.main",
+        "job",
+        "run",
+        str(job),
+        "--monitor",
+        "--out",
+        str(out),
+    ]
+    env = os.environ | ({} if possible else {"PATH": ""})
+    answer = subprocess.run([*command, "--miners", "2"], env=env, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert (f"2 tasks also did this: opened-file {letter}\n" in answer.stdout) == possible
+    assert ("tasks are not monitored: bpftrace is not installed" in answer.stderr) != possible
+    tasks = json.loads((out / "costs/00000001.json").read_text())["tasks"].values()
+    assert [each["flags"] for each in tasks] == [[f"opened-file {letter}"] if possible else None] * 2
 
 
 def test_a_worker_that_replaces_a_dead_one_is_watched(place: Place, monitor: Monitor, letter: Path) -> None:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -26,7 +26,8 @@ from traincert.trainer.errors import EngineError, Reason, TrainerError
 from traincert.trainer.imports import importing
 from traincert.trainer.interrupts import ctrl_c_later
 from traincert.trainer.job import TrainingJob
-from traincert.trainer.resources import Meter, measure_peak_flops
+from traincert.trainer.monitoring import Monitor, MonitorError
+from traincert.trainer.resources import Meter, Resources, few, measure_peak_flops
 from traincert.trainer.store import map_blob, write_blob
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is not safe after torch has started threads
@@ -39,6 +40,7 @@ class _Worker:
     task: int | None = None  # the number of its task; None: it is idle
     began: float | None = None  # when it began the task, time.monotonic(); None: it has not begun
     peak_flops: float = 0.0  # of this machine, see resources.py
+    watched: bool = False  # its task is monitored
 
     def __post_init__(self) -> None:
         """Measure the process."""
@@ -58,11 +60,13 @@ class LocalEngine:
     Workers end when the process that made them ends, even if it is killed. They ignore Ctrl-C, which that process
     handles. If a worker dies, a new worker tries its task once more.
 
+    `monitor`, if there is one, watches the tasks. It must allow the store.
+
     The constructor raises ValueError if `workers` is below 1, and JobError if this machine does not have the job's
     device.
     """
 
-    def __init__(self, job: TrainingJob, store: Path, *, workers: int) -> None:
+    def __init__(self, job: TrainingJob, store: Path, *, workers: int, monitor: Monitor | None = None) -> None:
         if workers < 1:
             raise ValueError(f"workers = {workers}: must be at least 1")
         if job.device != "cpu":
@@ -74,6 +78,7 @@ class LocalEngine:
         store.mkdir(parents=True, exist_ok=True)
         self._workers: list[_Worker] = []
         self._closing = Lock()
+        self._monitor = monitor
         try:
             for number in range(workers):
                 self._workers.append(self._start(number))
@@ -165,15 +170,33 @@ class LocalEngine:
                 message = _unwrap(received)
                 if isinstance(message, float):
                     worker.began, worker.peak_flops = time.monotonic(), message
-                    worker.meter.begin()
+                    self._measure(worker, shards / orders[number].shard_hash.hex())
                     _send(worker, None)
                 else:
-                    commits[number] = message._replace(resources=worker.meter.end(worker.peak_flops))
+                    commits[number] = message._replace(resources=self._measured(worker))
                     worker.task = worker.began = None
             for worker in self._workers:
                 if worker.began is not None and time.monotonic() >= worker.began + self.job.task_seconds:
                     commits[cast(int, worker.task)] = Reason.LATE
                     self._replace(worker)
+
+    def _measure(self, worker: _Worker, shard: Path) -> None:
+        """A worker is about to begin a task on the file `shard`: measure what the task uses."""
+        worker.meter.begin()
+        worker.watched = False
+        if self._monitor:
+            with contextlib.suppress(MonitorError):  # then the task is not monitored
+                self._monitor.begin(worker.meter.pid, shard)
+                worker.watched = True
+
+    def _measured(self, worker: _Worker) -> Resources | None:
+        """Return what a worker's task has used."""
+        found = worker.meter.end(worker.peak_flops)
+        if self._monitor and worker.watched and found:
+            with contextlib.suppress(MonitorError):
+                watched = self._monitor.end(worker.meter.pid)
+                return replace(found, tree_seconds=watched.cpu_seconds, flags=few(watched.flags))
+        return found
 
     def _placed(self, commit: Commit | Reason, number: int) -> Commit | Reason:
         if isinstance(commit, Reason):
