@@ -169,7 +169,7 @@ def job_export(
 
     A JSON file beside it says how the job prepares its data: means, deviations, codes.
 
-    The run of a chain is in the folder `run` of its deployment, for example demo/run.
+    The run of a chain is in the folder `run` of its deployment, for example demo/coordinator/run.
     """
     if (cycle is not None) + best + (height is not None) > 1:
         raise click.UsageError("--cycle, --best and --height: give one of them.")
