@@ -19,7 +19,8 @@ CLANG_STYLE = $$(.venv/bin/python -c 'from traincert.regtest import node_folder;
 # nothing: the command that needs $(1) then fails and names it.
 if_missing = @command -v $(1) > /dev/null || [ -e $(1) ] || ! command -v apt-get > /dev/null || { $(call apt_install,$(2)); }
 
-.PHONY: check demo data test soak test-upstream thread-safety bench bench-attacks screenshots man setup node images lock
+.PHONY: check demo data test soak test-upstream thread-safety bench bench-attacks bench-energy screenshots man setup
+.PHONY: node images lock
 
 demo: setup
 	.venv/bin/traincert demo
@@ -43,6 +44,8 @@ test: check node data
 	$(call if_missing,npm,nodejs npm)
 	$(call if_missing,chromium,chromium)
 	$(call if_missing,groff,groff-base)
+	$(call if_missing,bpftrace,bpftrace)
+	[ "$$(id -u)" != 0 ] || mountpoint -q /sys/kernel/tracing || mount -t tracefs nodev /sys/kernel/tracing || true
 	find bitcoind-patch/src -name '*.h' -o -name '*.cpp' | \
 	  xargs -r .venv/bin/clang-format --style=file:$(CLANG_STYLE) --dry-run --Werror
 	.venv/bin/pytest --numprocesses $(PROCESSES) --dist loadfile
@@ -71,6 +74,10 @@ bench: node data
 # What attackers earn, with each way to score. It takes two hours. An interrupted run continues.
 bench-attacks: setup data
 	.venv/bin/python tests/bench/attacks.py bench/attacks
+
+# What a block costs, in CPU seconds and joules, against one that is mined by hashes. It takes some minutes.
+bench-energy: node data
+	.venv/bin/python tests/bench/energy.py bench/energy
 
 # Makes the pictures of the explorer in docs/. It takes a minute.
 screenshots: node

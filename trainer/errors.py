@@ -4,6 +4,7 @@ TrainerError
 ├── JobError          a job cannot be used
 ├── IntegrityError    a stored file is missing or damaged
 ├── UpdateError       a miner's update is refused (updates.py)
+├── MonitorError      tasks cannot be monitored (monitoring.py)
 ├── EngineError       a task cannot be run (engines/)
 │   ├── RefusedError  the coordinator refused a request (engines/broker.py)
 │   └── StoppedError  the connection to the broker has ended (engines/broker.py)

@@ -185,9 +185,11 @@ class LocalEngine:
         worker.meter.begin()
         worker.watched = False
         if self._monitor:
-            with contextlib.suppress(MonitorError):  # then the task is not monitored
+            try:
                 self._monitor.begin(worker.meter.pid, shard)
                 worker.watched = True
+            except MonitorError:  # bpftrace has ended, or hangs: this task is not monitored, and no later one
+                self._monitor = None
 
     def _measured(self, worker: _Worker) -> Resources | None:
         """Return what a worker's task has used."""
