@@ -46,7 +46,7 @@ class EnergyMeters(NamedTuple):
 def energy_meters(powercap: Path = POWERCAP, library: str = NVML) -> EnergyMeters:
     """Return this machine's meters."""
     meters: list[EnergyMeter] = []
-    why_none = "no meter: this machine shows neither RAPL nor NVML"
+    why_none = "no meter: neither RAPL nor NVML is here"
     for meter in (*_rapl(powercap), *_nvml(library)):
         try:
             meter.read()

@@ -95,7 +95,7 @@ def _nano(amount: float | None) -> str:
 
 
 def _number(amount: float) -> str:
-    return f"{amount:,.0f}" if 100 <= amount < 1e12 else f"{amount:.3g}"
+    return f"{amount:,.0f}" if 100 <= amount < 1e15 else f"{amount:.3g}"
 
 
 def _summary(costs: Mapping[int, BlockCost]) -> list[str]:
@@ -127,7 +127,7 @@ def _hashing(mined: HashRate, difficulty: float, found: BlockCost, count: int) -
     lines = [
         f"mined now by {mined.by}: {mined.hashes:,} hashes in {mined.cpu_seconds:.2f} CPU seconds, "
         f"{mined.hashes / mined.cpu_seconds / 1e6:.2f} million a second",
-        f"computed: a block at difficulty {difficulty:,.10g} takes {wanted.hashes:,} hashes on average, so "
+        f"computed: a block at difficulty {difficulty:.16g} takes {_number(wanted.hashes)} hashes on average, so "
         f"{_number(wanted.cpu_seconds)} CPU seconds",
         f"that is {_number(wanted.cpu_seconds * count / found.cpu_seconds)} times what a block of this run took",
     ]

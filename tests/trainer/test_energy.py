@@ -90,7 +90,7 @@ def test_rapl_that_only_root_may_read_is_no_meter(powercap: Path) -> None:
 
 def test_without_any_meter_it_is_said_and_nothing_is_invented(tmp_path: Path) -> None:
     found = energy_meters(tmp_path, NO_LIBRARY)
-    assert found.why_none == "no meter: this machine shows neither RAPL nor NVML"
+    assert found.why_none == "no meter: neither RAPL nor NVML is here"
     with Spending(found.meters) as spending:
         end = time.process_time() + 0.2
         while time.process_time() < end:

@@ -59,7 +59,7 @@ def test_the_table_fits_a_terminal_and_compares_with_hash_mining(run: Path) -> N
     assert max(map(len, table.splitlines())) <= 80
     assert re.match(r"\d+\.\d\d CPU seconds, the mean of 2: \d+\.\d\d of its tasks, \d+\.\d\d of the coordin", text)
     assert re.search(r"mined now by bitcoind: 8,388,608 hashes in \d+\.\d\d CPU seconds, \d+\.\d\d million a sec", text)
-    assert "computed: a block at difficulty 1,000 takes 4,294,967,296,000 hashes on average" in text
+    assert "computed: a block at difficulty 1000 takes 4,294,967,296,000 hashes on average" in text
 
 
 def test_a_coordinators_and_a_demos_folder_will_do(run: Path, tmp_path: Path) -> None:
