@@ -52,7 +52,8 @@ RUN --mount=type=cache,target=/root/.cache/pip /opt/traincert/bin/pip install --
     --no-deps --require-hashes --requirement requirements-broker.lock
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-    extras = project["optional-dependencies"]; wanted = project["dependencies"] + extras["explorer"] + extras["train"]; \
+    extras = project["optional-dependencies"]; extras["core"] = project["dependencies"]; \
+    wanted = [each for name in ("core", "explorer", "train", "privacy") for each in extras[name]]; \
     print(*(each for each in wanted if not each.startswith("traincert")), sep="\n")' \
     > requirements.txt \
     && sh torch-size /opt/traincert/bin/pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \

@@ -45,7 +45,9 @@ def _epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> 
     try:
         accountant = importlib.import_module("opacus.accountants").RDPAccountant()
     except ImportError:
-        raise JobError("privacy: needs Opacus, which is not installed: pip install 'traincert[privacy]'") from None
+        raise JobError(
+            "privacy: needs Opacus, which is not installed: pip install '.[privacy]' in a clone of traincert"
+        ) from None
     accountant.history = [(noise_multiplier, rate, steps)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that more orders could give a smaller epsilon: this one is still a bound
