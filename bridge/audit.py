@@ -25,6 +25,7 @@ from traincert.bridge.member import Member, MemberFolder, View
 from traincert.bridge.messages import AuditedTask, Finding, Verdict, unseal
 from traincert.bridge.recorded import CycleRecord, RecordedTask
 from traincert.bridge.rpc import NodeClient
+from traincert.trainer.accounting import check_accountant
 from traincert.trainer.determinism import numeric_class
 from traincert.trainer.engines.broker import Connection, StoppedError
 from traincert.trainer.engines.orders import Order
@@ -63,7 +64,10 @@ class PastChecker(Checker):
         self._check_updates(self._past)
 
     def _task_flops(self, cycle: CycleRecord) -> Sequence[int]:
-        """Return what `Checker` does. A miner gets no shard for it: then every task needs too much, and is refused."""
+        """Return what `Checker` does.
+
+        A miner may not read the shard, so it cannot count. Then it believes each refusal whose commit states resources.
+        """
         try:
             return super()._task_flops(cycle)
         except CosignError as error:
@@ -97,6 +101,7 @@ class Auditor:
         view: View,
     ) -> None:
         check_device(job)
+        check_accountant(job)
         self._job = job
         self._params = params
         self._key = key

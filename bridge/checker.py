@@ -193,6 +193,7 @@ class Checker:
         self._keep = keep
         self._coordinator = params.keys_at(params.start_height).keys[0]
         self._model: _Model | None = None
+        self._flops: Sequence[int] | None = None
         self._true: tuple[bytes, bytes] | None = None  # parent block and record of the last cycle that was found true
         self._slot = b""
         self._seen: dict[int, float] = {}  # when each round of this slot was first seen, time.monotonic()
@@ -513,7 +514,10 @@ class Checker:
         expected: dict[str, float | None] = dict.fromkeys(tasks)
         expected_counts: dict[str, int] = {}
         if self._job.privacy:
-            sizes = self._sizes(cycle)
+            sizes = dict(self._sizes(cycle))
+            known = {shard.hex() for shard in sizes}
+            if any(shard not in known or not 0 <= each.tasks < 2**32 for shard, each in before.spent.items()):
+                raise CosignError("wrong-epsilon", "the record before says what cannot be of its shards")
             done = [task for task in cycle.tasks if task.update_hash]
             expected |= {f"epsilon of {task.name}": epsilon(self._job, sizes[task.shard], 1) for task in done}
             spent = {bytes.fromhex(shard): each for shard, each in before.spent.items()}
@@ -580,18 +584,18 @@ class Checker:
 
     def _shards(self, cycle: StartRecord) -> list[bytes]:
         """Return the shards' hashes, from the manifest of the data."""
-        return list(self._sizes(cycle))
+        return [shard for shard, _ in self._sizes(cycle)]
 
-    def _sizes(self, cycle: StartRecord) -> dict[bytes, int]:
-        """Return the numbers of examples of the shards, by the shard's hash, from the manifest of the data."""
+    def _sizes(self, cycle: StartRecord) -> list[tuple[bytes, int]]:
+        """Return the shards' hashes and numbers of examples, from the manifest of the data."""
         data = self._fetch(cycle.dataset_root, "manifest")
         try:
             manifest = json.loads(data)
             shards = [bytes.fromhex(each) for each in manifest["shards"]]
-            sizes = dict(zip(shards, map(operator.index, manifest["sizes"]), strict=True))
+            sizes = list(zip(shards, map(operator.index, manifest["sizes"]), strict=True))
         except (ValueError, KeyError, TypeError):
             raise CosignError("wrong-dataset", f"the manifest {cycle.dataset_root.hex()} lists no shards") from None
-        if min(sizes.values(), default=0) < 1:
+        if min((size for _, size in sizes), default=0) < 1:
             raise CosignError("wrong-dataset", f"the manifest {cycle.dataset_root.hex()} has a shard without examples")
         _require("wrong-dataset", "number of shards", self._job.shards, len(shards))
         return sizes
@@ -606,9 +610,12 @@ class Checker:
         return self._model
 
     def _task_flops(self, cycle: CycleRecord) -> Sequence[int]:
-        """Return how many floating-point operations a task of each segment needs."""
-        shard = self._fetch(self._shards(cycle)[0], "shard, by whose shapes operations are counted,")
-        return self._built(cycle).task_flops(shard)
+        """Return how many floating-point operations a task of each segment needs at least. They are counted once."""
+        if self._flops is None:
+            sizes = self._sizes(cycle)
+            shard = self._fetch(sizes[0][0], "shard, by whose shapes operations are counted,")
+            self._flops = self._built(cycle).task_flops(shard, min(size for _, size in sizes))
+        return self._flops
 
     def _fetch(self, digest: bytes, what: str) -> bytes:
         try:
@@ -647,14 +654,14 @@ class _Model:
         with TemporaryDirectory() as folder:
             yield read_examples(self._job, Path(folder), write_blob(Path(folder), shard)) if shard else None
 
-    def task_flops(self, shard: bytes) -> Sequence[int]:
-        """Return how many floating-point operations a task of each segment needs. `shard` is the file of a shard."""
+    def task_flops(self, shard: bytes, fewest: int) -> Sequence[int]:
+        """Return what segments.count_task_flops does. `shard` is the file of a shard."""
         from traincert.trainer.models import build_model
         from traincert.trainer.segments import count_task_flops
 
         with self._examples(shard) as examples:
             assert examples is not None  # noqa: S101 - the file is not empty
-            return count_task_flops(build_model(self._job), self._job, self.segments, examples)
+            return count_task_flops(build_model(self._job), self._job, self.segments, examples, fewest)
 
     def zeros(self) -> torch.Tensor:
         """Return the velocity of a model that rests."""

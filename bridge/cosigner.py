@@ -26,6 +26,7 @@ from traincert.bridge.messages import Cosignature, Proposal
 from traincert.bridge.rpc import NodeClient
 from traincert.bridge.signer import Signer
 from traincert.regtest.errors import RegtestError
+from traincert.trainer.accounting import check_accountant
 from traincert.trainer.engines.broker import RefusedError
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.store import prune, read_blob, write_blob
@@ -172,6 +173,7 @@ def run_cosigner(folder: Path, datadir: Path, view: View) -> None:
     opened = MemberFolder(folder, COSIGNER)
     check_key(xonly_key(opened.secret), opened.params)
     job = TrainingJob.named(opened.job)
+    check_accountant(job)
     with ExitStack() as stack:
         stack.enter_context(opened.lock())
         node = stack.enter_context(NodeClient.from_datadir(datadir))

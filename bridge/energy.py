@@ -110,7 +110,7 @@ def read_costs(run: Path) -> dict[int, BlockCost]:
                 joules=cost["joules"],
                 loss_reduction=record.loss_before - record.loss_after,
             )
-        except (OSError, ValueError, KeyError, TypeError, BridgeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, BridgeError) as error:
             raise BridgeError(f"{path} or its record cannot be read: {error!r}") from None
     if not costs:
         raise BridgeError(f"{run} does not say what a cycle cost: no cycle has ended yet, or an older traincert ran it")
@@ -169,10 +169,13 @@ def _mine_with_node(programs: Path) -> HashRate:
                     mine = [*cli, "generatetodescriptor", "1", "raw(51)", str(NODE_HASHES)]
                     found = subprocess.run(mine, check=True, capture_output=True, text=True).stdout
                 used = meter.end(None)
-                if used and not json.loads(found):  # at a block it would have stopped: once in 500 times
+                if used is None:
+                    raise BridgeError("this system does not tell the CPU time of bitcoind")
+                if not json.loads(found):  # at a block it would have stopped: once in 500 times
                     return HashRate("bitcoind", NODE_HASHES, used.cpu_seconds, spending.joules)
         except subprocess.CalledProcessError as error:
-            raise BridgeError(f"{programs / 'bitcoind'} does not mine: {error.stderr.splitlines()[0]}") from None
+            said = error.stderr.strip().splitlines() or ["it said nothing"]
+            raise BridgeError(f"{programs / 'bitcoind'} does not mine: {said[0]}") from None
         finally:
             kill(node)
 

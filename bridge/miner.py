@@ -123,6 +123,7 @@ class Miner:
         view: View,
         *,
         compat_pow: bool = True,
+        monitored: bool = False,
     ) -> None:
         self.earned = Earned.read(folder.folder)
         self._folder = folder
@@ -135,6 +136,7 @@ class Miner:
         self._view = view
         self._datadir = datadir
         self._compat_pow = compat_pow
+        self._monitored = monitored
         self._tasks, self._blocks = _Line("tasks"), _Line("blocks")
 
     def run(self) -> None:
@@ -240,6 +242,8 @@ class Miner:
         )
         used = commit.resources
         seconds = f"{time.monotonic() - begin:.1f} s" + (f" ({used.cpu_seconds:.1f} CPU seconds)" if used else "")
+        if self._monitored and (used is None or used.flags is None):
+            self._view.say("not-monitored", f"cycle {opening.cycle + 1}: the task was not monitored")
         if used and used.flags:
             self._view.say("flagged", f"cycle {opening.cycle + 1}: the task also did this: {', '.join(used.flags)}")
         self._view.say(
@@ -278,7 +282,7 @@ class Miner:
             try:
                 self._member.connection.send("memory", digest, self._folder.store)
             except (RefusedError, IntegrityError) as error:
-                self._view.say("refused", f"a memory was not sent: {error}", detail=str(error))
+                self._view.say("refused", f"a file for the spot check was not sent: {error}", detail=str(error))
 
     def _append(self, statement: bytes) -> None:
         """Check a certificate that we won, and append its block to our own node."""
@@ -407,4 +411,5 @@ def run_miner(
         )
         engine = stack.enter_context(LocalEngine(job, opened.store, workers=1, monitor=monitor))
         member = Member(opened, job, stack.enter_context(opened.connection(view, patient=True)))
-        Miner(opened, job, member, engine, datadir, view, compat_pow=compat_pow).run()
+        watched = monitor is not None
+        Miner(opened, job, member, engine, datadir, view, compat_pow=compat_pow, monitored=watched).run()

@@ -24,6 +24,12 @@ class Spent(NamedTuple):
     epsilon: float
 
 
+def check_accountant(job: TrainingJob) -> None:
+    """Raise JobError if the job has privacy, and Opacus is not installed."""
+    if job.privacy:
+        epsilon(job, job.batch_size, 1)
+
+
 def sample_rate(job: TrainingJob, count: int) -> float:
     """Return the probability with which a step of dp-sgd uses an example of a shard of `count`."""
     return min(1.0, job.batch_size / count)

@@ -127,7 +127,8 @@ class Trainer:
         self._sizes = dict(zip(dataset.shards, dataset.manifest()["sizes"], strict=True)) if self.job.privacy else {}
         self._scorer = Scorer(self.job)
         shard = read_examples(self.job, dataset.shard_folder, dataset.shards[0])
-        flops = count_task_flops(build_model(self.job), self.job, self.segments, shard)
+        fewest = min(dataset.manifest()["sizes"])
+        flops = count_task_flops(build_model(self.job), self.job, self.segments, shard, fewest)
         self._judge = Judge(dataset, self.layout, self.segments, self._scorer, self.validation, flops)
         self._checker = SpotChecker(dataset, engine.store, self.segments)
 

@@ -25,13 +25,13 @@ from threading import Condition, Thread
 from typing import IO, Any, NamedTuple
 
 from traincert.trainer.errors import TrainerError
+from traincert.trainer.resources import few
 
 _SCRIPT = Path(__file__).with_suffix(".bt")
 _TIMEOUT = 30.0  # seconds that bpftrace has to start, or to answer
 _REQUESTS = 1 << 16  # so many numbers has a monitor for its requests; as in the script
 _FIRST_NUMBERS = itertools.count(_REQUESTS, _REQUESTS)  # of each monitor of this process
 _LEARN = 1 << 30  # in place of a process id: what this thread opens now is allowed; as in the script
-_NAMED = 20  # how many files and programs of a task are named, and how many characters of a name are kept: 300
 _BTF = Path("/sys/kernel/btf/vmlinux")
 _TRACING = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 _OWN_PID_NAMESPACE = 0xEFFFFFFC  # the number of the kernel's own, PROC_PID_INIT_INO in linux/proc_ns.h
@@ -180,7 +180,7 @@ class Monitor:
                 raise MonitorError("bpftrace lost some of what was seen")
         if seen.unseen:
             raise MonitorError("the task used an io_uring, which cannot be seen")
-        return Watched(seen.used / 1e9, tuple(_flags(pid, seen)))
+        return Watched(seen.used / 1e9, few(list(_flags(pid, seen))))
 
     def _begin_all(self, allowed: Iterable[Path]) -> None:
         self._ask(0, seconds=0.05)  # it answers when all of the script runs
@@ -304,12 +304,12 @@ def _flags(pid: int, seen: _Seen) -> Iterable[str]:
             files.append("opened-other-shard " + Path(paths[0]).name)
         elif not any(_is_usual(pid, path) for path in paths):
             files.append("opened-file " + paths[0])
-    yield from map(_plain, files[:_NAMED])
     if seen.sent:
         yield f"sent-bytes {seen.sent}"
-    yield from (_plain("started-program " + program) for program in list(seen.programs)[:_NAMED])
     if seen.forked:
         yield "forked"
+    yield from (_plain("started-program " + program) for program in seen.programs)
+    yield from map(_plain, files)
 
 
 def _text(printed: str) -> str:
@@ -323,7 +323,7 @@ def _text(printed: str) -> str:
 
 def _plain(text: str) -> str:
     """Return a name, which a task may have chosen, without line breaks and the like."""
-    return "".join(each if each.isprintable() else "�" for each in text[:300])
+    return "".join(each if each.isprintable() else "�" for each in text)
 
 
 def _is_usual(pid: int, path: str) -> bool:

@@ -56,6 +56,8 @@ class Resources:
                 raise ValueError(f"{each.name} = {value}: must be from 0 to 2^63")
         if self.flags and (len(self.flags) > _MOST_FLAGS or max(map(len, self.flags)) > _LONGEST_FLAG):
             raise ValueError(f"flags: must be up to {_MOST_FLAGS}, of up to {_LONGEST_FLAG} characters each")
+        if not all(map(str.isprintable, self.flags or ())):
+            raise ValueError("flags: must be printable")
 
     @property
     def cpu_seconds(self) -> float:
@@ -125,6 +127,10 @@ class Meter:
         before, after = self._before, self._counts()
         if before is None or after is None:
             return None
+        try:
+            peak = _field(self._proc / "status", "VmHWM") * 1024 if self._peak_known else None
+        except OSError:  # it has ended just now
+            return None
 
         def used(old: int | None, new: int | None) -> int | None:
             return None if old is None or new is None else new - old
@@ -137,8 +143,8 @@ class Meter:
             user_seconds=cpu - system,
             system_seconds=system,
             page_faults=after.page_faults - before.page_faults,
-            context_switches=after.context_switches - before.context_switches,
-            peak_memory=_field(self._proc / "status", "VmHWM") * 1024 if self._peak_known else None,
+            context_switches=max(0, after.context_switches - before.context_switches),  # threads may have ended
+            peak_memory=peak,
             read_bytes=used(before.read_bytes, after.read_bytes),
             written_bytes=used(before.written_bytes, after.written_bytes),
             cgroup_seconds=cgroup,

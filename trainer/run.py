@@ -2,10 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.energy import Spending
@@ -43,8 +43,12 @@ class Finished:
     """The path of the report (HTML)."""
     stopped: str
     """Why the run ended before its last cycle; empty if it did not."""
+    tasks: int
+    """How many tasks of the run ended."""
+    monitored: int
+    """How many of them were monitored."""
     flags: Mapping[str, int]
-    """What tasks did beside training, and how many of them; empty also if they were not monitored."""
+    """What these did beside training, and how many of them."""
 
 
 def run_job(
@@ -60,10 +64,10 @@ def run_job(
 ) -> Finished:
     """Run all cycles of the job, and write the report. With `cycles`, do that many in all, whatever the job says.
 
-    If it is killed at any moment, another call continues the run and gives the same hashes. A finished run can go on
-    with more `cycles`, at the last cycle's learning rate; the job's early_stop does not count then. A new run begins
-    with the last model of the run folder `source`, if it is given. With `monitored` the tasks are watched, if this
-    machine allows it.
+    If it is killed at any moment, another call continues the run and gives the same hashes; not with `job.privacy`,
+    whose secrets are drawn anew. A finished run can go on with more `cycles`, at the last cycle's learning rate; the
+    job's early_stop does not count then. A new run begins with the last model of the run folder `source`, if it is
+    given. With `monitored` the tasks are watched, if this machine allows it.
 
     Raises TrainerError if the run cannot be finished, also if a cycle trained nothing: all updates were refused, none
     because it improves nothing. That cycle is not saved: another call does it again.
@@ -101,12 +105,11 @@ def run_job(
             view.step("testing")
             test = trainer.test(state.model)
         path = write_report(folder / "report", job, run.records, test, run.costs())
-        flags = Counter(flag for cycle in run.costs() for task in cycle["tasks"].values() for flag in _flags(task))
-        return Finished(run.head, test, path, _stopped(run) if run.cycles < total else "", flags)
-
-
-def _flags(task: dict[str, Any] | None) -> Sequence[str]:
-    return (task and task["flags"]) or ()
+        tasks = [task for cycle in run.costs() for task in cycle["tasks"].values()]
+        seen = [task["flags"] for task in tasks if task and task["flags"] is not None]
+        flags = Counter(flag for each in seen for flag in each)
+        stopped = _stopped(run) if run.cycles < total else ""
+        return Finished(run.head, test, path, stopped, len(tasks), len(seen), flags)
 
 
 def _stopped(run: RunFolder) -> str:

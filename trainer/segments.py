@@ -128,16 +128,21 @@ def cut_segments(model: nn.Module, job: TrainingJob, examples: Examples | None =
 
 
 def count_task_flops(
-    model: nn.Module, job: TrainingJob, segments: Sequence[Segment], shard: Examples
+    model: nn.Module, job: TrainingJob, segments: Sequence[Segment], shard: Examples, fewest: int
 ) -> tuple[int, ...]:
-    """Return how many floating-point operations a task of each segment needs, as PyTorch's FlopCounterMode counts them.
+    """Return how many floating-point operations a task of each segment needs at least, as FlopCounterMode counts them.
 
-    Shapes alone count, so any of the shards will do. Zeros if the job is not for the CPU.
+    Shapes alone count, so any of the shards will do. `fewest` is the number of examples of the smallest one.
+
+    Zeros if a processor's speed in float32 says nothing: the job is not for the CPU, or not all parameters are float32;
+    or if batches differ in size, and may be empty (dp-sgd).
     """
-    if job.device != "cpu":
+    parameters = dict(model.named_parameters())
+    others = any(parameter.dtype != torch.float32 for parameter in parameters.values())
+    if job.device != "cpu" or job.privacy == "dp-sgd" or others:
         return (0,) * len(segments)
-    layout, parameters = Layout(model), dict(model.named_parameters())
-    size = min(job.batch_size, len(shard))
+    layout = Layout(model)
+    size = min(job.batch_size, fewest)
     found = []
     for segment in segments:
         trained = [parameters[piece.name] for piece in layout.pieces(segment)]

@@ -76,7 +76,7 @@ class TaskChecker:
             if order.memory_hash is None and order.noise_hash is None:
                 raise
             # A memory can be any bytes that the miner has chosen. It must not end the program of who checks.
-            failure = f"the task cannot be done with its memory: {ascii(str(error))[:200]}"
+            failure = f"the task cannot be done with what its miner sent: {ascii(str(error))[:200]}"
             return SpotCheck(miner, drawn.update_hash, b"", None, failure)
         found = hashlib.sha256(answer.update).digest()
         if drawn.numeric_class == ours:

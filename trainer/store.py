@@ -63,12 +63,13 @@ def _write(
 def begin_writeback(file: int, offset: int = 0, size: int = 0) -> None:
     """Have the kernel begin to write `size` bytes of a file to the disk; 0: all from `offset` on.
 
-    A later fsync takes less time then. This is Linux's sync_file_range; it is a hint, so errors do not matter.
+    A later fsync takes less time then. It is a hint, so errors do not matter. Only Linux has it (sync_file_range).
     """
-    _LIBC.sync_file_range(file, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
+    if _SYNC_FILE_RANGE:
+        _SYNC_FILE_RANGE(file, ctypes.c_int64(offset), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
-_LIBC = ctypes.CDLL(None)
+_SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
 _SYNC_FILE_RANGE_WRITE = 2
 
 

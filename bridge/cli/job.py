@@ -103,6 +103,8 @@ def job_run(
         f"test loss {nats(report.test.loss, training_job.loss_offset):.4f} nats",
         soft_wrap=True,
     )
+    if monitored:
+        console.print(f"{report.monitored} of the run's {report.tasks} tasks were monitored", soft_wrap=True)
     for flag, count in sorted(report.flags.items()):
         console.print(f"{count} task{'s'[: count != 1]} also did this: {flag}", soft_wrap=True, markup=False)
     console.print(f"last record {report.head.hex()}", soft_wrap=True)

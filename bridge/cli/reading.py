@@ -209,9 +209,12 @@ def export_blocks(heights: tuple[int, int | None], datadir: Path, out: Path) -> 
     from traincert.bridge.chain import header_hash
     from traincert.bridge.rpc import NodeClient
     from traincert.bridge.verifier import NodeBlocks
+    from traincert.trainer.store import write_file
 
     if out.exists():
         raise BridgeError(f"{out} exists already")
+    if not out.parent.is_dir():
+        raise BridgeError(f"there is no folder {out.parent}")
     first, last = max(1, heights[0]), heights[1]
     with NodeClient.from_datadir(datadir) as node:
         source = NodeBlocks(node)
@@ -224,8 +227,7 @@ def export_blocks(heights: tuple[int, int | None], datadir: Path, out: Path) -> 
         # By their headers: the chain of heights could change meanwhile.
         hashes = [header_hash(header) for header in islice(source.headers(tip), height - first + 1)]
         blocks = [block.hex() for block in source.blocks(hashes[::-1])]
-    with out.open("x") as file:
-        json.dump(blocks, file)
+    write_file(out, json.dumps(blocks).encode(), 0o644)
     click.echo(f"{out} has blocks {first} to {height}")
 
 

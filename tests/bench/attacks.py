@@ -249,11 +249,8 @@ def swapped(scene: Scene, order: Order) -> Update:
 
 
 def forged(scene: Scene, order: Order) -> Update:
-    """Do all of the task, and state a thousandth of a CPU second for it."""
+    """Do all of the task, and state a hundredth of the CPU seconds that its operations need."""
     return scene.train(order)
-
-
-FORGED = Resources(0.001, 0.0, 1, 1, None, None, None, None, peak_flops=1e10)
 
 
 def together(scene: Scene, order: Order) -> Update | None:
@@ -364,9 +361,15 @@ class AttackedEngine:
                 update_hash=hashlib.sha256(data).digest(),
                 memory_before=None,
                 memory_after=None,
-                resources=FORGED if self._attack is forged else None,
+                resources=self._used(order, 0.01) if self._attack is forged else None,
             )
         return [self._placed(found[order.task.miner], order) for order in orders]
+
+    def _used(self, order: Order, share: float) -> Resources:
+        """Return what a task says that used so much of the CPU seconds that its operations need."""
+        speed = 1e10
+        seconds = share * self.trainer._judge.task_flops[order.task.segment] / speed
+        return Resources(seconds, 0.0, 1, 1, None, None, None, None, peak_flops=speed)
 
     def _placed(self, commit: Commit | Reason, order: Order) -> Commit | Reason:
         late = order.task.miner in self._attackers  # attackers commit after they have seen the others' updates

@@ -328,7 +328,9 @@ def test_a_file_that_a_miner_made_up_fails_the_task_and_ends_no_program(network:
     assert failure(order, made_up, answer.memory_after).startswith("the update is inf away from ours")
     assert failure(order, update, made_up).startswith("the update is inf away from ours")
     with_memory = order._replace(memory_hash=made_up)
-    assert failure(with_memory, update, answer.memory_after).startswith("the task cannot be done with its memory: ")
+    assert failure(with_memory, update, answer.memory_after).startswith(
+        "the task cannot be done with what its miner sent: "
+    )
 
 
 def test_an_audit_that_can_repeat_nothing_gives_no_verdict(network: Closed, monkeypatch: pytest.MonkeyPatch) -> None:

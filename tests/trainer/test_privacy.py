@@ -231,8 +231,8 @@ def test_another_secret_fails_a_spot_check(done: tuple[Trainer, Drawn]) -> None:
         return checker.check(drawn._replace(order=order)).failure
 
     assert check(SECRET).startswith("the update is ")
-    assert check(b"short").startswith("the task cannot be done with its memory")
-    assert check(b"x" * 16, None).startswith("the task cannot be done with its memory")
+    assert check(b"short").startswith("the task cannot be done with what its miner sent")
+    assert check(b"x" * 16, None).startswith("the task cannot be done with what its miner sent")
     (store / drawn.order.noise_hash.hex()).rename(store / "kept")  # type: ignore[union-attr]
     with pytest.raises(IntegrityError):
         checker.check(drawn)
@@ -298,7 +298,7 @@ def test_a_batch_of_the_whole_shard_is_not_made_smaller_by_sampling(private: Tra
 def test_without_opacus_a_job_with_privacy_is_one_line(private: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opacus.accountants", None)
     accounting._epsilon.cache_clear()
-    with pytest.raises(JobError, match=r"^privacy: needs Opacus, which is not installed: pip install 'traincert\[pri"):
+    with pytest.raises(JobError, match=r"^privacy: needs Opacus, which is not installed: pip install '\.\[privacy\]'"):
         check_private(private)
     check_private(replace(private, privacy="", noise_multiplier=None, max_grad_norm=None))
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from traincert.trainer.examples import Examples
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
-from traincert.trainer.resources import MOST_FLOPS, Meter, Resources, cgroup_cpu_file, impossible, measure_peak_flops
+from traincert.trainer.resources import (
+    MOST_FLOPS,
+    Meter,
+    Resources,
+    cgroup_cpu_file,
+    few,
+    impossible,
+    measure_peak_flops,
+)
 from traincert.trainer.segments import Segment, count_task_flops, cut_segments
 
 USED = Resources(
@@ -90,6 +99,47 @@ def test_the_peak_of_memory_is_the_tasks_own() -> None:
     assert found.peak_memory is not None
     assert more.peak_memory is not None
     assert more.peak_memory - found.peak_memory > 150_000_000
+
+
+def test_a_thread_that_ends_takes_nothing_away() -> None:
+    waits = threading.Event()
+
+    def sleep() -> None:
+        for _ in range(300):
+            time.sleep(0.0001)
+        waits.set()
+        ends.wait()
+
+    ends = threading.Event()
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    waits.wait()
+    meter = Meter(os.getpid())
+    meter.begin()
+    ends.set()
+    thread.join()
+    found = meter.end(None)
+    assert found
+    assert found.context_switches >= 0
+
+
+def test_a_process_that_ends_while_it_is_measured_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a zombie then: some of its counts can still be read."""
+    process = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE)
+    meter = Meter(process.pid)
+    meter.begin()
+    counts = meter._counts()
+    monkeypatch.setattr(meter, "_counts", lambda: counts)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert meter.end(None) is None
+    process.communicate()
+
+
+def test_flags_that_are_too_many_are_counted() -> None:
+    assert few(["x" * 300, "y"]) == ("x" * 200, "y")
+    assert few(list(map(str, range(20)))) == tuple(map(str, range(20)))
+    assert few(list(map(str, range(50)))) == (*map(str, range(19)), "and 31 more")
 
 
 def test_what_the_kernel_does_not_say_is_none() -> None:
@@ -204,6 +254,8 @@ def test_what_cannot_be_is_found(found: Resources | None, why: str) -> None:
         {"peak_memory": -1},
         {"flags": ("x",) * 21},
         {"flags": ("x" * 201,)},
+        {"flags": ("\x1b[31m",)},
+        {"flags": ("forked\u202e",)},
     ],
 )
 def test_numbers_that_nobody_measures_are_refused(change: dict[str, object]) -> None:
@@ -214,7 +266,7 @@ def test_numbers_that_nobody_measures_are_refused(change: dict[str, object]) -> 
 def flops(job: TrainingJob, examples: int = 100) -> list[int]:
     shard = Examples((torch.zeros(examples, 6),), torch.zeros(examples, dtype=torch.int64))
     segments = cut_segments(build_model(job), job, shard)
-    return list(count_task_flops(build_model(job), job, segments, shard))
+    return list(count_task_flops(build_model(job), job, segments, shard, examples))
 
 
 def test_operations_of_a_task_are_counted_by_hand(job: TrainingJob) -> None:
@@ -228,6 +280,7 @@ def test_operations_of_a_task_are_counted_by_hand(job: TrainingJob) -> None:
     last = flops(replace(job, segments=2, balance="flops"))[1]
     assert last == 4 * 10 * (forward + 30 + hidden)  # from the first layer's bias on: not the first layer's weights
     assert flops(replace(job, device="cuda")) == [0]
+    assert flops(replace(job, privacy="dp-sgd", noise_multiplier=1.0, max_grad_norm=1.0, shard_examples=0)) == [0]
 
 
 def test_what_does_not_depend_on_the_batch_is_counted_once(job: TrainingJob) -> None:
@@ -247,7 +300,7 @@ def test_what_does_not_depend_on_the_batch_is_counted_once(job: TrainingJob) -> 
     with FlopCounterMode(display=False) as counter:
         inputs, target = shard.batch(slice(0, 50))
         nn.functional.cross_entropy(model(*inputs), target).backward()  # type: ignore[no-untyped-call]
-    found = count_task_flops(model, job, [Segment(0, 180)], shard)
+    found = count_task_flops(model, job, [Segment(0, 180)], shard, 60)
     assert found == (counter.get_total_flops(),)
 
 

@@ -125,7 +125,7 @@ def test_who_does_not_send_its_memory_is_refused_and_checked_again_but_not_barre
 def test_a_memory_of_nonsense_fails_and_does_not_end_the_checker(done: Done) -> None:
     nonsense = write_blob(done.store, b"\0" * 100)
     found = done.check(order=done.order._replace(memory_hash=nonsense))
-    assert found.failure.startswith("the task cannot be done with its memory")
+    assert found.failure.startswith("the task cannot be done with what its miner sent")
     assert "\n" not in found.failure
 
 

@@ -24,7 +24,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from threading import Lock, Thread
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import IO, Any, Self, TypeVar, cast
 
 import nats.errors
 from nats.aio.client import Client
@@ -181,7 +181,7 @@ class Connection:
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
         try:
             with os.fdopen(handle, "wb") as file:
-                found = self.run(self._fetch(digest, file.fileno()))
+                found = self.run(self._fetch(digest, file))
             if found != digest:
                 raise EngineError(f"the coordinator sent the file {found.hex()} for {digest.hex()}")
             Path(temporary).replace(path)  # without fsync: a file that a power failure damaged is fetched again
@@ -207,8 +207,8 @@ class Connection:
         finally:
             os.close(file)
 
-    async def _fetch(self, digest: bytes, file: int) -> bytes:
-        """Get a file into a descriptor. Return the SHA-256 of what came, 32 bytes."""
+    async def _fetch(self, digest: bytes, file: IO[bytes]) -> bytes:
+        """Write a file to another one. Return the SHA-256 of what came, 32 bytes."""
         hashed = hashlib.sha256()  # while more chunks come: to hash the whole file at the end takes long
 
         async def get(offset: int) -> bytes:
@@ -217,7 +217,7 @@ class Connection:
         def take(answer: bytes) -> None:
             chunk = memoryview(answer)[8:]
             hashed.update(chunk)
-            os.write(file, chunk)
+            file.write(chunk)
 
         first = await get(0)
         take(first)

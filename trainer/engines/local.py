@@ -27,7 +27,7 @@ from traincert.trainer.imports import importing
 from traincert.trainer.interrupts import ctrl_c_later
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.monitoring import Monitor, MonitorError
-from traincert.trainer.resources import Meter, Resources, few, measure_peak_flops
+from traincert.trainer.resources import Meter, Resources, measure_peak_flops
 from traincert.trainer.store import map_blob, write_blob
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is not safe after torch has started threads
@@ -169,8 +169,9 @@ class LocalEngine:
                     continue
                 message = _unwrap(received)
                 if isinstance(message, float):
-                    worker.began, worker.peak_flops = time.monotonic(), message
+                    worker.peak_flops = message
                     self._measure(worker, shards / orders[number].shard_hash.hex())
+                    worker.began = time.monotonic()
                     _send(worker, None)
                 else:
                     commits[number] = message._replace(resources=self._measured(worker))
@@ -197,7 +198,7 @@ class LocalEngine:
         if self._monitor and worker.watched and found:
             with contextlib.suppress(MonitorError):
                 watched = self._monitor.end(worker.meter.pid)
-                return replace(found, tree_seconds=watched.cpu_seconds, flags=few(watched.flags))
+                return replace(found, tree_seconds=watched.cpu_seconds, flags=watched.flags)
         return found
 
     def _placed(self, commit: Commit | Reason, number: int) -> Commit | Reason:

@@ -9,6 +9,7 @@ What a miner was told to be taken is on disk before: a coordinator that is kille
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -480,7 +481,8 @@ class NatsEngine:
         if size != upload.size:
             raise EngineError(f"the file had {upload.size} bytes before, and {size} now")
         if offset in upload.missing:
-            os.pwrite(upload.file, chunk, offset)
+            if os.pwrite(upload.file, chunk, offset) != len(chunk):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), upload.path)
             begin_writeback(upload.file, offset, len(chunk))
             if offset == upload.hashed:
                 upload.begin.update(chunk)

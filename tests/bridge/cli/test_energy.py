@@ -100,7 +100,9 @@ def test_a_run_without_costs_is_one_line(run: Path, tmp_path: Path) -> None:
         assert re.fullmatch(f"traincert: .*{re.escape(why)}.*\n", answer.stderr)
 
 
-@pytest.mark.parametrize("text", ["", "no JSON", "[]", "{}", '{"tasks": {}}', '{"tasks": {"a": {"b": 1}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "no JSON", "[]", "{}", '{"tasks": {}}', '{"tasks": []}', '{"tasks": {"a": {"b": 1}}}']
+)
 def test_a_damaged_file_is_one_line(run: Path, tmp_path: Path, text: str) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
