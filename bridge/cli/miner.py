@@ -63,8 +63,8 @@ def miner_join(folder: Path, job: str, invitation: IO[str]) -> None:
     "--monitor",
     "monitored",
     is_flag=True,
-    help="Watch what each task does beside training, by the kernel. It needs root and bpftrace. What is found, with the "
-    "names of files and programs, is signed in the commits: all members can read it.",
+    help="Watch what each task does beside training, by the kernel. It needs root and bpftrace. All members can read "
+    "what is found, with the names of files and programs: it is signed in the commits.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each event.")
 def miner_run(folder: Path, datadir: Path | None, compat_pow: bool, monitored: bool, as_json: bool) -> None:

@@ -24,6 +24,7 @@ from bitcoin.core import lx
 from coincurve import PrivateKey
 
 from traincert.bridge import rpc
+from traincert.bridge.audit import PastChecker
 from traincert.bridge.broker import Credential
 from traincert.bridge.checker import Checker, CosignError, _Model
 from traincert.bridge.consensus.beacon import Beacon
@@ -48,9 +49,11 @@ from traincert.bridge.messages import (
     unseal,
 )
 from traincert.bridge.producer import NodeProducer
+from traincert.bridge.recorded import CycleRecord, read_record
 from traincert.bridge.rpc import NodeClient
 from traincert.bridge.testing.invalid import digest
 from traincert.regtest.plugin import NetworkFactory
+from traincert.trainer.accounting import Spent
 from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.engines.broker import Connection, StoppedError
 from traincert.trainer.engines.executor import Executor
@@ -61,7 +64,7 @@ from traincert.trainer.job import TrainingJob
 from traincert.trainer.models import build_model
 from traincert.trainer.preprocessing import prepare_dataset
 from traincert.trainer.records import Record, RunFolder, record_hash, standings
-from traincert.trainer.resources import Resources
+from traincert.trainer.resources import Resources, impossible
 from traincert.trainer.scoring import Evaluation
 from traincert.trainer.segments import cut_segments
 from traincert.trainer.spot_checks import Drawn, SpotCheck, SpotChecker
@@ -531,7 +534,7 @@ LIES: dict[str, dict[str, Callable[[Lies], Proposal]]] = {
     "wrong-table": {
         "another root": lambda world: world.propose(world.record, contributions_root=digest("root")),
         "another weight": lambda world: world.propose(world.record, contributions_weight=1),
-        "another number of leaves": lambda world: world.propose(world.record, contributions_count=2),
+        "another number of leaves": lambda world: world.propose(world.record, contributions_count=3),
         "a root alone": lambda world: world.propose(world.record, contributions_weight=0, contributions_count=0),
         "more parameters trained": lambda world: world.propose(world.record, params_trained=10**6),
     },
@@ -918,6 +921,32 @@ def test_epsilons_are_signed_whose_last_bits_another_processor_found(private: Li
     assert not any(check["failure"] for check in private.record["spot_checks"])
     proposal = private.altered(0, epsilon=private.record["tasks"][0]["epsilon"] * (1 + 1e-12))
     assert not cosign(private.checker(), private.signer(tmp_path), proposal).refusal
+
+
+@pytest.mark.parametrize("changed", [{digest("shard").hex(): Spent(1, 1.0)}, None])
+def test_sums_that_cannot_be_of_the_record_before_are_refused(private: Lies, changed: dict[str, Spent] | None) -> None:
+    """A cosigner that comes new has not checked that record."""
+    _, before = read_record(encoded(private.run.records[-1]), CycleRecord)
+    _, cycle = read_record(encoded(private.record), CycleRecord)
+    spent = changed or dict.fromkeys(before.spent, Spent(10**400, 1.0))
+    with pytest.raises(CosignError, match=r"^wrong-epsilon: the record before says what cannot be of its shards$"):
+        private.checker()._check_epsilons(replace(before, spent=spent), cycle)
+
+
+def test_who_may_read_a_shard_counts_operations_and_who_may_not_believes_the_refusal(world: Lies) -> None:
+    _, cycle = read_record(encoded(world.record), CycleRecord)
+    assert world.checker()._task_flops(cycle) == world.trainer._judge.task_flops
+    shards = json.loads(world.fetch(cycle.dataset_root))["shards"]
+
+    def fetch(digest: bytes) -> bytes:
+        if digest.hex() in shards:
+            raise EngineError("no such file")
+        return world.fetch(digest)
+
+    member = PastChecker(world.job, world.params, world.node, fetch)
+    flops = member._task_flops(cycle)
+    assert all(impossible(count, USED) for count in flops)
+    assert not any(impossible(count, None) for count in flops)
 
 
 def test_a_job_without_privacy_has_no_epsilons(world: Lies, tmp_path: Path) -> None:
