@@ -14,7 +14,7 @@ from traincert.bridge.consensus.lottery import Leaf, TreeNode, draw_ticket, foll
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.consensus.rules import contextual_check_training_certificate
 from traincert.bridge.errors import BridgeError, CertificateError
-from traincert.bridge.messages import MessageError, Receipt, unseal, unseal_unchecked
+from traincert.bridge.messages import CommitMessage, MessageError, Receipt, unseal, unseal_unchecked
 from traincert.bridge.recorded import RecordedTask
 from traincert.bridge.rpc import NodeClient
 from traincert.trainer.errors import Reason
@@ -102,6 +102,11 @@ def facts(receipt: Receipt) -> dict[str, str]:
         "commit": "none" if task.place is None else f"number {task.place + 1}{', late' if task.late else ''}",
         "update": f"{task.update_hash.hex()}, {task.update_size:,} bytes" if task.update_hash else "none",
     }
+    if task.commit and (used := unseal_unchecked(CommitMessage, task.commit)[1].resources):
+        memory = "" if used.peak_memory is None else f", {used.peak_memory / 1e6:.0f} MB of memory"
+        found["the task used"] = f"{used.cpu_seconds:.2f} CPU seconds{memory}"
+        did = "not monitored" if used.flags is None else ", ".join(used.flags) or "nothing"
+        found["and did besides"] = did
     if task.norm is not None:
         scaled = f", scaled by {task.scale:.4f} because it is larger than usual" if task.scale < 1 else ""
         found["size of its move"] = f"L2 norm {task.norm:.6g}{scaled}"

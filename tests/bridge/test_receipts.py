@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coincurve import PrivateKey
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from traincert.bridge.consensus.certificate import Certificate, Draw, draw_of, draw_winner, new_certificate
 from traincert.bridge.consensus.lottery import ContributionTable, Leaf, draw_ticket
 from traincert.bridge.errors import BridgeError
-from traincert.bridge.messages import CommitReceipt, Receipt, seal
+from traincert.bridge.messages import CommitMessage, CommitReceipt, Receipt, seal
 from traincert.bridge.receipts import (
     ADVICE,
     ReceiptError,
@@ -41,6 +43,7 @@ from traincert.bridge.testing.plugin import TrainingNetworkFactory
 from traincert.regtest import Node
 from traincert.regtest.errors import RpcError
 from traincert.trainer.errors import Reason
+from traincert.trainer.resources import Resources
 from traincert.trainer.weights import Score
 from training_chain import COORDINATORS, TrainingChain
 
@@ -477,6 +480,15 @@ def test_the_command_shows_a_receipt(training: TrainingNetwork, tmp_path: Path) 
     shown = run("show", tmp_path).stdout
     assert "refused as copy (it [b]is? so)" in shown
     assert ADVICE[Reason.COPY] in shown
+    assert "CPU seconds" not in shown  # it has no commit
+    used = Resources(1.5, 0.25, 1, 1, 10**8, None, None, None, None, flags=("forked", "sent-bytes 3"))
+    message = CommitMessage(bytes(32), bytes(32), 1, None, None, 2.0, "a class", resources=used)
+    commit = seal(PrivateKey(bytes([7] * 32)), training.params.chain_id, message)
+    file.write_bytes(sealed(training, replace(receipt, task=replace(receipt.task, commit=commit))))
+    shown = run("show", tmp_path).stdout
+    assert re.search(
+        r"the task used +1.75 CPU seconds, 100 MB of memory\s+and did besides\s+forked, sent-bytes 3\s", shown
+    )
     facts = json.loads(run("show", file, "--json").stdout)
     assert facts["task"]["refusal"] == "copy"
     assert facts["contributions_root"] == receipt.contributions_root.hex()

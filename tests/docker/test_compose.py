@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -87,6 +88,10 @@ def test_a_network_of_containers_trains_to_height_12_though_its_coordinator_is_s
     compose("up", "--detach")
     wait_for_all_cycles(project)
     assert json.loads(bitcoin_cli("node0", "gettrainingcertificate", "5"))["height"] == 5
+    receipt = compose("exec", "-T", "miner0", "traincert", "receipt", "show", "/miner/folder")
+    assert re.search(
+        r"the task used +\d+\.\d\d CPU seconds, \d+ MB of memory\s+and did besides\s+not monitored", receipt
+    ), receipt
 
     compose("stop", "--timeout", "60")
     for node in NODES:
