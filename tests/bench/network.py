@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -245,6 +246,7 @@ def _many(folder: Path, sizes: Sequence[int] = (50, 500)) -> list[Row]:
     rows, each = [], []
     for count in sizes:
         job = replace(TrainingJob.named("digits"), model_options=SMALL, segments=1, score_examples=32, shards=4)
+        job = replace(job, replicas=math.ceil(count / job.shards))  # each of them has a task
         with ExitStack() as stack:
             remote = Remote(folder / str(count), job, stack, members=count)
             facts = {
