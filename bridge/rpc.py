@@ -138,12 +138,23 @@ class NodeClient:
             raise NodeUnreachableError(f"{self.name} at {self.url}: {method}: not a JSON-RPC answer") from error
         return results
 
+    async def _check_taken(self, response: httpx.Response) -> None:
+        """Raise _NotReadyError if the node did not take a request: it shuts down, or too many wait.
+
+        Then its answer is a line of text, or HTML (upstream: httpserver.cpp), which bitcoinrpc cannot read.
+        """
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            said = (await response.aread()).decode(errors="replace").strip()
+            reason = response.reason_phrase if said.startswith("<") or not said else said
+            raise _NotReadyError(f"{self.name} at {self.url}: {reason}")
+
     async def _ask(self, method: str, ask: Callable[[BitcoinRPC], Coroutine[Any, Any, Any]]) -> Any:
         try:
             if self._rpc is None:
                 login = read_cookie(self._cookie_file)
                 # trust_env: a proxy of the environment must not stand between us and our node
                 self._rpc = BitcoinRPC.from_config(self.url, login, timeout=RPC_TIMEOUT, trust_env=False)
+                self._rpc.client.event_hooks = {"response": [self._check_taken]}
             return await ask(self._rpc)
         except RPCError as error:
             if error.error["code"] == RPC_IN_WARMUP:

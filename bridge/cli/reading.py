@@ -152,7 +152,7 @@ def _not_below(chain: Chain, first: int) -> None:
 @click.option(
     "--run",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help=f"{RUN_EXAMPLE}: compare its records with the blocks, too.",
+    help=f"{RUN_EXAMPLE}: compare its records with the blocks, too, and show the winners' names.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: certificates as gettrainingcertificate has them.")
 def chain(heights: tuple[int, int | None], datadir: Path, run: Path | None, as_json: bool) -> None:
@@ -180,11 +180,20 @@ def chain(heights: tuple[int, int | None], datadir: Path, run: Path | None, as_j
         return
     parent = found.parent and found.parent.certified
     console = stdout_console()
-    console.print(chain_table(found.certified, total=parent.certificate.contributions_weight if parent else 0))
+    names = _names(run) if run else {}
+    console.print(chain_table(found.certified, names, parent.certificate.contributions_weight if parent else 0))
     console.print(f"✓ every rule holds; blocks with a certificate: {len(found.certified)}", soft_wrap=True)
     if run:
         console.print(f"✓ {run} has the record of each block", soft_wrap=True)
     print_equivocations(console, equivocations)
+
+
+def _names(run: Path) -> dict[bytes, str]:
+    """Return the members' names by their keys, if the run folder is in a coordinator's folder."""
+    from traincert.bridge.members import MemberList
+
+    path = run.resolve().parent / "members.sqlite"
+    return {key: name for name, key in MemberList(path).keys().items()} if path.exists() else {}
 
 
 @click.command("export-blocks")

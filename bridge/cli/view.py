@@ -194,7 +194,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
 
 
-def chain_table(chain: Iterable[Certified], names: Mapping[bytes, str] | None = None, total: int = 0) -> Table:
+def chain_table(chain: Iterable[Certified], names: Mapping[bytes, str], total: int = 0) -> Table:
     """Return a table with a row for each block. `total` is the weight of the table from which the first was drawn.
 
     A winner is shown by its name, or by the start of its key, with the round if the slot was drawn again. The loss is
@@ -210,7 +210,7 @@ def chain_table(chain: Iterable[Certified], names: Mapping[bytes, str] | None = 
         winner = certificate.winner_key
         table.add_row(
             str(certificate.height),
-            (names[winner] if names else winner.hex()[:16]) + in_round(certificate.round),
+            names.get(winner, winner.hex()[:16]) + in_round(certificate.round),
             f"{certificate.params_trained:,}",
             f"{certificate.loss_after / 1e9:.4f}",
             f"{certificate.draw.weight / total:.1%}" if certificate.draw else certificate.award,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 from bitcoin.core import b2lx, lx
@@ -80,6 +82,46 @@ def test_waiting_goes_on_over_a_restart(node: Node, client: NodeClient, chain: T
         node.restart()
         append(chain, node)
         assert came.result()
+
+
+class Busy(BaseHTTPRequestHandler):
+    """A node that does not take requests while there are `refusals`."""
+
+    refusals: ClassVar[list[bytes]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        refused = self.refusals.pop(0) if self.refusals else None
+        answer = b'{"jsonrpc": "2.0", "id": 1, "result": 7}' if refused is None else refused
+        self.send_response(200 if refused is None else 503)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002 - the base class names it so
+
+
+SHUTDOWN, HTML = b"Request rejected during server shutdown", b"<HTML><HEAD>\n<TITLE>503 Service Unavailable</TITLE>"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(SHUTDOWN, SHUTDOWN.decode()), (HTML, "Service Unavailable"), (b"", "Serv")]
+)
+def test_a_request_that_a_node_does_not_take_is_repeated(tmp_path: Path, text: bytes, said: str) -> None:
+    """A node that shuts down, or has too many calls, answers with text. It has not done what it was asked for."""
+    (tmp_path / "cookie").write_text("user:password")
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with NodeClient(url, tmp_path / "cookie", name="node0", retry_time=0.5) as client:
+            Busy.refusals = [text] * 2
+            assert client.call("getblockcount") == 7
+            Busy.refusals = [text] * 100
+            with pytest.raises(NodeUnreachableError, match=f"^node0 at {url}: {said}"):
+                client.call("getblockcount")
+            with pytest.raises(NodeUnreachableError, match=f"^node0 at {url}: {said}"):
+                client.call_each("getblockhash", [[0]])
+        server.shutdown()
 
 
 def active(node: Node) -> list[dict[str, Any]]:

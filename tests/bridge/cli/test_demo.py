@@ -333,6 +333,10 @@ def test_a_kept_network_can_be_read_and_stopped_as_it_says(
     assert winner["expected"] == winner["blocks"][-1]["weight"] / winner["blocks"][-1]["total"]
     table = run("chain", "--datadir", directory / "node1", "--run", records)
     assert all(block["blockhash"] in table.stdout for block in blocks)
+    assert all(re.search(r" miner\d ", line) for line in table.stdout.splitlines() if blocks[0]["blockhash"] in line)
+    without = run("chain", "--datadir", directory / "node1").stdout
+    assert blocks[0]["winner_key"][:16] in without
+    assert "miner" not in without
     assert f"{records} has the record of each block" in table.stdout
     changed = records / "cycles/00000002.json"
     changed.write_text(changed.read_text().replace('"cycle": 2', '"cycle": 3'))
