@@ -39,7 +39,8 @@ check: setup
 	.venv/bin/mypy examples/outside-project
 	.venv/bin/pytest --quiet tests/test_imports.py
 
-# PROCESSES may be higher than the number of processors, because tests with nodes mostly wait.
+# PROCESSES may be higher than the number of processors, because tests with nodes mostly wait. bpftrace needs tracefs; where
+# it cannot be mounted, the tests of monitoring are skipped and say so, or fail with TRAINCERT_REQUIRE_MONITOR=1.
 test: check node data
 	$(call if_missing,npm,nodejs npm)
 	$(call if_missing,chromium,chromium)
