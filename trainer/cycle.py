@@ -124,10 +124,10 @@ class Trainer:
         self.validation = read_examples(self.job, dataset.held_out_folder, dataset.validation)
         self.segments = cut_segments(build_model(self.job), self.job, self.validation)
         check_optimizer(self.job, self._model)
-        self._sizes = dict(zip(dataset.shards, dataset.manifest()["sizes"], strict=True)) if self.job.privacy else {}
+        self._sizes: dict[bytes, int] = dict(zip(dataset.shards, dataset.manifest()["sizes"], strict=True))
         self._scorer = Scorer(self.job)
         shard = read_examples(self.job, dataset.shard_folder, dataset.shards[0])
-        fewest = min(dataset.manifest()["sizes"])
+        fewest = min(self._sizes.values())
         flops = count_task_flops(build_model(self.job), self.job, self.segments, shard, fewest)
         self._judge = Judge(dataset, self.layout, self.segments, self._scorer, self.validation, flops)
         self._checker = SpotChecker(dataset, engine.store, self.segments)

@@ -104,8 +104,9 @@ def run_job(
                     view.cycle(run.records[-1])
             view.step("testing")
             test = trainer.test(state.model)
-        path = write_report(folder / "report", job, run.records, test, run.costs())
-        tasks = [task for cycle in run.costs() for task in cycle["tasks"].values()]
+        costs = run.costs()
+        path = write_report(folder / "report", job, run.records, test, costs)
+        tasks = [task for cycle in costs for task in cycle["tasks"].values()]
         seen = [task["flags"] for task in tasks if task and task["flags"] is not None]
         flags = Counter(flag for each in seen for flag in each)
         stopped = _stopped(run) if run.cycles < total else ""
