@@ -59,10 +59,10 @@ from traincert.trainer.errors import IntegrityError
 from traincert.trainer.failpoints import reached
 from traincert.trainer.job import TrainingJob
 from traincert.trainer.monitoring import start_monitor
-from traincert.trainer.store import prune, read_blob, sync, write_file
+from traincert.trainer.store import prune, read_blob, write_file
 from traincert.trainer.tasks import assign
 
-VERSION = 1
+VERSION = 2
 """Of task.json."""
 
 
@@ -187,6 +187,7 @@ class Miner:
             self._view.say("refused", f"cycle {opening.cycle + 1}: the commit was refused: {error}", detail=str(error))
             return
         reached("committed")
+        prune(self._folder.store, map(bytes.fromhex, task["files"]))
         taken = self._member.read(CommitReceipt, receipt)
         if taken.commit != hashlib.sha256(sealed).digest():
             _, other = unseal(self._folder.params.chain_id, CommitMessage, sealed)
@@ -225,10 +226,6 @@ class Miner:
         if not isinstance(commit, Commit):
             raise BridgeError(f"cycle {opening.cycle + 1}: the task failed: {commit}")
         reached("trained")
-        sync(store / commit.update_hash.hex())
-        sync(store)
-        kept = (opening.model, commit.update_hash, commit.memory_before, commit.memory_after, commit.noise_hash)
-        prune(store, [each for each in kept if each])
         message = CommitMessage(
             digest,
             commit.update_hash,
@@ -253,11 +250,13 @@ class Miner:
             seconds=commit.seconds,
             resources=asdict(used) if used else None,
         )
+        files = (opening.model, commit.update_hash, commit.memory_before, commit.memory_after, commit.noise_hash)
         return {
             "version": VERSION,
             "cycle": opening.cycle,
             "opening": digest.hex(),
             "update": commit.update_hash.hex(),
+            "files": [each.hex() for each in files if each],
             "commit": self._member.seal(message).hex(),
         }
 
@@ -409,7 +408,7 @@ def run_miner(
                 lambda why: view.say("not-monitored", f"tasks are not monitored: {why}"),
             )
         )
-        engine = stack.enter_context(LocalEngine(job, opened.store, workers=1, monitor=monitor))
+        engine = stack.enter_context(LocalEngine(job, opened.store, workers=1, monitor=monitor, durable=True))
         member = Member(opened, job, stack.enter_context(opened.connection(view, patient=True)))
         watched = monitor is not None
         Miner(opened, job, member, engine, datadir, view, compat_pow=compat_pow, monitored=watched).run()

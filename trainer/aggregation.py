@@ -1,8 +1,11 @@
 """Accepted updates → the next model."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -47,21 +50,20 @@ def aggregate(
     Every operation is elementwise, in float64, in the contributions' order: every machine gets the same bits.
     """
     velocity, step = velocity.clone(), torch.zeros(layout.params)
+    threads = os.cpu_count() or 1
     for segment in sorted({each.segment for each in accepted}, key=lambda segment: segment.start):
         updates = sorted((each for each in accepted if each.segment == segment), key=lambda each: each.contribution)
+        moves = [each.update.move for each in updates]
         weights = [float(each.contribution.weight) for each in updates]
         if job.aggregation == "geometric_median":
-            weights = _geometric_weights([each.update.move for each in updates], weights)
+            weights = _geometric_weights(moves, weights)
         trim = int(job.trim * len(updates)) if job.aggregation == "trimmed_mean" else 0
         moved = step[segment.start : segment.end]
         moving = velocity[segment.start : segment.end]
-        for begin in range(0, segment.params, _BLOCK):
-            here = slice(begin, begin + _BLOCK)
-            mean = _weighted_mean([each.update.move[here] for each in updates], weights, trim)
-            # In place, which is faster: momentum * outer_momentum + mean, and then the same with the new momentum.
-            momentum = moving[here].double().mul_(job.outer_momentum).add_(mean).mul_(share)
-            moving[here] = momentum
-            moved[here] = momentum.mul_(job.outer_momentum).add_(mean.mul_(share)).mul_(job.outer_learning_rate)
+        blocks = range(0, segment.params, _BLOCK)
+        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+            make = partial(_make_step, job, moves, weights, trim, share, moving, moved)
+            list(pool.map(make, (blocks[number::threads] for number in range(threads))))
         buffers: dict[str, torch.Tensor] = {}
         for name in segment.buffers:
             changes = [each.update.buffers.get(name) for each in updates]
@@ -72,6 +74,29 @@ def aggregate(
                 buffers[name] = (mean if sent[0].is_floating_point() else mean.round()).to(sent[0].dtype)
         state = Update(moved, buffers).applied(layout, segment, state)
     return state, velocity, step
+
+
+def _make_step(
+    job: TrainingJob,
+    moves: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    trim: int,
+    share: float,
+    moving: torch.Tensor,
+    moved: torch.Tensor,
+    begins: Iterable[int],
+) -> None:
+    """Make the outer optimizer's step in some blocks of a segment, given by where they begin.
+
+    `moving` is the segment's momentum, which is changed, and `moved` is where the step goes: (params,) float32.
+    """
+    for begin in begins:
+        here = slice(begin, begin + _BLOCK)
+        mean = _weighted_mean([move[here] for move in moves], weights, trim)
+        # In place, which is faster: momentum * outer_momentum + mean, and then the same with the new momentum.
+        momentum = moving[here].double().mul_(job.outer_momentum).add_(mean).mul_(share)
+        moving[here] = momentum
+        moved[here] = momentum.mul_(job.outer_momentum).add_(mean.mul_(share)).mul_(job.outer_learning_rate)
 
 
 def _weighted_mean(tensors: Sequence[torch.Tensor], weights: Sequence[float], trim: int) -> torch.Tensor:

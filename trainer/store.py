@@ -7,7 +7,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,7 +48,8 @@ def _write(
             for part in parts:
                 file.write(part)
             file.flush()
-            begin_writeback(handle)
+            if durable:
+                begin_writeback(handle)
             path = folder / name()
             if durable:
                 os.fsync(handle)
@@ -132,7 +133,7 @@ def verify_blob(directory: Path, digest: bytes) -> Path:
     return path
 
 
-def prune(directory: Path, kept: Collection[bytes]) -> None:
+def prune(directory: Path, kept: Iterable[bytes]) -> None:
     """Remove all files whose hash is not in `kept`, among them the temporary files of killed processes."""
     names = {digest.hex() for digest in kept}
     for path in directory.iterdir():

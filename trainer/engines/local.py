@@ -30,6 +30,7 @@ from traincert.trainer.monitoring import Monitor, MonitorError
 from traincert.trainer.resources import Meter, Resources, measure_peak_flops
 from traincert.trainer.store import map_blob, write_blob
 
+_NICE = 10  # as nice(1): whoever sends files, or uses the machine, goes first
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is not safe after torch has started threads
 
 
@@ -52,7 +53,7 @@ class LocalEngine:
     """Runs tasks in `workers` processes, each with one thread. The processes stay for many cycles.
 
     `store` is the folder of models and miners' memories. It is made if it does not exist. Workers put the updates
-    there, too, as files: 100 MB through a pipe are slow.
+    there, too, as files: 100 MB through a pipe are slow. A power failure may damage updates, unless they are `durable`.
 
     Use the engine as a context manager, or call `close`. Only `close` may be called from another thread. A script that
     makes an engine needs `if __name__ == "__main__":`, because workers use the spawn start method.
@@ -66,7 +67,9 @@ class LocalEngine:
     device.
     """
 
-    def __init__(self, job: TrainingJob, store: Path, *, workers: int, monitor: Monitor | None = None) -> None:
+    def __init__(
+        self, job: TrainingJob, store: Path, *, workers: int, monitor: Monitor | None = None, durable: bool = False
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers = {workers}: must be at least 1")
         if job.device != "cpu":
@@ -79,6 +82,7 @@ class LocalEngine:
         self._workers: list[_Worker] = []
         self._closing = Lock()
         self._monitor = monitor
+        self._durable = durable
         try:
             for number in range(workers):
                 self._workers.append(self._start(number))
@@ -112,7 +116,7 @@ class LocalEngine:
         """Carry out all orders; `shards` is the folder of the shards.
 
         Return, in the same order, the commit to an update or the reason why there is none. The updates are in the store
-        then, but a power failure may damage them.
+        then.
 
         The reason is WORKER_DIED if two workers died, LATE after `job.task_seconds`. `on_commit` is called at the
         start, and after tasks end.
@@ -225,7 +229,7 @@ class LocalEngine:
     def _start(self, number: int) -> _Worker:
         ours, theirs = _SPAWN.Pipe()
         process = _SPAWN.Process(
-            target=_work, args=(theirs, self.job, self.store, number), name="traincert-worker", daemon=True
+            target=_work, args=(theirs, self.job, self.store, number, self._durable), name="traincert-worker", daemon=True
         )
         resource_tracker.ensure_running()  # now: if process.start() started it, it would unblock SIGINT
         # The worker inherits this mask. Without it, Ctrl-C during the worker's imports would print a traceback.
@@ -263,7 +267,7 @@ def _end(worker: _Worker) -> None:
     worker.connection.close()
 
 
-def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> None:
+def _work(engine: Connection, job: TrainingJob, store: Path, number: int, durable: bool) -> None:
     """Carry out orders until the engine closes the connection.
 
     For each order send the machine's peak_flops, and wait for an answer: the engine measures from here. Then send a
@@ -271,6 +275,7 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.nice(_NICE)
     # Only workers import torch, which takes seconds: the program that has them may have no other use for it.
     with importing():
         import torch
@@ -296,7 +301,7 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int) -> Non
         message: Commit | OSError | TrainerError | str
         try:
             answer = executor.execute(shards, order)
-            message = Commit.to(answer, write_blob(store, answer.update, durable=False))
+            message = Commit.to(answer, write_blob(store, answer.update, durable=durable))
         except (OSError, TrainerError) as error:
             message = error
         except Exception:  # the engine raises an EngineError with this traceback
