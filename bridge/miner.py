@@ -137,6 +137,7 @@ class Miner:
         self._datadir = datadir
         self._compat_pow = compat_pow
         self._monitored = monitored
+        self._shards: set[bytes] = set()  # that are here, and not damaged
         self._tasks, self._blocks = _Line("tasks"), _Line("blocks")
 
     def run(self) -> None:
@@ -215,7 +216,9 @@ class Miner:
             shard=task.shard,
         )
         connection.fetch(opening.model, store)
-        connection.fetch(shard, self._data)
+        if shard not in self._shards:  # to check a big file again in each cycle takes long
+            connection.fetch(shard, self._data)
+            self._shards.add(shard)
         memory = opening.memories[opening.miners.index(me)]
         if memory and not (store / memory.hex()).exists():
             self._view.say("memory", "the memory of the last task is not here: this task begins without one")

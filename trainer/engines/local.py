@@ -229,7 +229,10 @@ class LocalEngine:
     def _start(self, number: int) -> _Worker:
         ours, theirs = _SPAWN.Pipe()
         process = _SPAWN.Process(
-            target=_work, args=(theirs, self.job, self.store, number, self._durable), name="traincert-worker", daemon=True
+            target=_work,
+            args=(theirs, self.job, self.store, number, self._durable),
+            name="traincert-worker",
+            daemon=True,
         )
         resource_tracker.ensure_running()  # now: if process.start() started it, it would unblock SIGINT
         # The worker inherits this mask. Without it, Ctrl-C during the worker's imports would print a traceback.
