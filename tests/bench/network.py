@@ -48,6 +48,7 @@ from traincert.trainer.job import TrainingJob
 from traincert.trainer.records import RunFolder
 
 MINERS = 4
+FASHION_CYCLES = 20  # in the first ones the miners fetch the shards
 CYCLES = 8
 SMALL = {"inputs": 64, "hidden": [332], "classes": 10}  # 25,000 parameters, 100 KB
 LARGE = {"inputs": 64, "hidden": [4964, 4964], "classes": 10}  # 25 million parameters, 100 MB
@@ -176,14 +177,14 @@ def _loopback() -> int:
 
 def _fashion(folder: Path) -> list[Row]:
     """Both engines in turns, so that what else the machine does slows both."""
-    job = replace(TrainingJob.named("fashion"), cycles=CYCLES, warmup_cycles=0)
+    job = replace(TrainingJob.named("fashion"), cycles=FASHION_CYCLES, warmup_cycles=0)
     with ExitStack() as stack:
         local = Local(folder / "local", job, MINERS, stack)
         remote = Remote(folder / "nats", job, stack)
         before = _loopback()
         _start_miners(remote, folder / "nats", MINERS, stack)
         times, ratios, moved = [], [], 0
-        for number in range(CYCLES):
+        for number in range(FASHION_CYCLES):
             alone, _ = timed(partial(local.cycle, number))
             seconds, result = timed(partial(remote.cycle, number, MINERS))
             times.append(seconds)
