@@ -30,7 +30,7 @@ from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import COSIGNER, MINER, Invitation
 from traincert.bridge.keys import create_secret, load_secret
 from traincert.bridge.messages import Join, M, Message, MessageError, seal, unseal
-from traincert.trainer.engines.broker import Connection, RefusedError
+from traincert.trainer.engines.broker import Connection, RefusedError, read_poll_answer
 from traincert.trainer.job import TrainingJob, differences
 from traincert.trainer.store import write_file
 
@@ -175,7 +175,7 @@ class Member:
         began = time.time()
         try:
             asked = json.dumps(self._since).encode()
-            answer = json.loads(self.connection.ask("poll", asked, seconds=self._hold + POLL_SLACK))
+            answer, notices = read_poll_answer(self.connection.ask("poll", asked, seconds=self._hold + POLL_SLACK))
         except RefusedError as error:
             raise BridgeError(str(error)) from None
         self._hold = answer["hold"]
@@ -186,7 +186,7 @@ class Member:
                 f"this machine's clock differs from the coordinator's by {now - answer['time']:+.0f} seconds, which is "
                 f"more than a round ({limit} s): set the clock"
             )
-        return {kind: bytes.fromhex(each) for kind, each in answer["notices"].items()}
+        return notices
 
     def read(self, kind: type[M], statement: bytes) -> M:
         """Read a statement of the coordinator. Raises MessageError if it is another's, or altered."""

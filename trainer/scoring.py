@@ -171,7 +171,7 @@ class Scorer:
                 f"model = {self._job.model!r}: its outputs have a {type(strange[0]).__name__}; must be a tensor, or a "
                 "tuple, list or dict of tensors"
             )
-        with blaming("model", self._job.model, f"its outputs {shown(outputs[0])} have no row for each example"):
+        with blaming("model", self._job.model, lambda: f"its outputs {shown(outputs[0])} have no row for each example"):
             columns = zip(*leaves, strict=True)
             return tree_unflatten([None if each[0] is None else torch.cat(each) for each in columns], structure)
 

@@ -6,6 +6,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,11 +73,11 @@ def takes(function: Callable[..., Any]) -> str:
 
 
 @contextmanager
-def blaming(key: str, reference: str, context: str = "") -> Iterator[None]:
+def blaming(key: str, reference: str, context: Callable[[], str] = str) -> Iterator[None]:
     """Turn an exception of the code inside into a JobError that names the job's `key` and its value `reference`.
 
-    The message has the exception, and where the users' own code raised it; `context` says more. Our own errors pass
-    through.
+    The message has the exception, and where the users' own code raised it; `context` is called for more. Our own errors
+    pass through.
     """
     try:
         yield
@@ -85,7 +86,7 @@ def blaming(key: str, reference: str, context: str = "") -> Iterator[None]:
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-        told = [f"{type(error).__name__}: {text}" if text else type(error).__name__, _place(error), context]
+        told = [f"{type(error).__name__}: {text}" if text else type(error).__name__, _place(error), context()]
         raise JobError(f"{key} = {reference!r}: {'; '.join(part for part in told if part)}") from error
 
 
@@ -134,7 +135,7 @@ class Functions:
 
     def outputs(self, model: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Any:
         """Return the model's outputs."""
-        with blaming("model", self._job.model, f"its inputs were {shown(tuple(inputs))}"):
+        with blaming("model", self._job.model, lambda: f"its inputs were {shown(tuple(inputs))}"):
             outputs = model(*inputs)
         if outputs is None:
             raise JobError(f"model = {self._job.model!r}: returned None")
@@ -174,14 +175,14 @@ class Functions:
     def backward(self, loss: torch.Tensor) -> None:
         """Compute the gradients of a loss, if it depends on any parameter."""
         if loss.requires_grad:
-            with blaming("model", self._job.model, "in the backward pass"):
+            with blaming("model", self._job.model, lambda: "in the backward pass"):
                 loss.backward()  # type: ignore[no-untyped-call]
 
     def metrics(self, outputs: Any, target: Any) -> list[float]:
         """Return the job's metric and its more_metrics, of all examples' outputs and targets."""
         found = []
         for key, reference, function in self._metrics:
-            with blaming(key, reference, self._got(outputs, target)):
+            with blaming(key, reference, partial(_got, outputs, target)):
                 value = function(outputs, target)
             try:
                 found.append(float(value))
@@ -191,7 +192,7 @@ class Functions:
 
     def _found(self, outputs: Any, target: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]:
         """Return what the loss function returns: a mean, or a sum and its weight."""
-        with blaming("loss", self._job.loss, self._got(outputs, target)):
+        with blaming("loss", self._job.loss, partial(_got, outputs, target)):
             found: torch.Tensor | tuple[torch.Tensor, torch.Tensor | float] = self._loss(outputs, target)
         mean = found[0] if isinstance(found, tuple) and len(found) == 2 else found
         if not isinstance(mean, torch.Tensor) or mean.numel() != 1:
@@ -201,5 +202,6 @@ class Functions:
             )
         return found
 
-    def _got(self, outputs: Any, target: Any) -> str:
-        return f"it got the outputs {shown(outputs)} and the target {shown(target)}"
+
+def _got(outputs: Any, target: Any) -> str:
+    return f"it got the outputs {shown(outputs)} and the target {shown(target)}"

@@ -12,6 +12,7 @@ import hashlib
 import json
 import struct
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nats.aio.client import Client
 from traincert.bridge.broker import Credential, connect
 from traincert.bridge.consensus.params import TrainingParams
 from traincert.bridge.messages import Closing, CommitMessage, Join, Message, Opening, seal, unseal
-from traincert.trainer.engines.broker import CHUNK
+from traincert.trainer.engines.broker import CHUNK, read_poll_answer
 from traincert.trainer.updates import Update, encode_update
 
 ONCE = asyncio.Semaphore(50)  # connections that are being made
@@ -48,13 +49,11 @@ class Simulated:
         since: dict[str, Any] = {"boot": "", "version": 0, "session": self.name}
         opening = b""
         while True:
-            answer = json.loads(await self.ask("poll", json.dumps(since).encode()))
+            answer, notices = read_poll_answer(await self.ask("poll", json.dumps(since).encode()))
             since |= {"boot": answer["boot"], "version": answer["version"]}
-            for kind, text in answer["notices"].items():
-                statement = bytes.fromhex(text)
+            for kind, statement in notices.items():
                 if kind == "opening":
-                    unseal(self.params.chain_id, Opening, statement)
-                    opening = hashlib.sha256(statement).digest()
+                    opening = read_opening(self.params.chain_id, statement)
                     size = len(self.update)
                     commit = CommitMessage(opening, self.digest, size, None, None, 0.0, "simulated")
                     await self.ask("commit", self.seal(commit))
@@ -74,6 +73,13 @@ class Simulated:
                 return (await self.client.request(f"traincert.{kind}", data, timeout=12)).data
             except (TimeoutError, nats.errors.Error):
                 await asyncio.sleep(0.5)
+
+
+@lru_cache(1)
+def read_opening(chain_id: bytes, statement: bytes) -> bytes:
+    """Check an opening, and return its SHA-256. All miners get the same; each real one has a machine of its own."""
+    unseal(chain_id, Opening, statement)
+    return hashlib.sha256(statement).digest()
 
 
 async def main() -> None:

@@ -55,7 +55,7 @@ from traincert.bridge.testing.invalid import digest
 from traincert.regtest.plugin import NetworkFactory
 from traincert.trainer.accounting import Spent
 from traincert.trainer.cycle import CycleResult, Trainer
-from traincert.trainer.engines.broker import Connection, StoppedError
+from traincert.trainer.engines.broker import Connection, StoppedError, poll_answer
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.orders import Answer, Commit, OnCommit, Order
 from traincert.trainer.errors import EngineError, Reason
@@ -1167,10 +1167,8 @@ class Wire:
             case "poll":
                 if not self.notices:
                     raise StoppedError("the end")
-                notices = {"proposal": self.notices.pop(0).hex(), "receipt": ""}
-                return json.dumps(
-                    {"boot": "", "version": 1, "time": time.time(), "hold": 1.0, "notices": notices}
-                ).encode()
+                about = {"boot": "", "version": 1, "time": time.time(), "hold": 1.0}
+                return poll_answer(about, {"proposal": self.notices.pop(0), "receipt": b""})
             case "cosign":
                 self.answers.append(unseal(chain_id, Cosignature, data))
                 return b""

@@ -21,7 +21,7 @@ from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import MINER, Invitation
 from traincert.bridge.member import Member, MemberFolder
 from traincert.regtest import Network, wait_for
-from traincert.trainer.engines.broker import Connection
+from traincert.trainer.engines.broker import Connection, poll_answer
 from traincert.trainer.job import TrainingJob
 
 TRAINCERT = str(Path(sys.executable).parent / "traincert")
@@ -206,8 +206,7 @@ class Wire:
         assert seconds
         import time
 
-        answer = {"boot": "", "version": 1, "time": time.time() + self.ahead, "hold": 1.0, "notices": {}}
-        return json.dumps(answer).encode()
+        return poll_answer({"boot": "", "version": 1, "time": time.time() + self.ahead, "hold": 1.0}, {})
 
 
 @pytest.mark.parametrize("ahead", [-100.0, 100.0])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import re
 import struct
@@ -375,6 +376,25 @@ class Connection:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def poll_answer(about: Mapping[str, Any], notices: Mapping[str, bytes]) -> bytes:
+    """Return the answer to a poll: a line of JSON, then the statements in `notices`, of which it has kinds and sizes.
+
+    The opening of a cycle of 2,000 miners has 150 KB.
+    """
+    line = json.dumps({**about, "notices": {kind: len(each) for kind, each in notices.items()}})
+    return b"".join([line.encode(), b"\n", *notices.values()])
+
+
+def read_poll_answer(answer: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return what `poll_answer` was made from."""
+    line, _, rest = answer.partition(b"\n")
+    about = json.loads(line)
+    notices = {}
+    for kind, size in about.pop("notices").items():
+        notices[kind], rest = rest[:size], rest[size:]
+    return about, notices
 
 
 def read_chunk(head: bytes, file: int, offset: int) -> bytes:

@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any, NamedTuple
 
-from traincert.trainer.engines.broker import CHUNK, Connection, Handler, read_chunk
+from traincert.trainer.engines.broker import CHUNK, Connection, Handler, poll_answer, read_chunk
 from traincert.trainer.engines.orders import Commit, OnCommit, Order
 from traincert.trainer.errors import EngineError, Reason
 from traincert.trainer.failpoints import reached
@@ -42,6 +42,7 @@ GRACE_SECONDS = 5.0
 """A miner is absent if it has not polled for twice the time in which polls are answered, and this."""
 REVEAL_SECONDS = 120.0
 """By then the updates must have come, after the commits are closed."""
+_CHECK_SECONDS = 1e-5  # for each miner, between two looks at all miners: many commit at the same time
 _SIZE_SLACK = 1 << 20  # bytes that an update may be larger than two models
 _MOST_MEMORY = 16  # times the size of a model: moments of the optimizer, and the residual, in wider types
 _LONGEST_COMMIT = 4096  # bytes of a commit's statement, which is in the record
@@ -233,6 +234,7 @@ class NatsEngine:
             else:
                 self._connection.check()
                 self._changed.wait(min(left, 1.0))
+                time.sleep(len(orders) * _CHECK_SECONDS)
         on_commit(len(orders), len(orders))
         return [cycle.commits.get(miner) or cycle.closed[miner] for miner in cycle.orders]
 
@@ -355,17 +357,11 @@ class NatsEngine:
             self._changed.set()
             news = self._news.setdefault(member, asyncio.Event())
             notices = self._notices.get(member, {})
-            fresh = {kind: each.hex() for kind, (version, each) in notices.items() if version > since}
+            fresh = {kind: each for kind, (version, each) in notices.items() if version > since}
             left = until - time.monotonic()
             if fresh or left <= 0:
-                answer = {
-                    "boot": self._boot,
-                    "version": self._version,
-                    "time": time.time(),
-                    "hold": hold,
-                    "notices": fresh,
-                }
-                return json.dumps(answer).encode()
+                about = {"boot": self._boot, "version": self._version, "time": time.time(), "hold": hold}
+                return poll_answer(about, fresh)
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(news.wait(), left)
 

@@ -62,7 +62,14 @@ from traincert.regtest import wait_for
 from traincert.trainer.cycle import CycleResult, Trainer
 from traincert.trainer.engines import broker as broker_module
 from traincert.trainer.engines import nats as nats_module
-from traincert.trainer.engines.broker import CHUNK, Connection, RefusedError, StoppedError
+from traincert.trainer.engines.broker import (
+    CHUNK,
+    Connection,
+    RefusedError,
+    StoppedError,
+    poll_answer,
+    read_poll_answer,
+)
 from traincert.trainer.engines.executor import Executor
 from traincert.trainer.engines.nats import NatsEngine
 from traincert.trainer.engines.orders import Commit, Order
@@ -272,9 +279,9 @@ class Miner:
         return str(caught.value)
 
     def poll(self) -> dict[str, bytes]:
-        answer = json.loads(self.ask("poll", json.dumps(self.since).encode()))
+        answer, notices = read_poll_answer(self.ask("poll", json.dumps(self.since).encode()))
         self.since |= {"boot": answer["boot"], "version": answer["version"]}
-        return {kind: bytes.fromhex(each) for kind, each in answer["notices"].items()}
+        return notices
 
     def wait_for(self, kind: str) -> bytes:
         """Poll until there is a statement of this kind."""
@@ -429,6 +436,13 @@ def test_a_commit_is_refused_by_a_line_that_says_why(cycle: Cycle, alice: Miner,
     closes(cycle, alice, bob)
 
 
+def test_the_answer_to_a_poll_has_any_statements() -> None:
+    about = {"boot": "a", "version": 7}
+    for notices in ({}, {"receipt": b""}, {"opening": b"\n{}\n", "receipt": b"", "reveal": bytes(range(256))}):
+        assert read_poll_answer(poll_answer(about, notices)) == (about, notices)
+    assert len(poll_answer(about, {"opening": bytes(150_000)})) < 150_100  # not as text, which would take twice as much
+
+
 def test_an_older_cycles_commit_is_refused_when_it_comes_again(
     coordinator: Coordinator, cycle: Cycle, alice: Miner, bob: Miner
 ) -> None:
@@ -484,7 +498,7 @@ class SetClock:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.monotonic = time.monotonic
+        self.monotonic, self.sleep = time.monotonic, time.sleep
 
     def time(self) -> float:
         return time.time() + self._seconds
