@@ -11,7 +11,7 @@ from coincurve import PrivateKey
 
 from traincert.bridge.consensus.certificate import Certificate, CoordinatorSignature
 from traincert.bridge.consensus.codec import verify_schnorr
-from traincert.bridge.consensus.params import TrainingParams
+from traincert.bridge.consensus.params import TrainingKeys, TrainingParams
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.invitations import COSIGNER
 from traincert.bridge.members import MemberList
@@ -77,27 +77,27 @@ class Cosigned:
         own = self._signer.sign(certificate)
         keys = self._params.keys_at(certificate.height)
         if keys.threshold > 1:
-            own = self._cosigned(own, keys.threshold)
+            own = self._cosigned(own, keys)
         if certificate.prev_block != self._slot:
             self._slot, self._earlier = certificate.prev_block, []
         self._earlier.append(own.serialize())
         return own
 
-    def _cosigned(self, own: Certificate, threshold: int) -> Certificate:
+    def _cosigned(self, own: Certificate, keys: TrainingKeys) -> Certificate:
         bare = replace(own, coordinator_signatures=())
         earlier = self._earlier if own.prev_block == self._slot else []
         signatures = {each.key_index: each.signature for each in own.coordinator_signatures}
         self._asked = asked = _Asked(bare, hashlib.sha256(bare.serialize()).digest(), signatures)
         proposal = seal(self._key, self._params.chain_id, Proposal(bare.serialize(), earlier))
-        cosigners = self._members.with_role(COSIGNER)
+        threshold = keys.threshold
         deadline = time.monotonic() + COSIGN_SECONDS
-        again = 0.0
+        again, told = 0.0, set[str]()
         while len(signatures) < threshold:
             refusals = sorted(asked.refusals.copy().items())
             final = [name for name, (kind, _) in refusals if kind not in PASSING]
             refused = "".join(f"; {name}: {kind}: {why}" for name, (kind, why) in refusals)
             now = time.monotonic()
-            if now >= deadline or 1 + len(cosigners) - len(final) < threshold:
+            if now >= deadline or len(keys.keys) - len(final) < threshold:
                 where = f"block {own.height}, round {own.round}"
                 raise BridgeError(
                     f"{where}: {len(signatures)} of {threshold} signatures{refused}: nothing is lost, start the "
@@ -105,9 +105,11 @@ class Cosigned:
                 )
             if now >= again:  # ask again: a cosigner may be away, or its node may be behind
                 again = now + ASK_SECONDS
-                for name, key in cosigners.items():
-                    if name not in final:
-                        self._engine.post(key, "proposal", proposal)
+                told.clear()
+            for name, key in self._members.with_role(COSIGNER).items():  # one may join meanwhile
+                if name not in told and name not in final:
+                    self._engine.post(key, "proposal", proposal)
+                    told.add(name)
             self._engine.wait(0.5)
             if now > deadline - COSIGN_SECONDS + ASK_SECONDS:
                 missing = threshold - len(signatures)

@@ -503,6 +503,26 @@ def test_a_cosigner_that_refuses_for_good_is_quoted(engine: Engine, cosigned: Co
         cosigned.sign(certificate())
 
 
+def test_a_cosigner_that_joins_while_its_signature_is_awaited_is_asked(
+    engine: Engine, cosigned: Cosigned, joined: MemberList
+) -> None:
+    """All programs of a network may be started at the same time: the coordinator may be the first that is ready."""
+    joined.remove("cosigner")
+    joined.invite("cosigner", COSIGNER)
+    waits = iter(range(3))
+
+    def answer() -> None:
+        match next(waits):
+            case 0:
+                assert engine.posted == {}
+                joined.join("cosigner", KEYS["cosigner"])
+            case 1:
+                engine.ask("cosign", "cosigner", cosignature(proposal(engine)))
+
+    engine.on_wait = answer
+    assert [each.key_index for each in cosigned.sign(certificate()).coordinator_signatures] == [0, 1]
+
+
 def test_a_signature_that_is_late_is_not_taken_for_the_next_certificate(engine: Engine, cosigned: Cosigned) -> None:
     late: list[bytes] = []
 

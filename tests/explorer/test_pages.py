@@ -172,6 +172,19 @@ def test_no_page_is_wider_than_a_phone(explorer: Explorer, open_page: OpenPage) 
         assert page.evaluate("document.scrollingElement.scrollWidth") == PHONE["width"], path
 
 
+def test_a_phone_also_shows_miners_with_long_names_that_were_not_lucky(explorer: Explorer, open_page: OpenPage) -> None:
+    page = open_page(explorer.url, viewport=PHONE)
+    page.evaluate("""
+        for (const row of document.querySelectorAll(".shares tr[data-key]")) {
+          row.children[0].firstElementChild.textContent = "a_name_of_as_many_as_32_letters_";
+          row.children[3].innerHTML = '1,000 to 2,000 <strong class="bad">outside</strong>';
+        }
+        for (const each of document.querySelectorAll("#status dd")) each.textContent = "a_long_word_".repeat(9);
+    """)
+    assert page.locator(".shares .bad").count() > 0
+    assert page.evaluate("document.scrollingElement.scrollWidth") == PHONE["width"]
+
+
 def test_each_page_can_be_read_without_javascript(explorer: Explorer, open_page: OpenPage) -> None:
     for path in paths(explorer):
         page = open_page(explorer.url + path, java_script_enabled=False)
