@@ -30,7 +30,6 @@ from traincert.trainer.monitoring import Monitor, MonitorError
 from traincert.trainer.resources import Meter, Resources, measure_peak_flops
 from traincert.trainer.store import map_blob, write_blob
 
-_NICE = 10  # as nice(1): whoever sends files, or uses the machine, goes first
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is not safe after torch has started threads
 
 
@@ -278,7 +277,6 @@ def _work(engine: Connection, job: TrainingJob, store: Path, number: int, durabl
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    os.nice(_NICE)
     # Only workers import torch, which takes seconds: the program that has them may have no other use for it.
     with importing():
         import torch
