@@ -58,8 +58,9 @@ CONNECT_SECONDS = 5  # for each step of connecting
 RELOAD_SECONDS = 30
 _READ = 1 << 18  # bytes that are read at once; nats-py's 32 KB make 16 turns of a chunk of a file
 
-# The server's garbage collector takes a third of its time while big files pass through it: chunks are its garbage.
-# It runs a quarter as often with this, and more often above the limit. See Go's documentation of runtime.
+# Big files pass through the server in chunks, and each chunk is garbage then. To collect it takes a third of the
+# server's time. With GOGC=400 this happens a quarter as often; above the limit of memory it happens more often again.
+# The documentation of Go's package runtime describes both.
 MEMORY = ["GOGC=400", "GOMEMLIMIT=768MiB"]
 
 # Published advisories concern all versions before these.

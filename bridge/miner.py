@@ -137,7 +137,7 @@ class Miner:
         self._datadir = datadir
         self._compat_pow = compat_pow
         self._monitored = monitored
-        self._shards: set[bytes] = set()  # that are here, and not damaged
+        self._shards: set[bytes] = set()  # that were fetched, and were not damaged
         self._tasks, self._blocks = _Line("tasks"), _Line("blocks")
 
     def run(self) -> None:
@@ -216,7 +216,8 @@ class Miner:
             shard=task.shard,
         )
         connection.fetch(opening.model, store)
-        if shard not in self._shards:  # to check a big file again in each cycle takes long
+        # To check a big file again in each cycle takes long.
+        if shard not in self._shards or not (self._data / shard.hex()).exists():
             connection.fetch(shard, self._data)
             self._shards.add(shard)
         memory = opening.memories[opening.miners.index(me)]

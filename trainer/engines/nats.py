@@ -42,7 +42,7 @@ GRACE_SECONDS = 5.0
 """A miner is absent if it has not polled for twice the time in which polls are answered, and this."""
 REVEAL_SECONDS = 120.0
 """By then the updates must have come, after the commits are closed."""
-_CHECK_SECONDS = 1e-5  # for each miner, between two looks at all miners: many commit at the same time
+_CHECK_SECONDS = 1e-5  # for each miner, between two looks at all of them: many commit, or send, at the same time
 _SIZE_SLACK = 1 << 20  # bytes that an update may be larger than two models
 _MOST_MEMORY = 16  # times the size of a model: moments of the optimizer, and the residual, in wider types
 _LONGEST_COMMIT = 4096  # bytes of a commit's statement, which is in the record
@@ -232,9 +232,7 @@ class NatsEngine:
                 why = {miner: Reason.LATE if miner in present else Reason.ABSENT for miner in without}
                 self._connection.call(self._close, cycle, why)
             else:
-                self._connection.check()
-                self._changed.wait(min(left, 1.0))
-                time.sleep(len(orders) * _CHECK_SECONDS)
+                self._pause(cycle, left)
         on_commit(len(orders), len(orders))
         return [cycle.commits.get(miner) or cycle.closed[miner] for miner in cycle.orders]
 
@@ -246,7 +244,7 @@ class NatsEngine:
         )
         for miner in cycle.commits:
             self.post(miner, "reveal", closing)
-        self._wait_for(lambda: {miner for miner, commit in cycle.commits.items() if self._lacks(commit)})
+        self._wait_for(cycle, lambda: {miner for miner, commit in cycle.commits.items() if self._lacks(commit)})
         cycle.revealed = True
         self._connection.run(self._end_uploads(cycle))
         return [commit if isinstance(commit, Reason) else self._sent(cycle, commit) for commit in commits]
@@ -263,16 +261,17 @@ class NatsEngine:
         for miner, memories in asked.items():
             self.post(miner, "memories", self._make_request(cycle.digest, sorted(memories)))
         self._wait_for(
+            cycle,
             lambda: {
                 miner
                 for miner, memories in asked.items()
                 if not all((self.store / digest.hex()).exists() for digest in memories)
-            }
+            },
         )
         cycle.brought = True
         self._connection.run(self._end_uploads(cycle))
 
-    def _wait_for(self, lacking: Callable[[], set[bytes]]) -> None:
+    def _wait_for(self, cycle: _Cycle, lacking: Callable[[], set[bytes]]) -> None:
         """Wait until no miner that is present lacks something, for `REVEAL_SECONDS` at most."""
         deadline = time.monotonic() + REVEAL_SECONDS
         while True:
@@ -280,8 +279,16 @@ class NatsEngine:
             left = deadline - time.monotonic()
             if left <= 0 or not lacking() & set(self.present()):
                 return
-            self._connection.check()
-            self._changed.wait(min(left, 1.0))
+            self._pause(cycle, left)
+
+    def _pause(self, cycle: _Cycle, left: float) -> None:
+        """Wait until a miner does something, for `left` seconds at most.
+
+        Raises StoppedError if the connection has ended for good.
+        """
+        self._connection.check()
+        self._changed.wait(min(left, 1.0))
+        time.sleep(len(cycle.orders) * _CHECK_SECONDS)
 
     def _sent(self, cycle: _Cycle, commit: Commit) -> memoryview | Reason:
         if self._lacks(commit):
