@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from email.utils import formatdate
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,15 @@ from traincert.bridge.fields import FIELDS
 
 _FOLDER = Path(__file__).parent
 
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+RELOAD = (_FOLDER / "static" / "reload.js").read_text()
+"""The only script that stands in the pages themselves."""
+
+_RELOAD_HASH = b64encode(sha256(RELOAD.encode()).digest()).decode()
+
+HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; script-src 'self' 'sha256-{_RELOAD_HASH}'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",  # a browser asks again whether a file has changed
@@ -55,7 +63,7 @@ class _Headers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] += [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
+                message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
             await send(message)
 
         await self.app(scope, receive, with_headers)
@@ -71,7 +79,7 @@ def make_app(watch: Watch) -> Starlette:
         lstrip_blocks=True,
     )
     environment.filters |= {"shown_time": _shown_time, "http_time": partial(formatdate, usegmt=True)}
-    environment.globals |= {"FIELDS": FIELDS, "REASONS": REASONS, "FACTORS": FACTORS}
+    environment.globals |= {"RELOAD": RELOAD, "FIELDS": FIELDS, "REASONS": REASONS, "FACTORS": FACTORS}
     templates = Jinja2Templates(env=environment)
 
     def page(name: str, view: Callable[[Request], Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[Response]]:

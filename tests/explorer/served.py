@@ -24,11 +24,7 @@ from explorer.javascript import STATIC
 from explorer.made_chain import MadeChain, block_id
 from traincert.bridge.chain import certificate_fields
 from traincert.bridge.consensus.params import TrainingParams
-
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "worker-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-)
+from traincert.bridge.explorer.app import HEADERS, RELOAD
 
 
 @dataclass
@@ -113,8 +109,7 @@ class Served:
 
         async def with_policy(request: Request, call_next: RequestResponseEndpoint) -> Response:
             response = await call_next(request)
-            response.headers["Content-Security-Policy"] = POLICY
-            response.headers["X-Content-Type-Options"] = "nosniff"
+            response.headers.update(HEADERS)
             return response
 
         routes = [
@@ -140,7 +135,8 @@ def stated(params: TrainingParams) -> dict[str, Any]:
 
 def page(body: str) -> HTMLResponse:
     """A page with the checks."""
-    head = '<link rel="icon" href="data:,"><script type="module" src="/static/check/page.js"></script>'
+    scripts = f'<script>{RELOAD}</script><script type="module" src="/static/check/page.js"></script>'
+    head = f'<link rel="icon" href="data:,">{scripts}'
     return HTMLResponse(f'<!doctype html><html lang="en"><title>Test</title>{head}<body>{body}</body></html>')
 
 

@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from explorer.made_chain import MadeChain, block_id, plain_block
 from explorer.served import Served, serve, stated
+from explorer.visits import problems_of, visit
 from traincert.bridge.testing.invalid import WRONG, WRONG_WITH_PARENT, break_rule
 from training_chain import TrainingChain
 
@@ -33,9 +34,7 @@ def page(browser: Browser) -> Iterator[Page]:
     """A page of a visitor who was never here. At the end it must not have broken a rule of the browser."""
     with browser.new_context() as context:
         page = context.new_page()
-        problems: list[str] = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        problems = problems_of(page)
         yield page
         assert [each for each in problems if "status of 404" not in each] == []
 
@@ -53,7 +52,7 @@ def rows(page: Page) -> dict[str, str]:
 
 
 def open_block(page: Page, served: Served, block_hash: str, query: str = "") -> dict[str, str]:
-    page.goto(f"{served.url}/block/{block_hash}{query}")
+    visit(page, f"{served.url}/block/{block_hash}{query}")
     return rows(page)
 
 
@@ -80,7 +79,7 @@ def test_every_rule_of_a_true_block_holds(page: Page, served: Served) -> None:
 
 
 def test_every_block_of_a_list_is_marked(page: Page, served: Served) -> None:
-    page.goto(served.url)
+    visit(page, served.url)
     expect(page.locator(".check[data-state=good]")).to_have_count(8)
     expect(page.locator(".check[data-state=none]")).to_have_count(1)
     expect(page.locator(".check[data-state=none]")).to_contain_text("no certificate")
@@ -226,7 +225,7 @@ def test_another_network_than_the_one_that_the_visitor_trusts_is_named(page: Pag
 
 
 def test_a_visitor_says_which_network_to_trust(page: Page, served: Served) -> None:
-    page.goto(served.url)
+    visit(page, served.url)
     expect(page.locator(".check[data-state=good]")).to_have_count(8)
     field, status = page.get_by_label("chain_id that you trust"), page.locator("#chain-check form [role=status]")
     for wrong in ("", "abc", "zz" * 32):
@@ -239,7 +238,7 @@ def test_a_visitor_says_which_network_to_trust(page: Page, served: Served) -> No
     page.reload()
     expect(page.locator(".check[data-state=bad]")).to_have_count(9)
     expect(field).to_have_value(OTHER_CHAIN_ID)
-    page.goto(f"{served.url}/?chain_id={MADE.chain.params.chain_id.hex()}")
+    visit(page, f"{served.url}/?chain_id={MADE.chain.params.chain_id.hex()}")
     expect(status).to_have_text(f"This link names another chain_id. You trust {OTHER_CHAIN_ID}.")
     page.get_by_role("button", name="Trust this network").click()
     expect(page.locator(".check[data-state=good]")).to_have_count(8)
@@ -261,12 +260,12 @@ def test_a_block_that_cannot_be_had_is_not_known(page: Page, served: Served) -> 
 
 def test_without_a_training_network_no_block_has_a_certificate(page: Page, served: Served) -> None:
     served.params = None
-    page.goto(served.url)
+    visit(page, served.url)
     expect(page.locator(".check[data-state=none]")).to_have_count(9)
 
 
 def test_blocks_that_come_into_the_page_later_are_marked(page: Page, served: Served) -> None:
-    page.goto(f"{served.url}/chain")
+    visit(page, f"{served.url}/chain")
     served.add(break_rule("bad-traincert-model", MADE.forgers[8], MADE.blocks[8], MADE.certificates[8]), 8)
     for block_hash, height in served.heights.items():
         page.evaluate(
@@ -284,7 +283,7 @@ def test_blocks_that_come_into_the_page_later_are_marked(page: Page, served: Ser
 
 def test_a_block_that_is_known_a_moment_later_is_checked_then(page: Page, served: Served) -> None:
     raw = served.blocks.pop(block_at(HEIGHT))
-    page.goto(served.url)
+    visit(page, served.url)
     expect(page.locator(".check[data-state=unknown]")).to_have_count(2)  # and the one after it
     served.blocks[block_at(HEIGHT)] = raw
     page.evaluate("document.querySelector('ul').append(document.querySelector('li'))")
@@ -300,12 +299,12 @@ def check_chain(page: Page) -> str:
 
 def test_the_whole_chain_is_checked_once(page: Page) -> None:
     with serve(MadeChain(length=200, leaves=64)) as served:
-        page.goto(f"{served.url}/chain")
+        visit(page, f"{served.url}/chain")
         assert check_chain(page) == "✓ Every block from 200 to 1 is good. 200 good; 200 checked now, 0 before."
         assert sorted(served.asked) == sorted(served.blocks), "each was asked for once"
-        page.goto(f"{served.url}/chain")
+        visit(page, f"{served.url}/chain")
         assert check_chain(page) == "✓ Every block from 200 to 1 is good. 200 good; 0 checked now, 200 before."
-        page.goto(served.url)
+        visit(page, served.url)
         expect(page.locator(".check[data-state=good]")).to_have_count(200)
         expect(page.locator(".check[data-state=none]")).to_have_count(1)
         assert len(served.asked) == len(served.blocks) + 1, (
@@ -320,7 +319,7 @@ def test_the_check_of_the_chain_goes_on_after_a_broken_block(page: Page) -> None
     made.blocks[3] = wrong
     after = MadeChain(length=4, chain=made.chain, blocks=made.blocks)
     with serve(after) as served:
-        page.goto(f"{served.url}/chain")
+        visit(page, f"{served.url}/chain")
         assert check_chain(page) == "✗ Not every block is good. 3 good, 1 broken; 4 checked now, 0 before."
         expect(page.locator("#chain-check li")).to_have_count(1)
         expect(page.locator("#chain-check li")).to_contain_text("Block 3: ")
@@ -330,20 +329,20 @@ def test_the_check_of_the_chain_goes_on_after_a_broken_block(page: Page) -> None
 
 def test_the_check_of_the_chain_ends_where_the_chain_is_not_known(page: Page, served: Served) -> None:
     served.blocks[block_at(HEIGHT)] = other_transaction(MADE.blocks[HEIGHT])
-    page.goto(f"{served.url}/chain")
+    visit(page, f"{served.url}/chain")
     ends = f"It ends at block {HEIGHT}: what is below it is not known."
     assert check_chain(page) == f"2 good, 2 broken; 4 checked now, 0 before. {ends}"
     expect(page.locator("#chain-check li")).to_contain_text(["Block 6: ", "Block 5: "])
     served.blocks[block_at(HEIGHT)] = MADE.blocks[HEIGHT].serialize()
     assert check_chain(page).startswith("✓ Every block from 8 to 1 is good."), "what was broken is checked again"
     del served.blocks[block_at(2)]
-    page.goto(f"{served.url}/chain")
+    visit(page, f"{served.url}/chain")
     assert check_chain(page).startswith("✓"), "what was checked once needs no server"
 
 
 def test_the_check_of_the_chain_says_where_there_is_nothing_to_check(page: Page, served: Served) -> None:
     def said(query: str = "") -> str:
-        page.goto(f"{served.url}/chain{query}")
+        visit(page, f"{served.url}/chain{query}")
         return check_chain(page)
 
     served.params = stated(TrainingChain(start_height=100).params)
@@ -356,7 +355,7 @@ def test_the_check_of_the_chain_says_where_there_is_nothing_to_check(page: Page,
 
 
 def test_the_check_of_the_chain_can_be_stopped(page: Page, served: Served) -> None:
-    page.goto(f"{served.url}/chain")
+    visit(page, f"{served.url}/chain")
     page.get_by_role("button", name="Check the whole chain").evaluate("each => { each.click(); each.click(); }")
     said = page.locator("#chain-check div [role=status]")
     expect(said).to_have_text("1 good; 1 checked now, 0 before. You stopped it at block 8.")
@@ -367,14 +366,14 @@ def test_where_the_checks_cannot_run_nothing_is_good(browser: Browser, served: S
     with browser.new_context() as context:
         page = context.new_page()
         page.route("**/worker.js", lambda route: route.abort())
-        page.goto(served.url)
+        visit(page, served.url)
         expect(page.locator(".check[data-state=unknown]")).to_have_count(9)
         assert check_chain(page).startswith("0 good, 1 not known; 0 checked now, 0 before. It ends at block 8")
         expect(page.locator("#chain-check li")).to_contain_text("this browser cannot check blocks")
 
 
 def test_without_a_place_to_keep_reports_nothing_is_kept(page: Page, served: Served) -> None:
-    page.goto(f"{served.url}/chain")
+    visit(page, f"{served.url}/chain")
     kept = """async () => {
       Object.defineProperty(self, 'indexedDB', { value: undefined });
       const store = await import('/static/check/store.js');

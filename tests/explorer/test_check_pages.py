@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from playwright.sync_api import Browser, expect
 
+from explorer.visits import problems_of, visit
 from explorer_process import Explorer
 from traincert.regtest import Node, wait_for
 from traincert.regtest.plugin import NetworkFactory
@@ -30,18 +31,16 @@ def test_all_that_the_pages_show_of_a_true_chain_is_good(browser: Browser, bitco
     with Explorer("--node", node.datadir) as explorer, browser.new_context() as context:
         wait_for(lambda: (explorer.get("info")["tip"] or {}).get("height") == 5, 60, "all blocks read")
         page = context.new_page()
-        problems: list[str] = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.goto(f"{explorer.url}/blocks")
+        problems = problems_of(page)
+        visit(page, f"{explorer.url}/blocks")
         expect(page.locator(".check[data-state=good]")).to_have_count(3)
         expect(page.locator(".check[data-state=none]")).to_have_count(3)
-        page.goto(f"{explorer.url}/block/{hashes[2]}")
+        visit(page, f"{explorer.url}/block/{hashes[2]}")
         expect(page.locator("#checks")).to_have_attribute("data-state", "good")
         expect(page.locator("#checks tbody tr[data-state=good]")).to_have_count(20)
-        page.goto(f"{explorer.url}/block/1")
+        visit(page, f"{explorer.url}/block/1")
         expect(page.locator("#checks")).to_have_attribute("data-state", "none")
-        page.goto(explorer.url)
+        visit(page, explorer.url)
         hashes.append(append(chain, node))
         expect(page.locator(f'.check[data-hash="{hashes[3]}"]').first).to_have_attribute("data-state", "good")
         page.get_by_role("button", name="Check the whole chain").click()

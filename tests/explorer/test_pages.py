@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import pytest
 from bitcoin.core import CBlock
-from playwright.sync_api import Browser, Page, ViewportSize, expect
+from playwright.sync_api import Browser, Page, Route, ViewportSize, expect
 from prometheus_client.parser import text_string_to_metric_families
 
 from explorer.made_chain import block_id
+from explorer.visits import problems_of, visit
 from explorer_process import TRAINCERT, Explorer
 from traincert.regtest import Node, wait_for
 from traincert.regtest.node import read_conf
@@ -79,22 +80,21 @@ def lone(node: Node) -> Iterator[Explorer]:
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[OpenPage]:
     """Opens pages, each of a visitor who was never here. None may break a rule of the browser, or end in an error."""
-    problems: list[str] = []
+    problems: list[list[str]] = []
     contexts = []
 
     def open_page(url: str, **settings: Any) -> Page:
         contexts.append(browser.new_context(**settings))
         page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.goto(url)
+        problems.append(problems_of(page))
+        visit(page, url)
         return page
 
     yield open_page
     for context in contexts:
         context.close()
     away = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "404")
-    assert [each for each in problems if not any(text in each for text in away)] == []
+    assert [each for found in problems for each in found if not any(text in each for text in away)] == []
 
 
 def at_height(explorer: Explorer, height: int) -> None:
@@ -174,15 +174,15 @@ def test_no_page_is_wider_than_a_phone(explorer: Explorer, open_page: OpenPage) 
 
 def test_a_phone_also_shows_miners_with_long_names_that_were_not_lucky(explorer: Explorer, open_page: OpenPage) -> None:
     page = open_page(explorer.url, viewport=PHONE)
-    page.evaluate("""
+    found = page.evaluate("""() => {
         for (const row of document.querySelectorAll(".shares tr[data-key]")) {
           row.children[0].firstElementChild.textContent = "a_name_of_as_many_as_32_letters_";
           row.children[3].innerHTML = '1,000 to 2,000 <strong class="bad">outside</strong>';
         }
         for (const each of document.querySelectorAll("#status dd")) each.textContent = "a_long_word_".repeat(9);
-    """)
-    assert page.locator(".shares .bad").count() > 0
-    assert page.evaluate("document.scrollingElement.scrollWidth") == PHONE["width"]
+        return [document.querySelectorAll(".shares .bad").length > 0, document.scrollingElement.scrollWidth];
+    }""")
+    assert found == [True, PHONE["width"]]
 
 
 def test_each_page_can_be_read_without_javascript(explorer: Explorer, open_page: OpenPage) -> None:
@@ -206,6 +206,42 @@ def test_the_browser_checks_each_block_that_it_shows(explorer: Explorer, open_pa
     page = open_page(f"{explorer.url}/block/3")
     expect(page.locator("#checks tbody tr[data-state=good]").first).to_be_attached(timeout=60_000)
     assert page.locator("#checks tbody tr:not([data-state=good])").all_inner_texts() == []
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        *("static/explorer.css", "static/explorer.js", "static/check/view.js", "static/check/worker.js"),
+        *("static/check/rules.js", "static/chart.js", "api/series", "api/params", "api/rawblock/*", "miners", "nodes"),
+    ],
+)
+def test_a_page_is_whole_although_a_request_was_lost(explorer: Explorer, browser: Browser, lost: str) -> None:
+    def lose(route: Route) -> None:
+        addresses.append(route.request.url)
+        route.abort("failed")
+
+    addresses: list[str] = []
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.route(f"{explorer.url}/{lost}", lose, times=1)
+        with page.expect_request(lambda request: request.url in addresses, timeout=60_000):
+            page.goto(explorer.url)
+        expect(page.locator("#chart")).to_have_attribute("data-blocks", str(CYCLES))
+        expect(page.locator(".check[data-state=good]")).to_have_count(CYCLES)
+        expect(page.locator("body")).to_have_css("margin", "0px")
+        expect(page.locator("#unloaded")).to_be_hidden()
+        assert len(addresses) == 1
+
+
+def test_a_page_says_that_a_part_of_it_does_not_load(explorer: Explorer, browser: Browser) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.route("**/check/view.js", lambda route: route.abort("failed"))
+        page.goto(explorer.url)
+        expect(page.locator("#unloaded")).to_have_text(
+            "A part of this page did not load. Your browser may not check blocks. Please load the page again."
+        )
+        expect(page.locator(".check[data-state]")).to_have_count(0)
 
 
 def test_a_cycle_shows_each_task_and_why_an_update_was_refused(explorer: Explorer, open_page: OpenPage) -> None:
@@ -346,7 +382,7 @@ def test_a_fork_is_drawn(chain: TrainingChain, node: Node, lone: Explorer, open_
     page = open_page(f"{lone.url}/nodes")
     expect(page.locator(f'svg a[href="/block/{hashes[1]}"]')).to_have_count(1)
     expect(page.locator("main")).to_contain_text("left 1 block")
-    page.goto(f"{lone.url}/block/{hashes[1]}")
+    visit(page, f"{lone.url}/block/{hashes[1]}")
     expect(page.locator("main")).to_contain_text("is not in the chain")
 
 

@@ -3,6 +3,7 @@
 import { Chart } from './chart.js';
 import { listen } from './connection.js';
 import { showBefore } from './refresh.js';
+import { request } from './request.js';
 
 const DRAW = 200; // milliseconds between two drawings
 const STEP = 100; // milliseconds between two steps of the playback
@@ -26,7 +27,7 @@ async function load() {
   }
   loading = { blocks: [], again: false };
   try {
-    Object.assign(series, await (await fetch('/api/series')).json());
+    Object.assign(series, await (await request('/api/series')).json());
   } catch {
     // the connection says so, and a new one loads again
   }

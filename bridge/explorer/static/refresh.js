@@ -1,6 +1,7 @@
 // Keeps what the server has rendered up to date: an element with data-live="/page" is replaced by the one with its id on that page.
 
 import { listen } from './connection.js';
+import { request } from './request.js';
 import { addBlock } from './rows.js';
 
 const REST = 300; // milliseconds between two requests for one page
@@ -53,7 +54,7 @@ async function load(page) {
 
 async function fetchPage(address) {
   try {
-    const response = await fetch(address);
+    const response = await request(address);
     return response.ok ? new DOMParser().parseFromString(await response.text(), 'text/html') : null;
   } catch {
     return null; // the connection says so
@@ -87,7 +88,7 @@ function addToList(block) {
 
 /** Show a page that was not there, as soon as it is. */
 async function retry() {
-  const response = await fetch(location, { method: 'HEAD' }).catch(() => null);
+  const response = await request(location, { method: 'HEAD' }).catch(() => null);
   if (response?.ok) location.reload();
 }
 

@@ -1,5 +1,6 @@
 // The check of the whole chain, from the tip to the start height, and the chain_id that the visitor trusts.
 
+import { request } from '../request.js';
 import { ask } from './client.js';
 import { isHash, linkedChainId, trust, trustedChainId } from './trust.js';
 import { make, stateOf, summary } from './view.js';
@@ -109,7 +110,7 @@ function found({ good, bad, unknown, kept }) {
 
 async function readTip() {
   try {
-    const { tip } = await (await fetch('/api/info')).json();
+    const { tip } = await (await request('/api/info')).json();
     return tip && isHash(tip.hash) && Number.isInteger(tip.height) ? tip : null;
   } catch {
     return null;

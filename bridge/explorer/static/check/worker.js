@@ -2,6 +2,7 @@
 // that the visitor sees are not behind older ones. It takes {id, hash, height, trusted}, answers {id} when it begins, and then
 // {id, report}: that of report.js, with the rule network first, `startHeight`, and `kept` if the browser knew it already.
 
+import { request } from '../request.js';
 import { hex } from './codec.js';
 import { BrokenRule } from './errors.js';
 import { OptionError, TrainingParams } from './params.js';
@@ -85,7 +86,7 @@ async function fetchBlock(hash) {
 
 /** The server's answer. Throws UnavailableError for another than 200 and 404; with 503 the server says why. */
 async function get(path) {
-  const response = await fetch(path).catch(() => null);
+  const response = await request(path).catch(() => null);
   if (response === null) throw new UnavailableError('the server does not answer');
   if (response.status === 503) throw new UnavailableError((await response.json()).error);
   if (!response.ok && response.status !== 404) throw new UnavailableError(`the server answers ${response.status} to ${path}`);
