@@ -312,10 +312,10 @@ class NatsEngine:
             for name, key in self._members().items():
                 if key in cycle.orders:  # after a restart they have some time to come back
                     self._seen[name] = now
-            for miner in cycle.orders:
-                self._post(miner, "opening", cycle.opening)
 
         self._connection.call(announce)
+        for miner in cycle.orders:  # one by one: not all answers have to fit into memory
+            self.post(miner, "opening", cycle.opening)
         return cycle
 
     def _open_cycle(self) -> _Cycle:

@@ -440,7 +440,17 @@ def test_the_answer_to_a_poll_has_any_statements() -> None:
     about = {"boot": "a", "version": 7}
     for notices in ({}, {"receipt": b""}, {"opening": b"\n{}\n", "receipt": b"", "reveal": bytes(range(256))}):
         assert read_poll_answer(poll_answer(about, notices)) == (about, notices)
-    assert len(poll_answer(about, {"opening": bytes(150_000)})) < 150_100  # not as text, which would take twice as much
+    hashes = {"opening": b"".join(hashlib.sha256(bytes([each])).hexdigest().encode() for each in range(250))}
+    assert read_poll_answer(poll_answer(about, hashes)) == (about, hashes)
+    assert len(poll_answer(about, hashes)) < 9_500  # of 16,000
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"[]\n", b"{}\n", b'{"notices": {"opening": 3}}\nabc', b'{"notices": {"opening": ""}}\n']
+)
+def test_a_malformed_answer_to_a_poll_is_named(answer: bytes) -> None:
+    with pytest.raises(EngineError, match="malformed: is it another version"):
+        read_poll_answer(answer)
 
 
 def test_an_older_cycles_commit_is_refused_when_it_comes_again(
