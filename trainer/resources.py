@@ -158,11 +158,7 @@ class Meter:
             minor, minor_children, major, major_children, _, system, user_children, system_children = map(
                 int, stat[7:15]
             )
-            switches = sum(
-                _field(thread / "status", kind)
-                for thread in (self._proc / "task").iterdir()
-                for kind in ("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
-            )
+            switches = sum(map(_switches, (self._proc / "task").iterdir()))
         except OSError:
             return None
         read = written = None
@@ -190,6 +186,15 @@ def _field(path: Path, name: str) -> int:
         if key == name:
             return int(value.split()[0])
     raise OSError(f"{path} has no {name}")
+
+
+def _switches(thread: Path) -> int:
+    """Return how often a thread has waited, or let others run; 0 if it has ended just now."""
+    try:
+        kinds = ("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
+        return sum(_field(thread / "status", kind) for kind in kinds)
+    except OSError:
+        return 0
 
 
 def cgroup_cpu_file(proc: Path) -> Path | None:

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from coincurve import PrivateKey
 
 from traincert.bridge.audit import Auditor, lines, run_audit, verify
-from traincert.bridge.cli.audit import audit
+from traincert.bridge.cli.main import cli
 from traincert.bridge.deployment import Deployment
 from traincert.bridge.errors import BridgeError
 from traincert.bridge.keys import xonly_key
@@ -133,7 +133,7 @@ def node(network: Closed) -> Iterator[NodeClient]:
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(audit, [*map(str, arguments)])
+    return CliRunner().invoke(cli, ["audit", *map(str, arguments)])
 
 
 def test_an_update_that_no_honest_training_gives_is_found(network: Closed) -> None:

@@ -37,7 +37,7 @@ from traincert.bridge.broker import (
     public_key,
     server_command,
 )
-from traincert.bridge.cli.broker import broker as broker_commands
+from traincert.bridge.cli.main import cli
 from traincert.bridge.errors import BridgeError
 
 
@@ -721,7 +721,7 @@ def server_command_of(broker: Broker) -> str:
 
 
 def test_the_command_refuses_a_folder_without_a_broker(tmp_path: Path) -> None:
-    result = CliRunner().invoke(broker_commands, ["run", str(tmp_path)])
+    result = CliRunner().invoke(cli, ["broker", "run", str(tmp_path)])
     assert isinstance(result.exception, BridgeError)
     assert "cannot read the broker's file" in str(result.exception)
     subprocess.run([sys.executable, "-c", "import traincert.bridge.cli.broker"], check=True)

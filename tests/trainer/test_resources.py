@@ -123,6 +123,15 @@ def test_a_thread_that_ends_takes_nothing_away() -> None:
     assert found.context_switches >= 0
 
 
+def test_a_thread_may_end_while_threads_are_counted() -> None:
+    code = "import threading\nwhile True:\n    threading.Thread(target=int).start()"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        meter = Meter(process.pid)
+        counts = [meter._counts() for _ in range(500)]
+        process.kill()
+    assert None not in counts
+
+
 def test_a_process_that_ends_while_it_is_measured_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a zombie then: some of its counts can still be read."""
     process = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE)
