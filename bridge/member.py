@@ -170,7 +170,8 @@ class Member:
     def poll(self) -> dict[str, bytes]:
         """Ask what there is for us, and wait a while if there is nothing. Return statements by kind.
 
-        Raises BridgeError if the coordinator refuses us, or if a clock is wrong.
+        Raises BridgeError if the coordinator refuses us, or if a clock is wrong, and EngineError if its answer is
+        malformed.
         """
         began = time.time()
         try:

@@ -126,9 +126,11 @@ def test_a_thread_that_ends_takes_nothing_away() -> None:
 def test_a_thread_may_end_while_threads_are_counted() -> None:
     code = "import threading\nwhile True:\n    threading.Thread(target=int).start()"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
-        meter = Meter(process.pid)
-        counts = [meter._counts() for _ in range(500)]
-        process.kill()
+        try:
+            meter = Meter(process.pid)
+            counts = [meter._counts() for _ in range(500)]
+        finally:
+            process.kill()
     assert None not in counts
 
 

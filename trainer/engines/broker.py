@@ -401,6 +401,9 @@ def _packed(statement: bytes) -> bytes:
     return zlib.compress(statement)
 
 
+_ABOUT: dict[str, type | tuple[type, ...]] = {"boot": str, "version": int, "time": (int, float), "hold": (int, float)}
+
+
 def read_poll_answer(answer: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return what `poll_answer` was made from. Raises EngineError if it is malformed."""
     line, _, rest = answer.partition(b"\n")
@@ -409,6 +412,8 @@ def read_poll_answer(answer: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
         about = json.loads(line)
         for kind, size in about.pop("notices").items():
             notices[kind], rest = zlib.decompress(rest[:size]), rest[size:]
+        if not all(isinstance(about[name], kind) for name, kind in _ABOUT.items()):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error):
         raise EngineError("the coordinator's answer is malformed: is it another version of traincert?") from None
     return about, notices

@@ -303,7 +303,7 @@ class NatsEngine:
         cycle = self._open_cycle()
         self._shards = shards
 
-        def announce() -> None:
+        def begin() -> None:
             for notices in self._notices.values():  # of the cycle before
                 for kind in ("opening", "reveal", "memories"):
                     notices.pop(kind, None)
@@ -313,8 +313,8 @@ class NatsEngine:
                 if key in cycle.orders:  # after a restart they have some time to come back
                     self._seen[name] = now
 
-        self._connection.call(announce)
-        for miner in cycle.orders:  # one by one: not all answers have to fit into memory
+        self._connection.call(begin)
+        for miner in cycle.orders:  # one by one, or the answers to all of them would be in memory at the same time
             self.post(miner, "opening", cycle.opening)
         return cycle
 

@@ -437,7 +437,7 @@ def test_a_commit_is_refused_by_a_line_that_says_why(cycle: Cycle, alice: Miner,
 
 
 def test_the_answer_to_a_poll_has_any_statements() -> None:
-    about = {"boot": "a", "version": 7}
+    about = {"boot": "a", "version": 7, "time": 1.5, "hold": 3}
     for notices in ({}, {"receipt": b""}, {"opening": b"\n{}\n", "receipt": b"", "reveal": bytes(range(256))}):
         assert read_poll_answer(poll_answer(about, notices)) == (about, notices)
     hashes = {"opening": b"".join(hashlib.sha256(bytes([each])).hexdigest().encode() for each in range(250))}
@@ -446,7 +446,17 @@ def test_the_answer_to_a_poll_has_any_statements() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"", b"[]\n", b"{}\n", b'{"notices": {"opening": 3}}\nabc', b'{"notices": {"opening": ""}}\n']
+    "answer",
+    [
+        b"",
+        b"[]\n",
+        b"{}\n",
+        b'{"notices": {}}\n',
+        b'{"notices": {"opening": 3}}\nabc',
+        b'{"notices": {"opening": ""}}\n',
+        b'{"notices": {}, "boot": "a", "version": 7, "time": 1.5}\n',
+        b'{"notices": {}, "boot": "a", "version": 7, "time": "now", "hold": 3}\n',
+    ],
 )
 def test_a_malformed_answer_to_a_poll_is_named(answer: bytes) -> None:
     with pytest.raises(EngineError, match="malformed: is it another version"):

@@ -3,7 +3,7 @@
 const TRIES = 3; // to start the worker: a browser gives requests up when the network of its machine changes
 const REST = 1000; // milliseconds between two of them
 
-const asked = new Map(); // number of a question → what to do when it is begun, and when it is answered; and the question
+const asked = new Map(); // number of a question → {question, begun, answered}: the question, and what to call then
 let worker = null;
 let tries = 0;
 let last = 0;
